@@ -1,0 +1,284 @@
+//! Model shapes: a [`ModelConfig`] that validates is one that every layer can trust.
+
+use alloc::string::{String, ToString};
+use alloc::vec::Vec;
+use core::fmt;
+
+/// The mixer of a layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LayerKind {
+    /// `S` in `layer_pattern`: Mamba-2 (state-space dual).
+    Mamba,
+    /// `A` in `layer_pattern`: multi-head latent attention.
+    Mla,
+}
+
+/// The shape of a model. Field names are those of `config.json`.
+#[derive(Clone, Debug, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
+pub struct ModelConfig {
+    /// Rows of the embedding and of the head.
+    pub vocab_size: usize,
+    /// Width of the residual stream.
+    pub d_model: usize,
+    /// Number of blocks (mixer + feed-forward).
+    pub n_layers: usize,
+    /// `S` (Mamba-2) and `A` (MLA), repeated to `n_layers`.
+    pub layer_pattern: String,
+    /// Longest sequence that training uses.
+    pub max_seq_len: usize,
+    /// Epsilon of every RmsNorm.
+    pub norm_eps: f32,
+    /// MLA: attention heads.
+    pub n_heads: usize,
+    /// MLA: width of the cached latent.
+    pub kv_rank: usize,
+    /// MLA: channels of a query/key head without position.
+    pub d_nope: usize,
+    /// MLA: rotated channels of a query head and of the shared key (even).
+    pub d_rope: usize,
+    /// MLA: channels of a value head.
+    pub d_v: usize,
+    /// RoPE: base of the geometric frequencies.
+    pub rope_base: f32,
+    /// Mamba-2: inner width (a multiple of `head_dim`).
+    pub d_inner: usize,
+    /// Mamba-2: channels of a head.
+    pub head_dim: usize,
+    /// Mamba-2: state size of a channel.
+    pub d_state: usize,
+    /// Mamba-2: taps of the causal convolution.
+    pub d_conv: usize,
+    /// Feed-forward: hidden width.
+    pub ffn_hidden: usize,
+    /// Whether `lm_head` is `tok_emb` itself.
+    pub tie_embeddings: bool,
+}
+
+/// The names of the built-in shapes, smallest first.
+pub const PRESETS: [&str; 4] = ["nano", "mini", "small-160m", "elleci-1.5b"];
+
+/// Why a [`ModelConfig`] is refused.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ConfigError {
+    /// No preset has this name.
+    UnknownPreset(String),
+    /// A field must be at least 1.
+    Zero(&'static str),
+    /// A field is past what files and indices hold.
+    TooLarge {
+        /// The field.
+        field: &'static str,
+        /// Its value.
+        value: usize,
+        /// The largest value allowed.
+        max: usize,
+    },
+    /// `layer_pattern` holds something other than `S` and `A`, or nothing.
+    Pattern(String),
+    /// `d_rope` is odd.
+    OddRope(usize),
+    /// `d_inner` is not a multiple of `head_dim`.
+    Heads {
+        /// `d_inner`
+        d_inner: usize,
+        /// `head_dim`
+        head_dim: usize,
+    },
+    /// A float field is not a positive finite number.
+    NotPositive(&'static str),
+}
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            ConfigError::UnknownPreset(name) => {
+                write!(f, "unknown preset `{name}`; the presets are {}", PRESETS.join(", "))
+            }
+            ConfigError::Zero(field) => write!(f, "`{field}` is 0; it must be at least 1"),
+            ConfigError::TooLarge { field, value, max } => {
+                write!(f, "`{field}` is {value}; at most {max} is supported")
+            }
+            ConfigError::Pattern(p) => {
+                write!(f, "`layer_pattern` is `{p}`; it must be a non-empty string of S (Mamba-2) and A (MLA)")
+            }
+            ConfigError::OddRope(d) => write!(f, "`d_rope` is {d}; it must be even (pairs are rotated)"),
+            ConfigError::Heads { d_inner, head_dim } => {
+                write!(f, "`d_inner` is {d_inner}; it must be a multiple of `head_dim` ({head_dim})")
+            }
+            ConfigError::NotPositive(field) => write!(f, "`{field}` must be a positive, finite number"),
+        }
+    }
+}
+
+impl core::error::Error for ConfigError {}
+
+impl ModelConfig {
+    /// A built-in shape by name.
+    ///
+    /// # Errors
+    /// [`ConfigError::UnknownPreset`].
+    pub fn preset(name: &str) -> Result<ModelConfig, ConfigError> {
+        let base = ModelConfig {
+            vocab_size: 32_128,
+            d_model: 2048,
+            n_layers: 24,
+            layer_pattern: "SSSA".to_string(),
+            max_seq_len: 1024,
+            norm_eps: 1e-5,
+            n_heads: 16,
+            kv_rank: 512,
+            d_nope: 64,
+            d_rope: 64,
+            d_v: 128,
+            rope_base: 10_000.0,
+            d_inner: 4096,
+            head_dim: 64,
+            d_state: 128,
+            d_conv: 4,
+            ffn_hidden: 5632,
+            tie_embeddings: false,
+        };
+        let small = ModelConfig { kv_rank: 128, d_nope: 32, d_rope: 32, d_v: 64, d_state: 64, ..base.clone() };
+        Ok(match name {
+            "elleci-1.5b" => base,
+            "small-160m" => {
+                ModelConfig { d_model: 768, n_layers: 12, n_heads: 12, d_inner: 1536, ffn_hidden: 2048, ..small }
+            }
+            "mini" => ModelConfig {
+                d_model: 512,
+                n_layers: 8,
+                n_heads: 8,
+                d_inner: 1024,
+                ffn_hidden: 1536,
+                max_seq_len: 512,
+                ..small
+            },
+            "nano" => ModelConfig {
+                vocab_size: 4096,
+                d_model: 256,
+                n_layers: 4,
+                n_heads: 4,
+                kv_rank: 64,
+                d_inner: 512,
+                ffn_hidden: 768,
+                max_seq_len: 256,
+                ..small
+            },
+            _ => return Err(ConfigError::UnknownPreset(name.to_string())),
+        })
+    }
+
+    /// Checks that the sizes fit together. Every other function takes a validated config for granted.
+    ///
+    /// # Errors
+    /// The first field that does not fit.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        // Ternary sums must stay below 2^24 in magnitude to be exact in float32: 127 * in < 2^24.
+        const MAX_IN: usize = (1 << 24) / 127;
+        let sizes = [
+            ("vocab_size", self.vocab_size, u32::MAX as usize),
+            ("d_model", self.d_model, MAX_IN),
+            ("n_layers", self.n_layers, 4096),
+            ("max_seq_len", self.max_seq_len, 1 << 24),
+            ("n_heads", self.n_heads, MAX_IN),
+            ("kv_rank", self.kv_rank, MAX_IN),
+            ("d_nope", self.d_nope, MAX_IN),
+            ("d_rope", self.d_rope, MAX_IN),
+            ("d_v", self.d_v, MAX_IN),
+            ("d_inner", self.d_inner, MAX_IN),
+            ("head_dim", self.head_dim, MAX_IN),
+            ("d_state", self.d_state, MAX_IN),
+            ("d_conv", self.d_conv, 64),
+            ("ffn_hidden", self.ffn_hidden, MAX_IN),
+        ];
+        for (field, value, max) in sizes {
+            if value == 0 {
+                return Err(ConfigError::Zero(field));
+            }
+            if value > max {
+                return Err(ConfigError::TooLarge { field, value, max });
+            }
+        }
+        let attention = self.n_heads.saturating_mul(self.d_v);
+        if attention > MAX_IN {
+            return Err(ConfigError::TooLarge { field: "n_heads * d_v", value: attention, max: MAX_IN });
+        }
+        if self.layer_pattern.is_empty() || self.layer_pattern.bytes().any(|b| b != b'S' && b != b'A') {
+            return Err(ConfigError::Pattern(self.layer_pattern.clone()));
+        }
+        if self.d_rope % 2 != 0 {
+            return Err(ConfigError::OddRope(self.d_rope));
+        }
+        if self.d_inner % self.head_dim != 0 {
+            return Err(ConfigError::Heads { d_inner: self.d_inner, head_dim: self.head_dim });
+        }
+        for (field, value) in [("norm_eps", self.norm_eps), ("rope_base", self.rope_base)] {
+            if !(value.is_finite() && value > 0.0) {
+                return Err(ConfigError::NotPositive(field));
+            }
+        }
+        Ok(())
+    }
+
+    /// The mixer of every layer, in order.
+    pub fn layer_kinds(&self) -> Vec<LayerKind> {
+        let pattern = self.layer_pattern.as_bytes();
+        (0..self.n_layers)
+            .map(|i| if pattern[i % pattern.len()] == b'A' { LayerKind::Mla } else { LayerKind::Mamba })
+            .collect()
+    }
+
+    /// Mamba-2: number of heads, `d_inner / head_dim`.
+    pub fn mamba_heads(&self) -> usize {
+        self.d_inner / self.head_dim
+    }
+
+    /// Mamba-2: channels of the causal convolution, `d_inner + 2 * d_state` (x, B, C).
+    pub fn conv_channels(&self) -> usize {
+        self.d_inner + 2 * self.d_state
+    }
+
+    /// MLA: channels of one query or key head, `d_nope + d_rope`.
+    pub fn d_qk(&self) -> usize {
+        self.d_nope + self.d_rope
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn presets_validate_and_unknown_names_do_not() {
+        for name in PRESETS {
+            assert_eq!(ModelConfig::preset(name).unwrap().validate(), Ok(()), "{name}");
+        }
+        assert_eq!(ModelConfig::preset("huge"), Err(ConfigError::UnknownPreset("huge".into())));
+    }
+
+    #[test]
+    fn every_misfit_is_named() {
+        let nano = ModelConfig::preset("nano").unwrap();
+        let with = |change: fn(&mut ModelConfig)| {
+            let mut c = nano.clone();
+            change(&mut c);
+            c.validate()
+        };
+        assert_eq!(with(|c| c.d_state = 0), Err(ConfigError::Zero("d_state")));
+        assert_eq!(with(|c| c.d_rope = 31), Err(ConfigError::OddRope(31)));
+        assert_eq!(with(|c| c.head_dim = 60), Err(ConfigError::Heads { d_inner: 512, head_dim: 60 }));
+        assert_eq!(with(|c| c.layer_pattern = "SSX".into()), Err(ConfigError::Pattern("SSX".into())));
+        assert_eq!(with(|c| c.layer_pattern = String::new()), Err(ConfigError::Pattern(String::new())));
+        assert_eq!(with(|c| c.norm_eps = f32::NAN), Err(ConfigError::NotPositive("norm_eps")));
+        assert!(matches!(with(|c| c.d_model = 1 << 20), Err(ConfigError::TooLarge { field: "d_model", .. })));
+    }
+
+    #[test]
+    fn the_pattern_repeats() {
+        let kinds = ModelConfig::preset("mini").unwrap().layer_kinds();
+        assert_eq!(kinds.iter().filter(|k| **k == LayerKind::Mla).count(), 2);
+        assert_eq!(kinds[3], LayerKind::Mla);
+        assert_eq!(kinds[0], LayerKind::Mamba);
+    }
+}

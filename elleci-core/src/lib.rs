@@ -1,0 +1,18 @@
+//! The mathematics of Elleci: a ternary (BitNet b1.58) language model of Mamba-2 and multi-head latent attention.
+//!
+//! `no_std` + `alloc`. The feature `std` (default) adds run-time SIMD detection, threads and a faster dense product.
+//! Core knows no file system and no clock. Threads are the caller's: work is spread over the rayon pool that the
+//! call runs in, and stays on the calling thread outside of one (see [`par`]).
+//!
+//! Conventions: activations are row-major `[tokens, channels]` with `tokens = batch * seq`; weights are `[out, in]`
+//! row-major; norms, scales and all accumulations are float32.
+#![cfg_attr(not(feature = "std"), no_std)]
+extern crate alloc;
+
+pub mod config;
+pub mod ops;
+pub mod optim;
+pub mod par;
+pub mod params;
+pub mod simd;
+pub mod ternary;

@@ -1,0 +1,2 @@
+//! The operations of the model. Each has a readable scalar definition; the fast path is held against it.
+pub mod matmul;

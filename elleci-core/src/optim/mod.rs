@@ -1,0 +1,1 @@
+//! Optimiser states, schedules and averages.

@@ -1,0 +1,102 @@
+//! Which instruction sets the machine has, and running plain loops compiled for the best of them.
+//!
+//! Detection happens at run time, never at compile time. The environment variable `ELLECI_ISA`
+//! (`portable`, `avx2`, `avx512`, `avx512vnni`) lowers the ceiling, for tests and for telling an ISA's fault from others.
+
+/// Instruction-set levels, each including the ones before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Isa {
+    /// Plain Rust, whatever the target's baseline is.
+    Portable,
+    /// x86-64 with AVX2 and FMA.
+    Avx2,
+    /// x86-64-v4: AVX-512 F, BW, CD, DQ, VL.
+    Avx512,
+    /// x86-64-v4 with AVX-512 VNNI.
+    Avx512Vnni,
+}
+
+impl Isa {
+    /// All levels, lowest first.
+    pub const ALL: [Isa; 4] = [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Avx512Vnni];
+
+    /// The name used by `ELLECI_ISA` and in logs.
+    pub fn name(self) -> &'static str {
+        match self {
+            Isa::Portable => "portable",
+            Isa::Avx2 => "avx2",
+            Isa::Avx512 => "avx512",
+            Isa::Avx512Vnni => "avx512vnni",
+        }
+    }
+
+    /// Parses [`Isa::name`].
+    pub fn from_name(name: &str) -> Option<Isa> {
+        Isa::ALL.into_iter().find(|isa| isa.name() == name)
+    }
+
+    /// The best level of this machine, at most what `ELLECI_ISA` allows. Without `std`: portable.
+    pub fn detect() -> Isa {
+        #[cfg(feature = "std")]
+        {
+            static DETECTED: std::sync::OnceLock<Isa> = std::sync::OnceLock::new();
+            *DETECTED.get_or_init(|| {
+                let ceiling = std::env::var("ELLECI_ISA").ok().and_then(|v| Isa::from_name(&v));
+                Isa::machine().min(ceiling.unwrap_or(Isa::Avx512Vnni))
+            })
+        }
+        #[cfg(not(feature = "std"))]
+        Isa::Portable
+    }
+
+    /// The best level of this machine, whatever the environment says.
+    pub fn machine() -> Isa {
+        #[cfg(all(feature = "std", target_arch = "x86_64"))]
+        {
+            use std::arch::is_x86_feature_detected as has;
+            if pulp::x86::V4::try_new().is_some() {
+                return if has!("avx512vnni") { Isa::Avx512Vnni } else { Isa::Avx512 };
+            }
+            if pulp::x86::V3::try_new().is_some() {
+                return Isa::Avx2;
+            }
+        }
+        Isa::Portable
+    }
+}
+
+/// Runs `f` compiled for the detected instruction set: loops inside that the compiler can vectorise are vectorised
+/// for it. `f` and what it calls must be `#[inline(always)]` for that to take effect.
+#[inline(always)]
+pub fn vectorize<R>(f: impl FnOnce() -> R) -> R {
+    #[cfg(all(feature = "std", target_arch = "x86_64"))]
+    {
+        let isa = Isa::detect();
+        if isa >= Isa::Avx512
+            && let Some(v4) = pulp::x86::V4::try_new()
+        {
+            return v4.vectorize(Call(f));
+        }
+        if isa >= Isa::Avx2
+            && let Some(v3) = pulp::x86::V3::try_new()
+        {
+            return v3.vectorize(Call(f));
+        }
+    }
+    f()
+}
+
+#[cfg(all(feature = "std", target_arch = "x86_64"))]
+use pulp::NullaryFnOnce;
+
+#[cfg(all(feature = "std", target_arch = "x86_64"))]
+struct Call<F>(F);
+
+#[cfg(all(feature = "std", target_arch = "x86_64"))]
+impl<R, F: FnOnce() -> R> NullaryFnOnce for Call<F> {
+    type Output = R;
+    #[inline(always)]
+    fn call(self) -> R {
+        (self.0)()
+    }
+}

@@ -1,0 +1,1 @@
+//! The ternary projection (BitNet b1.58): quantisers and integer products.

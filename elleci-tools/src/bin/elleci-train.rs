@@ -1,0 +1,2 @@
+//! `elleci-train`: trains an Elleci model.
+fn main() {}

@@ -1,0 +1,1 @@
+//! The library behind Elleci's binaries: data preparation, the trainer, and the files they read and write.
