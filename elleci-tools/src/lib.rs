@@ -1,1 +1,6 @@
 //! The library behind Elleci's binaries: data preparation, the trainer, and the files they read and write.
+
+pub mod checkpoint;
+pub mod exit;
+pub mod hf;
+pub mod train;

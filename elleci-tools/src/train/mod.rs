@@ -1,0 +1,3 @@
+//! The trainer.
+pub mod config;
+pub mod layers;
