@@ -1,0 +1,5 @@
+//! From text to training sequences: corpora, the tokenizer, token shards and their mixture.
+
+pub mod mixture;
+pub mod permutation;
+pub mod shards;
