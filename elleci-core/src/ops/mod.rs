@@ -1,2 +1,3 @@
 //! The operations of the model. Each has a readable scalar definition; the fast path is held against it.
+pub mod activation;
 pub mod matmul;
