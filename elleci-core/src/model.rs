@@ -320,10 +320,11 @@ impl Model {
         // scratch.a takes the gradient of the final norm's output; the layers have no use for it yet
         let tokens = batch.tokens.len();
         let d = self.config.d_model;
+        let last_residual = 2 * self.layers_in_last_segment(ws) - 1;
         let dnormed = &mut ws.scratch.a[..tokens * d];
         let input = self.head_input(&ws.scratch.normed, batch);
         let loss = head_loss_grad(input, scale, &mut ws.logits, dnormed, &mut grads[layout.lm_head()]);
-        let last = ws.residuals[2 * self.layers_in_last_segment(ws) - 1].as_slice();
+        let last = &ws.residuals[last_residual];
         let (gain, dgain) = (&self.params[layout.final_norm()], &mut grads[layout.final_norm()]);
         rmsnorm_backward(last, gain, &ws.final_rstd, dnormed, &mut ws.dh, dgain, Out::Store);
         let segments = ws.starts.len();

@@ -3,7 +3,7 @@
 use alloc::vec;
 use alloc::vec::Vec;
 
-use super::{Context, Scratch};
+use super::{Context, Scratch, StepRow};
 use crate::config::ModelConfig;
 use crate::ops::matmul::Out;
 use crate::ops::norm::{QuantizedRows, rmsnorm_backward_product, rmsnorm_quantize};
@@ -81,4 +81,18 @@ pub fn backward(ctx: &Context, ids: &FfnIds, n: &QuantizedRows, saved: &FfnSaved
     ctx.projection(ids.up).input_grad(dup, tokens, normed, Out::Add, expand);
     weight_grad(dgate, &n.codes, &n.scales, tokens, f, d, &mut grads[ids.gate], Out::Add, expand);
     weight_grad(dup, &n.codes, &n.scales, tokens, f, d, &mut grads[ids.up], Out::Add, expand);
+}
+
+/// One token: `y` `[d_model]` from the norm's row.
+pub fn step(ctx: &Context, ids: &FfnIds, n: &QuantizedRows, row: &mut StepRow, y: &mut [f32]) {
+    let f = ctx.config.ffn_hidden;
+    let (gate, up) = row.wide.split_at_mut(f);
+    let up = &mut up[..f];
+    ctx.project(ids.gate, n, gate);
+    ctx.project(ids.up, n, up);
+    let (gate, up): (&[f32], &[f32]) = (gate, up);
+    let (gain, eps) = (&ctx.params[ids.sub_norm], ctx.config.norm_eps);
+    row.quantized.resize(1, f);
+    rmsnorm_quantize(|_, x| activate(gate, up, x), gain, eps, &mut row.quantized, None);
+    ctx.project(ids.down, &row.quantized, y);
 }

@@ -3,13 +3,13 @@
 use alloc::vec;
 use alloc::vec::Vec;
 
-use super::{Context, Scratch, copy_columns};
+use super::{Context, Scratch, StepRow, copy_columns};
 use crate::config::ModelConfig;
 use crate::ops::activation::{exp, sigmoid, silu, silu_grad, softplus};
-use crate::ops::conv::{conv_silu_backward, conv_silu_forward};
+use crate::ops::conv::{ConvShape, conv_silu_backward, conv_silu_forward, conv_silu_step};
 use crate::ops::matmul::{Out, mat, mat_mut, matmul};
 use crate::ops::norm::{QuantizedRows, rmsnorm, rmsnorm_backward_product, rmsnorm_quantize};
-use crate::ops::ssd::{SsdShape, ssd_backward, ssd_forward};
+use crate::ops::ssd::{SsdShape, ssd_backward, ssd_forward, ssd_step};
 use crate::params::{MambaIds, Params};
 use crate::ternary::weight_grad;
 
@@ -31,6 +31,11 @@ pub struct MambaSaved {
     /// States at the entry of every chunk
     states: Vec<f32>,
     gated: QuantizedRows,
+}
+
+fn conv_shape(ctx: &Context) -> ConvShape {
+    let c = ctx.config;
+    ConvShape { batch: ctx.batch, seq: ctx.seq, channels: c.conv_channels(), taps: c.d_conv }
 }
 
 /// The scan's sizes for a batch.
@@ -103,7 +108,7 @@ pub fn forward(
         }
     }
     let (weight, conv_bias) = (&ctx.params[ids.conv_weight], &ctx.params[ids.conv_bias]);
-    conv_silu_forward(ctx.batch, ctx.seq, channels, c.d_conv, &saved.conv_input, weight, conv_bias, &mut saved.xbc);
+    conv_silu_forward(conv_shape(ctx), &saved.conv_input, weight, conv_bias, &mut saved.xbc);
     let a = decay_rates(&ctx.params[ids.a_log]);
     let shape = ssd_shape(c, ctx.batch, ctx.seq);
     ssd_forward(shape, &saved.xbc, &saved.dt, &a, &ctx.params[ids.d], &mut saved.y, &mut saved.states, ssd);
@@ -197,10 +202,7 @@ pub fn backward(
     let mut dweight = vec![0.0f32; channels * c.d_conv];
     let mut dconv_bias = vec![0.0f32; channels];
     conv_silu_backward(
-        ctx.batch,
-        ctx.seq,
-        channels,
-        c.d_conv,
+        conv_shape(ctx),
         &saved.conv_input,
         &ctx.params[ids.conv_weight],
         &ctx.params[ids.conv_bias],
@@ -226,4 +228,45 @@ pub fn backward(
     let mut rstd = vec![0.0f32; tokens];
     rmsnorm(x, norm_gain, c.norm_eps, normed, &mut rstd);
     matmul(dbcdt.reversed_axes(), mat(normed, tokens, d), mat_mut(&mut grads[ids.bcdt], bc + heads, d), Out::Add);
+}
+
+/// What decoding keeps of the past, for one layer.
+#[derive(Clone, Debug)]
+pub struct MambaState {
+    /// The state of the scan, in the layout of [`ssd_step`]
+    scan: Vec<f32>,
+    /// The last `d_conv - 1` inputs of the convolution, oldest first
+    conv: Vec<f32>,
+}
+
+impl MambaState {
+    /// The state before the first token.
+    pub fn new(c: &ModelConfig) -> MambaState {
+        MambaState { scan: vec![0.0; c.d_inner * c.d_state], conv: vec![0.0; (c.d_conv - 1) * c.conv_channels()] }
+    }
+}
+
+/// One token: `y` `[d_model]` from the norm's row, quantised (`n`) and float (`normed`).
+pub fn step(ctx: &Context, ids: &MambaIds, n: &QuantizedRows, normed: &[f32], state: &mut MambaState, row: &mut StepRow, y: &mut [f32]) {
+    let c = ctx.config;
+    let (di, heads, channels, bc) = (c.d_inner, c.mamba_heads(), c.conv_channels(), 2 * c.d_state);
+    // wide: z, then the convolution's input [x | B | C] with dt behind it: x stands where the projection puts it
+    let (zx, rest) = row.wide.split_at_mut(2 * di);
+    ctx.project(ids.input, n, zx);
+    let (z, x) = zx.split_at(di);
+    let (bcdt, _) = rest.split_at_mut(bc + heads);
+    let weight = mat(&ctx.params[ids.bcdt], bc + heads, c.d_model);
+    matmul(weight, mat(normed, c.d_model, 1), mat_mut(bcdt, bc + heads, 1), Out::Store);
+    let mut input = vec![0.0f32; channels];
+    input[..di].copy_from_slice(x);
+    input[di..].copy_from_slice(&bcdt[..bc]);
+    let xbc = &mut row.narrow[..channels];
+    conv_silu_step(&mut state.conv, &input, &ctx.params[ids.conv_weight], &ctx.params[ids.conv_bias], xbc);
+    let dt: Vec<f32> = bcdt[bc..].iter().zip(&ctx.params[ids.dt_bias]).map(|(r, b)| softplus(r + b)).collect();
+    let a = decay_rates(&ctx.params[ids.a_log]);
+    let scan = &mut input[..di];
+    ssd_step(heads, c.head_dim, c.d_state, xbc, &dt, &a, &ctx.params[ids.d], &mut state.scan, scan);
+    row.quantized.resize(1, di);
+    rmsnorm_quantize(|_, u| gate(scan, z, u), &ctx.params[ids.gate_norm], c.norm_eps, &mut row.quantized, None);
+    ctx.project(ids.out, &row.quantized, y);
 }

@@ -30,6 +30,13 @@ impl QuantizedRows {
         QuantizedRows { codes: vec![0; tokens * width], scales: vec![0.0; tokens], rstd: vec![0.0; tokens] }
     }
 
+    /// Changes the size, keeping the allocation where it is large enough.
+    pub fn resize(&mut self, tokens: usize, width: usize) {
+        self.codes.resize(tokens * width, 0);
+        self.scales.resize(tokens, 0.0);
+        self.rstd.resize(tokens, 0.0);
+    }
+
     /// Bytes that [`QuantizedRows::new`] allocates.
     pub fn planned_bytes(tokens: usize, width: usize) -> usize {
         tokens * (width + 8)
