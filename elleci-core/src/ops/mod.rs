@@ -1,3 +1,4 @@
 //! The operations of the model. Each has a readable scalar definition; the fast path is held against it.
 pub mod activation;
+pub mod conv;
 pub mod matmul;
