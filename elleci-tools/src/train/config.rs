@@ -236,9 +236,8 @@ impl RunConfig {
                 let max = self.model.max_seq_len;
                 return misfit(key, stage.length, format!("it must be 1..={max}, the value of `model.max_seq_len`"));
             }
-            let micro = t.batch * stage.length;
-            if t.tokens_per_step % micro != 0 {
-                let remedy = format!("it must be a multiple of `training.batch` times {key} ({micro})");
+            if t.tokens_per_step % stage.length != 0 {
+                let remedy = format!("it must be a multiple of {key} ({})", stage.length);
                 return misfit("training.tokens_per_step", t.tokens_per_step, remedy);
             }
         }
@@ -309,60 +308,6 @@ impl RunConfig {
     pub fn checkpoint_every(&self) -> usize {
         self.checkpointing().unwrap_or(0)
     }
-
-    /// Micro-batches of a step at a sequence length.
-    pub fn micro_batches(&self, length: usize) -> usize {
-        match self.training.tokens_per_step {
-            0 => self.training.accumulation,
-            tokens => tokens / (self.training.batch * length),
-        }
-    }
-
-    /// Sequence length of a step, counted from 0.
-    pub fn sequence_at(&self, step: u64) -> usize {
-        let stages = &self.training.sequence;
-        stages[stage_at(stages.iter().map(|s| s.until), step, self.training.steps)].length
-    }
-
-    /// Phase of a step: an index into `data.phases`; steps count from 0.
-    pub fn phase_at(&self, step: u64) -> usize {
-        stage_at(self.data.phases.iter().map(|p| p.until), step, self.training.steps)
-    }
-
-    /// Longest sequence of the curriculum.
-    pub fn longest_sequence(&self) -> usize {
-        self.training.sequence.iter().map(|s| s.length).max().unwrap_or(self.model.max_seq_len)
-    }
-
-    /// Tokens of all steps.
-    pub fn total_tokens(&self) -> u64 {
-        let t = &self.training;
-        let mut total = 0;
-        let mut start = 0;
-        for stage in &t.sequence {
-            let end = boundary(stage.until, t.steps).max(start);
-            total += (end - start) * (self.micro_batches(stage.length) * t.batch * stage.length) as u64;
-            start = end;
-        }
-        total
-    }
-
-    /// First step whose weights enter the running mean (steps count from 1 here: the number of updates made).
-    pub fn swa_start(&self) -> Option<u64> {
-        (self.swa.start < 1.0).then(|| boundary(self.swa.start, self.training.steps).max(1))
-    }
-}
-
-/// The step at which a share of the steps ends.
-pub fn boundary(share: f64, steps: u64) -> u64 {
-    // 0.3 * 50_000 is 15_000 exactly after rounding; flooring the product would give 14_999 for some shares.
-    (share * steps as f64).round() as u64
-}
-
-fn stage_at(untils: impl ExactSizeIterator<Item = f64>, step: u64, steps: u64) -> usize {
-    let last = untils.len() - 1;
-    let mut untils = untils;
-    untils.position(|until| step < boundary(until, steps)).unwrap_or(last)
 }
 
 fn shares(key: &str, untils: impl Iterator<Item = f64>) -> Result<(), Misfit> {

@@ -187,6 +187,7 @@ pub fn nearest<'a>(word: &str, candidates: impl Iterator<Item = &'a str>) -> Opt
 mod tests {
     use super::*;
     use crate::exit::Usage;
+    use crate::train::plan::Plan;
     use elleci_core::config::ModelConfig;
 
     fn set(assignments: &[&str]) -> anyhow::Result<RunConfig> {
@@ -213,12 +214,17 @@ mod tests {
     fn the_reference_run() {
         let c = load(Some("elleci-1.5b"), &[]).unwrap();
         assert_eq!((c.training.steps, c.training.batch, c.training.accumulation), (50_000, 16, 4));
-        let lengths: Vec<usize> = [0, 14_999, 15_000, 34_999, 35_000, 49_999].map(|s| c.sequence_at(s)).to_vec();
+        let plan = Plan::new(&c, &["cosmopedia", "instructions_it", "wikipedia_it"].map(str::to_string));
+        let lengths = [0, 14_999, 15_000, 34_999, 35_000, 49_999].map(|s| plan.at(s).shape.seq_len);
         assert_eq!(lengths, [256, 256, 512, 512, 1024, 1024]);
-        assert_eq!((c.phase_at(44_999), c.phase_at(45_000)), (0, 1));
-        assert_eq!(c.swa_start(), Some(40_000));
+        assert_eq!(plan.at(44_999).weights, [0.55, 0.10, 0.35]);
+        assert_eq!(plan.at(45_000).weights, [0.20, 0.55, 0.25]);
+        assert!(!plan.at(39_999).averages && plan.at(40_000).averages);
+        assert_eq!((plan.at(2_499).rates.lr, plan.at(39_999).rates.lr), (1.5e-3, 1.5e-3));
+        assert!(plan.at(2_498).rates.lr < 1.5e-3 && plan.at(40_001).rates.lr < 1.5e-3);
+        assert_eq!((plan.at(39_999).rates.weight_decay, plan.at(40_000).rates.weight_decay), (0.1, 0.0));
         // 64 sequences a step: 15,000 * 256 + 20,000 * 512 + 15,000 * 1024 tokens each.
-        assert_eq!(c.total_tokens(), 64 * (15_000 * 256 + 20_000 * 512 + 15_000 * 1024));
+        assert_eq!(plan.total_tokens(), 64 * (15_000 * 256 + 20_000 * 512 + 15_000 * 1024));
     }
 
     #[test]
