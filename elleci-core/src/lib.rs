@@ -12,6 +12,7 @@ extern crate alloc;
 pub mod config;
 pub mod init;
 pub mod layers;
+pub mod memory;
 pub mod model;
 pub mod ops;
 pub mod optim;

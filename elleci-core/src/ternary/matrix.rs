@@ -75,6 +75,11 @@ impl TernaryMatrix {
         self.lines.len() * size_of::<Line>()
     }
 
+    /// Bytes that the codes of an `[out, in]` matrix take.
+    pub fn planned_bytes(out: usize, input: usize) -> usize {
+        out.div_ceil(ROWS) * input.div_ceil(DEPTH) * LINES * size_of::<Line>()
+    }
+
     /// The code of one weight, in {-1, 0, 1}.
     ///
     /// # Panics
