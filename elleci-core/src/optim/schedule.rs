@@ -311,3 +311,6 @@ fn check_fractions(what: &str, until: impl Iterator<Item = f64>) -> Result<(), S
     }
     ensure(before == 1.0, || alloc::format!("{what}: the last `until` must be 1, not {before}"))
 }
+
+#[cfg(test)]
+mod tests;
