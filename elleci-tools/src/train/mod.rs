@@ -1,3 +1,6 @@
 //! The trainer.
+pub mod backend;
+pub mod batches;
 pub mod config;
 pub mod layers;
+pub mod plan;
