@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
 
-pub use state::{State, TokenizerId};
+pub use state::{FORMAT, RngState, State, TokenizerId};
 use tensors::{HashedFile, Tensor, TensorFile, digest};
 
 /// The file of a checkpoint that holds everything but tensors.

@@ -30,8 +30,8 @@ pub struct State {
     pub updates: u64,
     /// Weights that the running mean has taken in.
     pub averaged: u64,
-    /// Random draws made so far, by use. Every draw is a function of (seed, use, count).
-    pub draws: BTreeMap<String, u64>,
+    /// Where randomness comes from.
+    pub rng: RngState,
     /// Cursor of every source.
     pub data: serde_json::Value,
     /// The tokenizer that made the shards.
@@ -42,6 +42,24 @@ pub struct State {
     pub config: RunConfig,
     /// Size and hash of the other files of the checkpoint.
     pub files: BTreeMap<String, Digest>,
+}
+
+/// Where randomness comes from. Every draw is a function of seed, use and step (initialisation: seed and parameter;
+/// samples: seed and step; order of documents: seed and epoch), so no generator has a position of its own to restore.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RngState {
+    /// The generator.
+    pub algorithm: String,
+    /// Its seed.
+    pub seed: u64,
+}
+
+impl RngState {
+    /// The generator that all uses share.
+    pub fn new(seed: u64) -> RngState {
+        RngState { algorithm: "chacha8".into(), seed }
+    }
 }
 
 /// Which tokenizer.
@@ -171,7 +189,7 @@ impl State {
             skipped: 2,
             updates: step,
             averaged: 3,
-            draws: BTreeMap::from([("samples".into(), 4)]),
+            rng: RngState::new(0),
             data: serde_json::json!({ "italian": { "position": 12 } }),
             tokenizer: TokenizerId { hash: "abc".into(), vocab_size: 4096 },
             seconds: 0.1 + 0.2,

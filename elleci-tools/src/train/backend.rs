@@ -78,7 +78,7 @@ pub trait Backend {
     /// A fault of the device.
     fn average(&mut self) -> anyhow::Result<()>;
 
-    /// `Σ w·CE` of a batch, with the weights of `which` (not [`Group::Optimizer`]).
+    /// `Σ w·CE` of a batch.
     ///
     /// # Errors
     /// A batch that does not fit the model, or a fault of the device.
@@ -89,6 +89,12 @@ pub trait Backend {
     /// # Errors
     /// A token that is not in the vocabulary, or a fault of the device.
     fn sample(&mut self, prompt: &[u32], pick: &mut dyn FnMut(&[f32]) -> Option<u32>) -> anyhow::Result<()>;
+
+    /// Replaces the weights by their running mean, where there is one; returns whether there is.
+    ///
+    /// # Errors
+    /// A fault of the device.
+    fn adopt_average(&mut self) -> anyhow::Result<bool>;
 
     /// How many updates and averages there have been.
     fn counters(&self) -> Counters;
@@ -212,15 +218,22 @@ impl Backend for CpuBackend {
     }
 
     fn sample(&mut self, prompt: &[u32], pick: &mut dyn FnMut(&[f32]) -> Option<u32>) -> anyhow::Result<()> {
+        let Some((&last, first)) = prompt.split_last() else { return Ok(()) };
         let mut session = Session::new(&self.model);
-        let mut next = None;
-        for &token in prompt {
-            next = pick_at_end(session.step(&self.model, token)?, prompt.len(), session.position(), pick);
+        for &token in first {
+            session.step(&self.model, token)?;
         }
+        let mut next = Some(last);
         while let Some(token) = next {
             next = pick(session.step(&self.model, token)?);
         }
         Ok(())
+    }
+
+    fn adopt_average(&mut self) -> anyhow::Result<bool> {
+        let Some(average) = &self.average else { return Ok(false) };
+        self.model.update(|params| params.data_mut().copy_from_slice(average.mean().data()));
+        Ok(true)
     }
 
     fn counters(&self) -> Counters {
@@ -270,13 +283,4 @@ impl Backend for CpuBackend {
             }
         }
     }
-}
-
-fn pick_at_end(
-    logits: &[f32],
-    length: usize,
-    position: usize,
-    pick: &mut dyn FnMut(&[f32]) -> Option<u32>,
-) -> Option<u32> {
-    if position == length { pick(logits) } else { None }
 }
