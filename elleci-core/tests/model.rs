@@ -119,10 +119,11 @@ fn gradients_of_micro_batches_add_up_to_those_of_the_batch() {
     }
 }
 
-/// Decoding equals the sequence forward. The integer products are exact in both; floats differ in the order of sums, and
-/// where a value stands within such a rounding of a quantiser's tie, a code may flip by one. One flip moves
-/// a row's product by `γ · amax/127`, under 1 % of it, so a flipped position moves logits by hundredths; positions without
-/// a flip agree to rounding. Most positions must be of the second kind, all of the first.
+/// Decoding equals the sequence forward. The integer products are exact in both; floats differ in the order of sums, by
+/// some 2^-22 relative, and where a value stands that close to a quantiser's tie, its code flips by one. With some 1,500
+/// codes of up to 127 steps a token, a flip comes about every 1 / (1500 · 127 · 2^-22) ≈ 20 tokens, moves logits by
+/// hundredths, and stays in the caches. So the first ten positions must agree to rounding, and all of them must stay within
+/// what a few flips do; a wrong position, state or cache would be off by whole logits.
 #[test]
 fn decoding_equals_the_sequence_forward() {
     for c in [odd_config(), ModelConfig { vocab_size: 300, ..ModelConfig::preset("nano").unwrap() }] {
@@ -133,15 +134,15 @@ fn decoding_equals_the_sequence_forward() {
         let mut logits = vec![0.0; seq * c.vocab_size];
         model.logits(&mut ws, &data.batch(1), &mut logits).unwrap();
         let mut session = Session::new(&model);
-        let mut exact = 0;
+        let mut exact = Vec::new();
         for (t, want) in logits.chunks_exact(c.vocab_size).enumerate() {
             let got = session.step(&model, data.tokens[t]).unwrap();
             let worst = got.iter().zip(want).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
             let largest = want.iter().map(|x| x.abs()).fold(0.0, f32::max);
             assert!(worst < 0.1 * largest, "position {t}: {worst} of {largest}");
-            exact += (worst < 1e-4 * largest) as usize;
+            exact.push(worst < 1e-4 * largest);
         }
-        assert!(exact * 2 > seq, "{exact} of {seq} positions agree to rounding");
+        assert!(exact[..10].iter().all(|e| *e), "positions that agree to rounding: {exact:?}");
         assert_eq!(session.position(), seq);
     }
 }
