@@ -4,4 +4,5 @@ pub mod checkpoint;
 pub mod data;
 pub mod exit;
 pub mod hf;
+pub mod report;
 pub mod train;
