@@ -3,6 +3,7 @@
 use super::{
     FORMAT, FileEntry, INDEX_FILE, Index, MAX_VOCAB, ShardEntry, Split, SplitIndex, TOKEN_BYTES_FILE, VERSION,
 };
+use crate::data::files::{parent_of, sync_dir};
 use anyhow::{Context, Result, bail, ensure};
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
@@ -308,19 +309,4 @@ fn check_target(target: &Path, overwrite: bool) -> Result<()> {
         bail!("{}: a shard set is already there; pass --overwrite to replace it", target.display());
     }
     bail!("{}: exists and is not a shard set (no {INDEX_FILE}); choose another directory", target.display());
-}
-
-fn parent_of(path: &Path) -> PathBuf {
-    match path.parent() {
-        Some(p) if !p.as_os_str().is_empty() => p.to_path_buf(),
-        _ => PathBuf::from("."),
-    }
-}
-
-/// Makes the names in a directory durable (a no-op where directories cannot be opened).
-fn sync_dir(dir: &Path) -> Result<()> {
-    if cfg!(unix) {
-        File::open(dir).and_then(|d| d.sync_all()).with_context(|| format!("{}: cannot sync", dir.display()))?;
-    }
-    Ok(())
 }
