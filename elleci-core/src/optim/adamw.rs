@@ -354,3 +354,6 @@ fn update_block8(
     *m_absmax = signed.quantise(m, m_codes);
     *v_absmax = unsigned.quantise(v, v_codes);
 }
+
+#[cfg(test)]
+mod tests;
