@@ -5,5 +5,6 @@
 
 pub mod arbitrary;
 pub mod compare;
+pub mod core_run;
 pub mod ops;
 pub mod oracle;

@@ -2,9 +2,9 @@
 //! cases of known value. A parity test proves no more than its oracle does.
 
 use elleci_core::config::ModelConfig;
-use elleci_core::params::{ParamKind, ParamLayout, Params};
 use elleci_tests::arbitrary::{BatchData, cases, model_config};
 use elleci_tests::compare::{Noise, to_f64};
+use elleci_tests::core_run::trained_like;
 use elleci_tests::ops::{self, Scan, Ssd};
 use elleci_tests::oracle::Oracle;
 use proptest::prelude::*;
@@ -13,24 +13,6 @@ use tch::{Device, Kind, Tensor};
 fn random(shape: &[i64], noise: &mut Noise) -> Tensor {
     let n = shape.iter().product::<i64>() as usize;
     Tensor::from_slice(&noise.normals(n, 1.0)).view(shape).to_kind(Kind::Double)
-}
-
-/// Weights in the usual range of every kind of parameter.
-fn random_params(config: &ModelConfig, noise: &mut Noise) -> Params {
-    let layout = ParamLayout::new(config);
-    let mut params = Params::zeros(layout.clone());
-    for p in layout.params() {
-        for x in &mut params.data_mut()[p.range.clone()] {
-            *x = match p.kind {
-                ParamKind::Norm | ParamKind::Skip => 1.0 + noise.normal(0.1),
-                ParamKind::DtBias => -3.0 + noise.normal(1.0),
-                ParamKind::ALog => 1.0 + noise.normal(0.7),
-                ParamKind::ConvWeight => noise.normal(0.4),
-                _ => noise.normal(0.2),
-            };
-        }
-    }
-    params
 }
 
 proptest! {
@@ -57,7 +39,7 @@ fn the_future_does_not_reach_the_past() {
     let mut runner = proptest::test_runner::TestRunner::new(cases(8));
     let check = |(config, seed): (ModelConfig, u64)| {
         let mut noise = Noise::new(seed);
-        let params = random_params(&config, &mut noise);
+        let params = trained_like(&config, &mut noise);
         let oracle = Oracle::new(&config, &params, Kind::Double, Scan::Sequential, None);
         let tokens = BatchData::random(2, 9, config.vocab_size, &mut noise).to_oracle(config.vocab_size).tokens;
         let last = tokens.narrow(1, 8, 1);
