@@ -265,7 +265,7 @@ pub fn step(ctx: &Context, ids: &MambaIds, n: &QuantizedRows, normed: &[f32], st
     let dt: Vec<f32> = bcdt[bc..].iter().zip(&ctx.params[ids.dt_bias]).map(|(r, b)| softplus(r + b)).collect();
     let a = decay_rates(&ctx.params[ids.a_log]);
     let scan = &mut input[..di];
-    ssd_step(heads, c.head_dim, c.d_state, xbc, &dt, &a, &ctx.params[ids.d], &mut state.scan, scan);
+    ssd_step(ssd_shape(c, 1, 1), xbc, &dt, &a, &ctx.params[ids.d], &mut state.scan, scan);
     row.quantized.resize(1, di);
     rmsnorm_quantize(|_, u| gate(scan, z, u), &ctx.params[ids.gate_norm], c.norm_eps, &mut row.quantized, None);
     ctx.project(ids.out, &row.quantized, y);
