@@ -189,6 +189,25 @@ impl Workspace {
     pub fn shape(&self) -> (usize, usize) {
         (self.batch, self.seq)
     }
+
+    /// The int8 rows of the last forward's quantisers, each with the gain of the norm before it. Only without
+    /// checkpointing do all layers keep theirs; with it, this is the first segment, as a backward leaves it.
+    pub fn quantized_rows<'a>(&'a self, layout: &ParamLayout) -> Vec<(Id, &'a QuantizedRows)> {
+        let mut rows = Vec::new();
+        for (ids, saved) in layout.layers().iter().zip(&self.saved) {
+            rows.push((ids.mixer_norm, &saved.mixer_norm));
+            match (&ids.mixer, &saved.mamba, &saved.mla) {
+                (MixerIds::Mamba(ids), Some(mamba), _) => rows.push((ids.gate_norm, &mamba.gated)),
+                (MixerIds::Mla(ids), _, Some(mla)) => {
+                    rows.extend([(ids.kv_norm, &mla.latent), (ids.out_norm, &mla.out)]);
+                }
+                _ => {}
+            }
+            rows.push((ids.ffn_norm, &saved.ffn_norm));
+            rows.push((ids.ffn.sub_norm, &saved.ffn.hidden));
+        }
+        rows
+    }
 }
 
 /// Whether a layer of this kind passes through a slot.

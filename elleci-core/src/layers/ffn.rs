@@ -17,7 +17,7 @@ pub struct FfnSaved {
     gate: Vec<f32>,
     /// `[tokens, ffn_hidden]`
     up: Vec<f32>,
-    hidden: QuantizedRows,
+    pub(crate) hidden: QuantizedRows,
 }
 
 impl FfnSaved {

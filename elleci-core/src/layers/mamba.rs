@@ -30,7 +30,7 @@ pub struct MambaSaved {
     y: Vec<f32>,
     /// States at the entry of every chunk
     states: Vec<f32>,
-    gated: QuantizedRows,
+    pub(crate) gated: QuantizedRows,
 }
 
 fn conv_shape(ctx: &Context) -> ConvShape {

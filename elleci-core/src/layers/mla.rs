@@ -22,14 +22,14 @@ pub struct MlaSaved {
     q: Vec<f32>,
     /// Latent and rotated shared key `[tokens, kv_rank + d_rope]`
     ckr: Vec<f32>,
-    latent: QuantizedRows,
+    pub(crate) latent: QuantizedRows,
     /// `[tokens, heads * (d_nope + d_v)]`
     kv: Vec<f32>,
     /// Output of the attention `[tokens, heads * d_v]`
     o: Vec<f32>,
     /// Log-sum-exp of every row `[batch, heads, seq]`
     lse: Vec<f32>,
-    out: QuantizedRows,
+    pub(crate) out: QuantizedRows,
 }
 
 impl MlaSaved {
