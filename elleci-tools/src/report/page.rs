@@ -132,7 +132,7 @@ h1{margin:0;font-size:28px;line-height:1.2}
 h2{margin:36px 0 10px;font-size:19px}
 p{margin:0 0 10px}
 .sub{margin:6px 0 22px;color:var(--muted)}
-.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:10px;margin:0 0 20px}
+.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(128px,1fr));gap:10px;margin:0 0 20px}
 .figures div,figure,.sample,.scroll,.facts,pre{background:var(--paper);border:1px solid var(--rule);border-radius:8px}
 .figures div{padding:10px 14px}
 dt{color:var(--muted);font-size:13px}
