@@ -288,7 +288,7 @@ mod tests {
             seq_len: 256,
             skipped: 0,
             ms: 412.5,
-            tokens_per_s: 4964.848_484_848_485,
+            tokens_per_s: 4964.8125,
             mfu: 0.38,
         }
     }

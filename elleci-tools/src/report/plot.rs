@@ -240,17 +240,20 @@ fn steps(records: &[Record], value: fn(&super::StepRecord) -> f64) -> Vec<(f64, 
     records.iter().filter_map(point).collect()
 }
 
-/// An exponential mean over a fiftieth of the points; over a tenth of those so far where that is less, so that it keeps up with
-/// the steep start of a run.
+/// The mean over a hundredth of the points on either side. Near the start the window shrinks on both sides, so that the curve keeps
+/// to the steep fall of a run's first steps; near the end only on the right, so that its last value is not one step's.
 pub fn smooth(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
-    let longest = points.len() as f64 / 50.0;
-    let mut mean = 0.0;
-    let finite = points.iter().filter(|p| p.1.is_finite()).enumerate();
-    let step = |(i, &(x, y)): (usize, &(f64, f64))| {
-        mean += (y - mean) / longest.min(1.0 + i as f64 / 10.0).max(1.0);
-        (x, mean)
+    let finite: Vec<_> = points.iter().filter(|p| p.1.is_finite()).collect();
+    let mut sums = vec![0.0];
+    for p in &finite {
+        sums.push(sums[sums.len() - 1] + p.1);
+    }
+    let mean = |i: usize| {
+        let left = i.min(finite.len() / 100);
+        let right = left.min(finite.len() - 1 - i);
+        (finite[i].0, (sums[i + right + 1] - sums[i - left]) / (left + right + 1) as f64)
     };
-    finite.map(step).collect()
+    (0..finite.len()).map(mean).collect()
 }
 
 fn finite(series: &Series) -> Series {
@@ -524,11 +527,10 @@ mod tests {
         let smoothed = smooth(&flat);
         assert_eq!(smoothed.len(), 490);
         assert!(smoothed.iter().all(|p| (p.1 - 2.0).abs() < 1e-12));
-        // 200 points: a mean over at most 4. The first weighs 1, the second 1/1.1: 1 + 3/1.1; the 31st and later 1/4.
-        let mut points = vec![(0.0, 1.0), (1.0, 4.0)];
-        points.extend((2..200).map(|i| (i as f64, if i == 199 { 4.0 } else { 0.0 })));
-        let smoothed = smooth(&points);
-        assert!((smoothed[1].1 - 41.0 / 11.0).abs() < 1e-12);
-        assert!((smoothed[199].1 - 1.0).abs() < 1e-12, "{}", smoothed[199].1);
+        // 200 points: two on either side; one beside the second point, none beside the first, none right of the last.
+        let value = |i: usize| [9.0, 1.0, 2.0, 6.0, 7.0].get(i).copied().unwrap_or(if i == 199 { 3.0 } else { 0.0 });
+        let smoothed = smooth(&(0..200).map(|i| (i as f64, value(i))).collect::<Vec<_>>());
+        let heights: Vec<f64> = [0, 1, 2, 198, 199].map(|i: usize| smoothed[i].1).to_vec();
+        assert_eq!(heights, [9.0, 4.0, 5.0, 0.75, 1.0]);
     }
 }
