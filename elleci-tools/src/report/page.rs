@@ -3,18 +3,7 @@
 use std::fmt::Write;
 
 use super::format::{escape, thousands};
-use super::metrics::EvalRecord;
-
-/// Text that the model wrote during training.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Sample {
-    /// Optimiser steps made.
-    pub step: u64,
-    /// What it was given.
-    pub prompt: String,
-    /// What it continued with.
-    pub text: String,
-}
+use super::metrics::{EvalRecord, Sample};
 
 /// The contents of a page.
 #[derive(Clone, Debug, Default)]
@@ -25,7 +14,7 @@ pub struct Page<'a> {
     pub subtitle: &'a str,
     /// The figures that matter, large: (what, value).
     pub figures: &'a [(String, String)],
-    /// SVG documents of [`super::Plot::svg`].
+    /// SVG documents of [`Plot::svg`](super::Plot::svg).
     pub plots: &'a [String],
     /// Evaluations, oldest first.
     pub evals: &'a [EvalRecord],
