@@ -10,9 +10,14 @@
 extern crate alloc;
 
 pub mod config;
+pub mod init;
+pub mod layers;
+pub mod memory;
+pub mod model;
 pub mod ops;
 pub mod optim;
 pub mod par;
 pub mod params;
+pub mod session;
 pub mod simd;
 pub mod ternary;

@@ -100,7 +100,7 @@ pub fn matmul(a: ArrayView2<f32>, b: ArrayView2<f32>, c: ArrayViewMut2<f32>, out
 ///
 /// # Panics
 /// When the slice does not have `rows * cols` elements.
-pub fn mat(data: &[f32], rows: usize, cols: usize) -> ArrayView2<'_, f32> {
+pub fn mat<T>(data: &[T], rows: usize, cols: usize) -> ArrayView2<'_, T> {
     assert_eq!(data.len(), rows * cols, "mat: {} elements for [{rows}, {cols}]", data.len());
     ArrayView2::from_shape((rows, cols), data).expect("length was just checked")
 }
@@ -109,7 +109,7 @@ pub fn mat(data: &[f32], rows: usize, cols: usize) -> ArrayView2<'_, f32> {
 ///
 /// # Panics
 /// When the slice does not have `rows * cols` elements.
-pub fn mat_mut(data: &mut [f32], rows: usize, cols: usize) -> ArrayViewMut2<'_, f32> {
+pub fn mat_mut<T>(data: &mut [T], rows: usize, cols: usize) -> ArrayViewMut2<'_, T> {
     assert_eq!(data.len(), rows * cols, "mat_mut: {} elements for [{rows}, {cols}]", data.len());
     ArrayViewMut2::from_shape((rows, cols), data).expect("length was just checked")
 }

@@ -1,0 +1,98 @@
+//! The gated feed-forward: `Ternary(RmsNorm(relu(gate)² ⊙ up; sub_norm); down)` (SPEC §1.4).
+
+use alloc::vec;
+use alloc::vec::Vec;
+
+use super::{Context, Scratch, StepRow};
+use crate::config::ModelConfig;
+use crate::ops::matmul::Out;
+use crate::ops::norm::{QuantizedRows, rmsnorm_backward_product, rmsnorm_quantize};
+use crate::params::{FfnIds, Params};
+use crate::ternary::weight_grad;
+
+/// What the backward needs of a forward.
+#[derive(Debug)]
+pub struct FfnSaved {
+    /// `[tokens, ffn_hidden]`
+    gate: Vec<f32>,
+    /// `[tokens, ffn_hidden]`
+    up: Vec<f32>,
+    pub(crate) hidden: QuantizedRows,
+}
+
+impl FfnSaved {
+    /// Room for `tokens` rows.
+    pub fn new(c: &ModelConfig, tokens: usize) -> FfnSaved {
+        let buffer = || vec![0.0; tokens * c.ffn_hidden];
+        FfnSaved { gate: buffer(), up: buffer(), hidden: QuantizedRows::new(tokens, c.ffn_hidden) }
+    }
+
+    /// Bytes that [`FfnSaved::new`] allocates.
+    pub fn planned_bytes(c: &ModelConfig, tokens: usize) -> usize {
+        2 * 4 * tokens * c.ffn_hidden + QuantizedRows::planned_bytes(tokens, c.ffn_hidden)
+    }
+}
+
+/// `relu(gate)² ⊙ up`
+#[inline(always)]
+fn activate(gate: &[f32], up: &[f32], out: &mut [f32]) {
+    for ((o, &g), &u) in out.iter_mut().zip(gate).zip(up) {
+        let r = if g > 0.0 { g } else { 0.0 };
+        *o = r * r * u;
+    }
+}
+
+/// `y` `[tokens, d_model]` from the norm's rows `n`.
+pub fn forward(ctx: &Context, ids: &FfnIds, n: &QuantizedRows, saved: &mut FfnSaved, y: &mut [f32]) {
+    let (f, eps) = (ctx.config.ffn_hidden, ctx.config.norm_eps);
+    ctx.project(ids.gate, n, &mut saved.gate);
+    ctx.project(ids.up, n, &mut saved.up);
+    let (gate, up) = (&saved.gate, &saved.up);
+    let fill = |t: usize, row: &mut [f32]| activate(&gate[t * f..(t + 1) * f], &up[t * f..(t + 1) * f], row);
+    rmsnorm_quantize(fill, &ctx.params[ids.sub_norm], eps, &mut saved.hidden, None);
+    ctx.project(ids.down, &saved.hidden, y);
+}
+
+/// Adds the parameter gradients and writes the gradient of the norm's output into `scratch.normed`.
+pub fn backward(ctx: &Context, ids: &FfnIds, n: &QuantizedRows, saved: &FfnSaved, dy: &[f32], scratch: &mut Scratch, grads: &mut Params) {
+    let (f, d, tokens) = (ctx.config.ffn_hidden, ctx.config.d_model, ctx.tokens());
+    let Scratch { normed, a, b, c, expand, .. } = scratch;
+    let (dgate, dup, dhidden) = (&mut a[..tokens * f], &mut b[..tokens * f], &mut c[..tokens * f]);
+    ctx.projection(ids.down).input_grad(dy, tokens, dhidden, Out::Store, expand);
+    weight_grad(dy, &saved.hidden.codes, &saved.hidden.scales, tokens, d, f, &mut grads[ids.down], Out::Add, expand);
+    rmsnorm_backward_product(
+        |t, row| activate(&saved.gate[t * f..(t + 1) * f], &saved.up[t * f..(t + 1) * f], row),
+        &ctx.params[ids.sub_norm],
+        &saved.hidden.rstd,
+        dhidden,
+        |t, dx, dgate, dup| {
+            let (gate, up) = (&saved.gate[t * f..(t + 1) * f], &saved.up[t * f..(t + 1) * f]);
+            for i in 0..dx.len() {
+                let r = if gate[i] > 0.0 { gate[i] } else { 0.0 };
+                dgate[i] = dx[i] * 2.0 * r * up[i];
+                dup[i] = dx[i] * r * r;
+            }
+        },
+        (dgate, f),
+        (dup, f),
+        &mut grads[ids.sub_norm],
+    );
+    ctx.projection(ids.gate).input_grad(dgate, tokens, normed, Out::Store, expand);
+    ctx.projection(ids.up).input_grad(dup, tokens, normed, Out::Add, expand);
+    weight_grad(dgate, &n.codes, &n.scales, tokens, f, d, &mut grads[ids.gate], Out::Add, expand);
+    weight_grad(dup, &n.codes, &n.scales, tokens, f, d, &mut grads[ids.up], Out::Add, expand);
+}
+
+/// One token: `y` `[d_model]` from the norm's row.
+pub fn step(ctx: &Context, ids: &FfnIds, n: &QuantizedRows, row: &mut StepRow, y: &mut [f32]) {
+    let f = ctx.config.ffn_hidden;
+    let (gate, up) = row.wide.split_at_mut(f);
+    let up = &mut up[..f];
+    ctx.project(ids.gate, n, gate);
+    ctx.project(ids.up, n, up);
+    let (gate, up): (&[f32], &[f32]) = (gate, up);
+    let (gain, eps) = (&ctx.params[ids.sub_norm], ctx.config.norm_eps);
+    row.quantized.resize(1, f);
+    rmsnorm_quantize(|_, x| activate(gate, up, x), gain, eps, &mut row.quantized, None);
+    ctx.project(ids.down, &row.quantized, y);
+}

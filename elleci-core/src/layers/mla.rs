@@ -1,0 +1,258 @@
+//! Multi-head latent attention with decoupled RoPE (SPEC §1.2).
+
+use alloc::vec;
+use alloc::vec::Vec;
+
+use super::{Context, Scratch, StepRow, copy_columns};
+use crate::config::ModelConfig;
+use crate::ops::attention::{AttentionGrad, AttentionInput, AttentionShape, attention_backward, attention_forward};
+use crate::ops::activation::exp;
+use crate::ops::matmul::Out;
+use crate::ops::norm::{QuantizedRows, rmsnorm_backward, rmsnorm_quantize};
+use crate::ops::rope::RopeTable;
+use crate::ops::rows::{self, rows_per_task};
+use crate::par;
+use crate::params::{MlaIds, Params};
+use crate::ternary::weight_grad;
+
+/// What the backward needs of a forward.
+#[derive(Debug)]
+pub struct MlaSaved {
+    /// Rotated queries `[tokens, heads * (d_nope + d_rope)]`
+    q: Vec<f32>,
+    /// Latent and rotated shared key `[tokens, kv_rank + d_rope]`
+    ckr: Vec<f32>,
+    pub(crate) latent: QuantizedRows,
+    /// `[tokens, heads * (d_nope + d_v)]`
+    kv: Vec<f32>,
+    /// Output of the attention `[tokens, heads * d_v]`
+    o: Vec<f32>,
+    /// Log-sum-exp of every row `[batch, heads, seq]`
+    lse: Vec<f32>,
+    pub(crate) out: QuantizedRows,
+}
+
+impl MlaSaved {
+    /// Room for `tokens` rows.
+    pub fn new(c: &ModelConfig, tokens: usize) -> MlaSaved {
+        let buffer = |width: usize| vec![0.0; tokens * width];
+        MlaSaved {
+            q: buffer(c.n_heads * c.d_qk()),
+            ckr: buffer(c.kv_rank + c.d_rope),
+            latent: QuantizedRows::new(tokens, c.kv_rank),
+            kv: buffer(c.n_heads * (c.d_nope + c.d_v)),
+            o: buffer(c.n_heads * c.d_v),
+            lse: buffer(c.n_heads),
+            out: QuantizedRows::new(tokens, c.n_heads * c.d_v),
+        }
+    }
+
+    /// Bytes that [`MlaSaved::new`] allocates.
+    pub fn planned_bytes(c: &ModelConfig, tokens: usize) -> usize {
+        let floats = c.n_heads * (c.d_qk() + c.d_nope + 2 * c.d_v + 1) + c.kv_rank + c.d_rope;
+        4 * tokens * floats
+            + QuantizedRows::planned_bytes(tokens, c.kv_rank)
+            + QuantizedRows::planned_bytes(tokens, c.n_heads * c.d_v)
+    }
+}
+
+fn attention_shape(ctx: &Context) -> AttentionShape {
+    let c = ctx.config;
+    AttentionShape { batch: ctx.batch, seq: ctx.seq, heads: c.n_heads, d_nope: c.d_nope, d_rope: c.d_rope, d_v: c.d_v }
+}
+
+/// Applies `turn(row, position)` to the `d_rope` channels at `offset` of every group of `group` channels.
+fn rotate(ctx: &Context, data: &mut [f32], row: usize, group: usize, offset: usize, turn: impl Fn(&RopeTable, &mut [f32], usize) + Sync + Send) {
+    let n = rows_per_task(ctx.tokens());
+    let d_rope = ctx.config.d_rope;
+    let items: Vec<_> = data.chunks_mut(n * row).enumerate().collect();
+    par::for_each(items, |(task, rows)| {
+        for (i, r) in rows.chunks_exact_mut(row).enumerate() {
+            let pos = (task * n + i) % ctx.seq;
+            for head in r.chunks_exact_mut(group) {
+                turn(ctx.rope, &mut head[offset..offset + d_rope], pos);
+            }
+        }
+    });
+}
+
+/// `y` `[tokens, d_model]` from the norm's rows `n`.
+pub fn forward(ctx: &Context, ids: &MlaIds, n: &QuantizedRows, saved: &mut MlaSaved, y: &mut [f32]) {
+    let c = ctx.config;
+    let (rank, qk, latent_row) = (c.kv_rank, c.d_qk(), c.kv_rank + c.d_rope);
+    ctx.project(ids.q, n, &mut saved.q);
+    ctx.project(ids.kv_down, n, &mut saved.ckr);
+    let ckr = &saved.ckr;
+    rmsnorm_quantize(
+        |t, row| row.copy_from_slice(&ckr[t * latent_row..t * latent_row + rank]),
+        &ctx.params[ids.kv_norm],
+        c.norm_eps,
+        &mut saved.latent,
+        None,
+    );
+    ctx.project(ids.kv_up, &saved.latent, &mut saved.kv);
+    rotate(ctx, &mut saved.q, c.n_heads * qk, qk, c.d_nope, RopeTable::rotate);
+    rotate(ctx, &mut saved.ckr, latent_row, latent_row, rank, RopeTable::rotate);
+    let input = AttentionInput { q: &saved.q, kv: &saved.kv, ckr: &saved.ckr, rank };
+    attention_forward(&attention_shape(ctx), input, &mut saved.o, &mut saved.lse);
+    let (o, width) = (&saved.o, c.n_heads * c.d_v);
+    rmsnorm_quantize(
+        |t, row| row.copy_from_slice(&o[t * width..(t + 1) * width]),
+        &ctx.params[ids.out_norm],
+        c.norm_eps,
+        &mut saved.out,
+        None,
+    );
+    ctx.project(ids.out, &saved.out, y);
+}
+
+/// Adds the parameter gradients and writes the gradient of the norm's output into `scratch.normed`.
+pub fn backward(ctx: &Context, ids: &MlaIds, n: &QuantizedRows, saved: &MlaSaved, dy: &[f32], scratch: &mut Scratch, grads: &mut Params) {
+    let c = ctx.config;
+    let (tokens, d, rank, qk) = (ctx.tokens(), c.d_model, c.kv_rank, c.d_qk());
+    let (q_row, kv_row, o_row, latent_row) =
+        (c.n_heads * qk, c.n_heads * (c.d_nope + c.d_v), c.n_heads * c.d_v, c.kv_rank + c.d_rope);
+    let Scratch { normed: dn, a, b, c: cc, e, expand, .. } = scratch;
+
+    // out projection and its norm
+    let dout = &mut e[..tokens * o_row];
+    ctx.projection(ids.out).input_grad(dy, tokens, dout, Out::Store, expand);
+    weight_grad(dy, &saved.out.codes, &saved.out.scales, tokens, d, o_row, &mut grads[ids.out], Out::Add, expand);
+    let d_o = &mut cc[..tokens * o_row];
+    rmsnorm_backward(&saved.o, &ctx.params[ids.out_norm], &saved.out.rstd, dout, d_o, &mut grads[ids.out_norm], Out::Store);
+
+    // attention and rotation
+    let (dq, dkv, dkr_heads) = (&mut a[..tokens * q_row], &mut b[..tokens * kv_row], &mut e[..tokens * c.n_heads * c.d_rope]);
+    let input = AttentionInput { q: &saved.q, kv: &saved.kv, ckr: &saved.ckr, rank };
+    let grad = AttentionGrad { dq, dkv, dkr_heads };
+    attention_backward(&attention_shape(ctx), input, &saved.o, &saved.lse, d_o, grad);
+    rotate(ctx, dq, q_row, qk, c.d_nope, RopeTable::unrotate);
+    let dckr = &mut cc[..tokens * latent_row];
+    sum_heads(ctx, dkr_heads, dckr);
+    rotate(ctx, dckr, latent_row, latent_row, rank, RopeTable::unrotate);
+
+    // latent: its rows stand beside the shared key, so the norm's backward runs on a contiguous copy
+    let dlatent_normed = &mut e[..tokens * rank];
+    ctx.projection(ids.kv_up).input_grad(dkv, tokens, dlatent_normed, Out::Store, expand);
+    weight_grad(dkv, &saved.latent.codes, &saved.latent.scales, tokens, kv_row, rank, &mut grads[ids.kv_up], Out::Add, expand);
+    let mut latent = vec![0.0f32; tokens * rank];
+    copy_columns(&saved.ckr, latent_row, 0, &mut latent, rank, 0, rank);
+    let mut dlatent = vec![0.0f32; tokens * rank];
+    let gain = &ctx.params[ids.kv_norm];
+    rmsnorm_backward(&latent, gain, &saved.latent.rstd, dlatent_normed, &mut dlatent, &mut grads[ids.kv_norm], Out::Store);
+    copy_columns(&dlatent, rank, 0, dckr, latent_row, 0, rank);
+
+    // projections of the norm
+    ctx.projection(ids.q).input_grad(dq, tokens, dn, Out::Store, expand);
+    ctx.projection(ids.kv_down).input_grad(dckr, tokens, dn, Out::Add, expand);
+    weight_grad(dq, &n.codes, &n.scales, tokens, q_row, d, &mut grads[ids.q], Out::Add, expand);
+    weight_grad(dckr, &n.codes, &n.scales, tokens, latent_row, d, &mut grads[ids.kv_down], Out::Add, expand);
+}
+
+/// Sums every head's share `[batch, heads, seq, d_rope]` into the last channels of `dckr` rows, head by head.
+fn sum_heads(ctx: &Context, shares: &[f32], dckr: &mut [f32]) {
+    let c = ctx.config;
+    let (t, dr, row) = (ctx.seq, c.d_rope, c.kv_rank + c.d_rope);
+    let items = shares.chunks_exact(c.n_heads * t * dr).zip(dckr.chunks_exact_mut(t * row)).collect();
+    par::for_each(items, |(shares, dckr): (&[f32], &mut [f32])| {
+        for (i, dckr) in dckr.chunks_exact_mut(row).enumerate() {
+            let total = &mut dckr[c.kv_rank..];
+            total.fill(0.0);
+            for head in shares.chunks_exact(t * dr) {
+                rows::add_scaled(total, 1.0, &head[i * dr..(i + 1) * dr]);
+            }
+        }
+    });
+}
+
+/// What decoding keeps of the past, for one layer: per token the int8 latent that `kv_up` reads, with its scale, and
+/// the rotated shared key.
+#[derive(Clone, Debug)]
+pub struct MlaCache {
+    /// `[len, kv_rank]`
+    codes: Vec<i8>,
+    /// `[len]`
+    scales: Vec<f32>,
+    /// `[len, d_rope]`
+    keys: Vec<f32>,
+    /// `γ·W₃` of `kv_up`, `[heads * (d_nope + d_v), kv_rank]`: absorbed attention multiplies by it from both sides
+    kv_up: Vec<f32>,
+}
+
+impl MlaCache {
+    /// An empty cache for a layer of a model.
+    pub fn new(ctx: &Context, ids: &MlaIds) -> MlaCache {
+        let matrix = ctx.projection(ids.kv_up);
+        let elements = (0..matrix.out_dim()).flat_map(|row| (0..matrix.in_dim()).map(move |col| (row, col)));
+        let kv_up = elements.map(|(row, col)| matrix.gamma() * matrix.code(row, col) as f32).collect();
+        MlaCache { codes: Vec::new(), scales: Vec::new(), keys: Vec::new(), kv_up }
+    }
+
+    /// Tokens in the cache.
+    pub fn len(&self) -> usize {
+        self.scales.len()
+    }
+
+    /// Whether nothing has been decoded.
+    pub fn is_empty(&self) -> bool {
+        self.scales.is_empty()
+    }
+}
+
+/// One token at position `cache.len()`: `y` `[d_model]` from the norm's row.
+///
+/// `kv_up` is absorbed: a head's query goes through `W₃ᵀ` once, and meets the cached latents themselves; the
+/// probabilities weigh the latents, and their sum goes through the value rows once.
+pub fn step(ctx: &Context, ids: &MlaIds, n: &QuantizedRows, cache: &mut MlaCache, row: &mut StepRow, y: &mut [f32]) {
+    let c = ctx.config;
+    let (rank, qk, dn, dv) = (c.kv_rank, c.d_qk(), c.d_nope, c.d_v);
+    let pos = cache.len();
+    let (q, ckr) = row.wide.split_at_mut(c.n_heads * qk);
+    let ckr = &mut ckr[..rank + c.d_rope];
+    ctx.project(ids.q, n, q);
+    ctx.project(ids.kv_down, n, ckr);
+    ctx.rope.rotate(&mut ckr[rank..], pos);
+    row.quantized.resize(1, rank);
+    let gain = &ctx.params[ids.kv_norm];
+    rmsnorm_quantize(|_, x| x.copy_from_slice(&ckr[..rank]), gain, c.norm_eps, &mut row.quantized, None);
+    cache.codes.extend_from_slice(&row.quantized.codes);
+    cache.scales.push(row.quantized.scales[0]);
+    cache.keys.extend_from_slice(&ckr[rank..]);
+
+    let o = &mut row.narrow[..c.n_heads * dv];
+    let scale = 1.0 / libm::sqrtf(qk as f32);
+    let mut absorbed = vec![0.0f32; rank];
+    let mut scores = vec![0.0f32; pos + 1];
+    for (h, (q, o)) in q.chunks_exact_mut(qk).zip(o.chunks_exact_mut(dv)).enumerate() {
+        let up = &cache.kv_up[h * (dn + dv) * rank..(h + 1) * (dn + dv) * rank];
+        ctx.rope.rotate(&mut q[dn..], pos);
+        absorbed.fill(0.0);
+        for (&q, up) in q[..dn].iter().zip(up.chunks_exact(rank)) {
+            rows::add_scaled(&mut absorbed, q, up);
+        }
+        for (t, score) in scores.iter_mut().enumerate() {
+            let codes = &cache.codes[t * rank..(t + 1) * rank];
+            let latent: f32 = absorbed.iter().zip(codes).map(|(a, &k)| a * k as f32).sum();
+            let key = &cache.keys[t * c.d_rope..(t + 1) * c.d_rope];
+            *score = (latent * cache.scales[t] + rows::dot(&q[dn..], key)) * scale;
+        }
+        let max = rows::max(&scores);
+        scores.iter_mut().for_each(|s| *s = exp(*s - max));
+        let inverse = 1.0 / rows::sum(&scores);
+        absorbed.fill(0.0);
+        for (t, &score) in scores.iter().enumerate() {
+            let p = score * inverse * cache.scales[t];
+            let codes = &cache.codes[t * rank..(t + 1) * rank];
+            for (a, &k) in absorbed.iter_mut().zip(codes) {
+                *a += p * k as f32;
+            }
+        }
+        for (o, up) in o.iter_mut().zip(up[dn * rank..].chunks_exact(rank)) {
+            *o = rows::dot(&absorbed, up);
+        }
+    }
+    row.quantized.resize(1, c.n_heads * dv);
+    let gain = &ctx.params[ids.out_norm];
+    rmsnorm_quantize(|_, x| x.copy_from_slice(o), gain, c.norm_eps, &mut row.quantized, None);
+    ctx.project(ids.out, &row.quantized, y);
+}
