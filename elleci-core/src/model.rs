@@ -66,7 +66,9 @@ impl fmt::Display for ModelError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             ModelError::Config(e) => e.fmt(f),
-            ModelError::Layout { expected, got } => write!(f, "the config has {expected} parameters, the weights hold {got}"),
+            ModelError::Layout { expected, got } => {
+                write!(f, "the config has {expected} parameters, the weights hold {got}")
+            }
             ModelError::BatchShape => write!(f, "tokens, targets and weights must each hold batch * seq > 0 elements"),
             ModelError::Workspace { expected, got } => {
                 write!(f, "the workspace was made for batch x seq {expected:?}, the batch is {got:?}")
@@ -329,7 +331,13 @@ impl Model {
     ///
     /// # Errors
     /// A batch that does not fit the workspace or the vocabulary; `grads` of another layout.
-    pub fn loss_and_grad(&self, ws: &mut Workspace, batch: &Batch, scale: f32, grads: &mut Params) -> Result<f64, ModelError> {
+    pub fn loss_and_grad(
+        &self,
+        ws: &mut Workspace,
+        batch: &Batch,
+        scale: f32,
+        grads: &mut Params,
+    ) -> Result<f64, ModelError> {
         self.check(ws, batch)?;
         if grads.data().len() != self.layout().len() {
             return Err(ModelError::Layout { expected: self.layout().len(), got: grads.data().len() });

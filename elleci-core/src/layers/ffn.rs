@@ -54,7 +54,15 @@ pub fn forward(ctx: &Context, ids: &FfnIds, n: &QuantizedRows, saved: &mut FfnSa
 }
 
 /// Adds the parameter gradients and writes the gradient of the norm's output into `scratch.normed`.
-pub fn backward(ctx: &Context, ids: &FfnIds, n: &QuantizedRows, saved: &FfnSaved, dy: &[f32], scratch: &mut Scratch, grads: &mut Params) {
+pub fn backward(
+    ctx: &Context,
+    ids: &FfnIds,
+    n: &QuantizedRows,
+    saved: &FfnSaved,
+    dy: &[f32],
+    scratch: &mut Scratch,
+    grads: &mut Params,
+) {
     let (f, d, tokens) = (ctx.config.ffn_hidden, ctx.config.d_model, ctx.tokens());
     let Scratch { normed, a, b, c, expand, .. } = scratch;
     let (dgate, dup, dhidden) = (&mut a[..tokens * f], &mut b[..tokens * f], &mut c[..tokens * f]);

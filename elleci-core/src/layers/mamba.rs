@@ -153,7 +153,17 @@ pub fn backward(
     let dgated = &mut scratch.e[..tokens * di];
     let dscan = &mut scratch.c[..tokens * di];
     ctx.projection(ids.out).input_grad(dy, tokens, dgated, Out::Store, &mut scratch.expand);
-    weight_grad(dy, &saved.gated.codes, &saved.gated.scales, tokens, d, di, &mut grads[ids.out], Out::Add, &mut scratch.expand);
+    weight_grad(
+        dy,
+        &saved.gated.codes,
+        &saved.gated.scales,
+        tokens,
+        d,
+        di,
+        &mut grads[ids.out],
+        Out::Add,
+        &mut scratch.expand,
+    );
     rmsnorm_backward_product(
         |t, row| gate(&saved.y[t * di..(t + 1) * di], &saved.z[t * di..(t + 1) * di], row),
         &ctx.params[ids.gate_norm],
@@ -179,7 +189,18 @@ pub fn backward(
     let (mut da, mut dd) = (vec![0.0f32; heads], vec![0.0f32; heads]);
     let shape = ssd_shape(c, ctx.batch, ctx.seq);
     ssd_backward(
-        shape, &saved.xbc, &saved.dt, &a, &ctx.params[ids.d], &saved.states, dscan, dxbc, &mut ddt, &mut da, &mut dd, &mut scratch.ssd,
+        shape,
+        &saved.xbc,
+        &saved.dt,
+        &a,
+        &ctx.params[ids.d],
+        &saved.states,
+        dscan,
+        dxbc,
+        &mut ddt,
+        &mut da,
+        &mut dd,
+        &mut scratch.ssd,
     );
     for h in 0..heads {
         grads[ids.a_log][h] += da[h] * a[h];
@@ -247,7 +268,15 @@ impl MambaState {
 }
 
 /// One token: `y` `[d_model]` from the norm's row, quantised (`n`) and float (`normed`).
-pub fn step(ctx: &Context, ids: &MambaIds, n: &QuantizedRows, normed: &[f32], state: &mut MambaState, row: &mut StepRow, y: &mut [f32]) {
+pub fn step(
+    ctx: &Context,
+    ids: &MambaIds,
+    n: &QuantizedRows,
+    normed: &[f32],
+    state: &mut MambaState,
+    row: &mut StepRow,
+    y: &mut [f32],
+) {
     let c = ctx.config;
     let (di, heads, channels, bc) = (c.d_inner, c.mamba_heads(), c.conv_channels(), 2 * c.d_state);
     // wide: z, then the convolution's input [x | B | C] with dt behind it: x stands where the projection puts it

@@ -93,7 +93,14 @@ pub struct AttentionInput<'a> {
 }
 
 /// Scores of query rows `i0..i0+n` against keys `0..keys`, scaled, into `scores` `[n, keys]`.
-fn block_scores(q: ArrayView2<f32>, kv: ArrayView2<f32>, kr: ArrayView2<f32>, dn: usize, keys: usize, scores: ArrayViewMut2<f32>) {
+fn block_scores(
+    q: ArrayView2<f32>,
+    kv: ArrayView2<f32>,
+    kr: ArrayView2<f32>,
+    dn: usize,
+    keys: usize,
+    scores: ArrayViewMut2<f32>,
+) {
     let mut scores = scores;
     matmul_serial(q.slice(s![.., ..dn]), kv.slice(s![..keys, ..dn]).reversed_axes(), scores.view_mut(), Out::Store);
     matmul_serial(q.slice(s![.., dn..]), kr.slice(s![..keys, ..]).reversed_axes(), scores, Out::Add);
@@ -180,7 +187,12 @@ pub fn attention_backward(
             let (p, ds) = (&mut p_buffer[..n * keys], &mut ds_buffer[..n * keys]);
             let (q, d_o) = (q.slice(s![i0..keys, ..]), d_o.slice(s![i0..keys, ..]));
             block_scores(q, kv, kr, dn, keys, super::matmul::mat_mut(p, n, keys));
-            matmul_serial(d_o, kv.slice(s![..keys, dn..]).reversed_axes(), super::matmul::mat_mut(ds, n, keys), Out::Store);
+            matmul_serial(
+                d_o,
+                kv.slice(s![..keys, dn..]).reversed_axes(),
+                super::matmul::mat_mut(ds, n, keys),
+                Out::Store,
+            );
             for (i, gap) in gap[..n].iter_mut().enumerate() {
                 // Σ_j p_ij dp_ij = dO_i · O_i
                 *gap = d_o.row(i).iter().zip(o.row(i0 + i)).map(|(a, b)| a * b).sum();

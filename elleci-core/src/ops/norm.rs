@@ -108,7 +108,15 @@ pub fn rmsnorm_quantize(
 
 /// Backward of one row: `dx = r·(s − x̂·mean(s ⊙ x̂))` with `x̂ = x·r`, `s = g ⊙ dn`; `dgain += dn ⊙ x̂`.
 #[inline(always)]
-pub fn rmsnorm_backward_row(x: &[f32], gain: &[f32], rstd: f32, dn: &[f32], dx: &mut [f32], dgain: &mut [f32], out: Out) {
+pub fn rmsnorm_backward_row(
+    x: &[f32],
+    gain: &[f32],
+    rstd: f32,
+    dn: &[f32],
+    dx: &mut [f32],
+    dgain: &mut [f32],
+    out: Out,
+) {
     let width = x.len();
     let (gain, dn, dx, dgain) = (&gain[..width], &dn[..width], &mut dx[..width], &mut dgain[..width]);
     for i in 0..width {
@@ -137,7 +145,15 @@ pub fn rmsnorm_backward_row(x: &[f32], gain: &[f32], rstd: f32, dn: &[f32], dx: 
 }
 
 /// Backward of the norm over rows: `dx` (stored or added), `dgain` added. `x` and `dx` are `[tokens, width]`.
-pub fn rmsnorm_backward(x: &[f32], gain: &[f32], rstd: &[f32], dn: &[f32], dx: &mut [f32], dgain: &mut [f32], out: Out) {
+pub fn rmsnorm_backward(
+    x: &[f32],
+    gain: &[f32],
+    rstd: &[f32],
+    dn: &[f32],
+    dx: &mut [f32],
+    dgain: &mut [f32],
+    out: Out,
+) {
     let width = gain.len();
     let n = rows_per_task(rstd.len());
     let mut partials = vec![0.0f32; rstd.len().div_ceil(n) * width];
