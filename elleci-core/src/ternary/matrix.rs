@@ -16,7 +16,7 @@ const TILE_TOKENS: usize = 16 * TOKENS;
 /// Multiply-adds that make a tile of output rows worth a task of its own.
 const TILE_MACS: usize = 1 << 20;
 
-/// `W₃` and γ of a weight matrix `[out, in]`. One byte a weight, in the layout of [`kernel`]; rows are padded to 64 and
+/// `W₃` and γ of a weight matrix `[out, in]`. One byte a weight, in the layout of the `kernel` module; rows are padded to 64 and
 /// columns to 4, so that any size is fine.
 #[derive(Clone, Debug)]
 pub struct TernaryMatrix {
