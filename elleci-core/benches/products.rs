@@ -136,7 +136,10 @@ fn ternary(r: &Report) {
         let (mut y, mut dx, mut dw) = (dy.clone(), x.clone(), w.clone());
         let (mut q, mut scales) = (vec![0i8; tokens * input], vec![0.0; tokens]);
         for ((x, q), s) in x.chunks(input).zip(q.chunks_mut(input)).zip(&mut scales) {
-            *s = simd::vectorize(|| quantize_row(x, q));
+            *s = simd::vectorize(
+                #[inline(always)]
+                || quantize_row(x, q),
+            );
         }
         let mut m = TernaryMatrix::from_weights(&w, out, input);
         let macs = tokens * out * input;
@@ -152,7 +155,10 @@ fn ternary(r: &Report) {
         r.line(&format!("ternary update      {shape}"), (w.len() * 4) as f64, "GB/s", f64::INFINITY, || m.update(&w));
         r.line(&format!("quantise rows       {shape}"), (x.len() * 4) as f64, "GB/s", f64::INFINITY, || {
             for (x, q) in x.chunks(input).zip(q.chunks_mut(input)) {
-                black_box(simd::vectorize(|| quantize_row(x, q)));
+                black_box(simd::vectorize(
+                    #[inline(always)]
+                    || quantize_row(x, q),
+                ));
             }
         });
     }

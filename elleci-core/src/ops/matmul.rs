@@ -74,6 +74,9 @@ pub fn matmul_serial(a: ArrayView2<f32>, b: ArrayView2<f32>, mut c: ArrayViewMut
 /// Multiply-adds from which packing pays.
 #[cfg(all(feature = "std", target_arch = "x86_64"))]
 const PACKED_MACS: usize = 1 << 20;
+/// Rows that must share the packed operand for packing to pay.
+#[cfg(all(feature = "std", target_arch = "x86_64"))]
+const PACKED_ROWS: usize = 16;
 /// Multiply-adds in a tile worth a task of its own.
 const TILE_MACS: usize = 1 << 22;
 /// Tiles at most: enough for the cores of a large machine, few enough to share the packed operand.
@@ -84,6 +87,7 @@ pub fn matmul(a: ArrayView2<f32>, b: ArrayView2<f32>, c: ArrayViewMut2<f32>, out
     let ((m, k), n) = (a.dim(), b.dim().1);
     #[cfg(all(feature = "std", target_arch = "x86_64"))]
     if m * n * k >= PACKED_MACS
+        && m.min(n) >= PACKED_ROWS
         && let Some(kernel) = super::avx512::Avx512::detect()
     {
         use super::packed::{fits, multiply};

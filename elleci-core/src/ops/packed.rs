@@ -87,6 +87,9 @@ pub(crate) fn fits(a: &ArrayView2<f32>, c: &ArrayViewMut2<f32>) -> bool {
 pub(crate) fn multiply(kernel: Avx512, a: ArrayView2<f32>, b: &impl Operand, mut c: ArrayViewMut2<f32>, out: Out) {
     let (k, n) = b.dim();
     assert!(a.ncols() == k && c.dim() == (a.nrows(), n), "product: {:?} x {:?} -> {:?}", a.dim(), (k, n), c.dim());
+    if k == 0 && out == Out::Store {
+        c.fill(0.0);
+    }
     for col in (0..n).step_by(COLUMNS) {
         let cols = col..n.min(col + COLUMNS);
         for first in (0..k).step_by(DEPTH) {
@@ -94,7 +97,10 @@ pub(crate) fn multiply(kernel: Avx512, a: ArrayView2<f32>, b: &impl Operand, mut
             with_buffer(&PACKED_B, rows.len() * cols.len().div_ceil(WIDTH), Row::ZERO, |packed| {
                 let panels = packed.chunks_mut(rows.len()).enumerate().collect();
                 par::for_each(panels, |(p, panel): (_, &mut [Row])| {
-                    simd::vectorize(|| b.pack(rows.clone(), cols.start + p * WIDTH, panel));
+                    simd::vectorize(
+                        #[inline(always)]
+                        || b.pack(rows.clone(), cols.start + p * WIDTH, panel),
+                    );
                 });
                 let out = if first == 0 { out } else { Out::Add };
                 multiply_block(kernel, a, rows.clone(), packed, c.slice_mut(s![.., cols.clone()]), out);
@@ -257,4 +263,64 @@ fn with_buffer<T: Copy, R>(
     let result = f(&mut buffer[..len]);
     cell.set(buffer);
     result
+}
+
+#[cfg(test)]
+mod tests {
+    use alloc::vec;
+
+    use super::*;
+    use crate::ops::matmul::{mat, mat_mut};
+
+    fn values(n: usize, seed: usize) -> Vec<f32> {
+        (0..n).map(|i| (((i + seed) * 7919 % 2003) as f32 - 1001.0) / 1024.0).collect()
+    }
+
+    /// Every stride that is taken, sizes around every block boundary, and the old output left alone or added to.
+    #[test]
+    fn equals_the_definition_with_the_same_bits_at_every_thread_count() {
+        let Some(kernel) = Avx512::detect() else { return };
+        let sizes = [
+            (1, 1, 1),
+            (6, 512, 64),
+            (7, 513, 65),
+            (5, 3, 17),
+            (121, 40, 33),
+            (250, 1030, 100),
+            (130, 70, 530),
+            (64, 0, 9),
+        ];
+        for (m, k, n) in sizes {
+            let (a, b) = (values(m * k, 1), values(k * n, 2));
+            let at: Vec<f32> = (0..m * k).map(|i| a[i % m * k + i / m]).collect();
+            let bt: Vec<f32> = (0..k * n).map(|i| b[i % k * n + i / k]).collect();
+            for (start, out) in [(f32::NAN, Out::Store), (0.25, Out::Add)] {
+                let mut seen: Option<Vec<f32>> = None;
+                for case in 0..8 {
+                    let a = if case & 1 == 0 { mat(&a, m, k) } else { mat(&at, k, m).reversed_axes() };
+                    let b = if case & 2 == 0 { mat(&b, k, n) } else { mat(&bt, n, k).reversed_axes() };
+                    // A frame around the output must stay as it was.
+                    let mut c = vec![start; (m + 1) * (n + 3)];
+                    let pool = rayon::ThreadPoolBuilder::new().num_threads(1 + case / 4 * 2).build().unwrap();
+                    let view = mat_mut(&mut c, m + 1, n + 3).slice_move(s![..m, ..n]);
+                    pool.install(|| multiply(kernel, a, &b, view, out));
+                    let c = mat(&c, m + 1, n + 3);
+                    assert!(
+                        c.slice(s![m.., ..]).iter().chain(c.slice(s![.., n..])).all(|v| v.to_bits() == start.to_bits())
+                    );
+                    let c: Vec<f32> = c.slice(s![..m, ..n]).iter().copied().collect();
+                    let same = |seen: &Vec<f32>| seen.iter().zip(&c).all(|(a, b)| a.to_bits() == b.to_bits());
+                    assert!(seen.as_ref().is_none_or(same), "({m}, {k}, {n}) case {case}");
+                    seen = Some(c);
+                }
+                for (i, got) in seen.unwrap().into_iter().enumerate() {
+                    let product = |l: usize| a[i / n * k + l] as f64 * b[l * n + i % n] as f64;
+                    let want = (0..k).map(product).sum::<f64>() + if out == Out::Add { start as f64 } else { 0.0 };
+                    // Factors below 1: at most k + 2 roundings of sums below k + 1.
+                    let bound = (k + 2) as f64 * (k + 1) as f64 * 2f64.powi(-24);
+                    assert!((got as f64 - want).abs() <= bound, "({m}, {k}, {n}) {i}: {got} {want}");
+                }
+            }
+        }
+    }
 }

@@ -114,13 +114,16 @@ impl Tokens<'_> {
         let items: Vec<_> =
             wide.chunks_mut(chunk).zip(self.q.chunks(chunk)).zip(self.scales.chunks(WIDEN_ROWS)).collect();
         par::for_each(items, |((wide, q), scales)| {
-            simd::vectorize(|| {
-                for ((wide, q), scale) in wide.chunks_mut(in_dim).zip(q.chunks(in_dim)).zip(scales) {
-                    for (wide, q) in wide.iter_mut().zip(q) {
-                        *wide = *q as f32 * scale;
+            simd::vectorize(
+                #[inline(always)]
+                || {
+                    for ((wide, q), scale) in wide.chunks_mut(in_dim).zip(q.chunks(in_dim)).zip(scales) {
+                        for (wide, q) in wide.iter_mut().zip(q) {
+                            *wide = *q as f32 * scale;
+                        }
                     }
-                }
-            });
+                },
+            );
         });
     }
 }

@@ -56,7 +56,12 @@ impl TernaryMatrix {
         let (in_dim, half) = (self.in_dim, self.gamma / 2.0);
         let panel_lines = self.panel_lines();
         let items: Vec<_> = w.chunks(ROWS * in_dim).zip(self.lines.chunks_mut(panel_lines)).collect();
-        par::for_each(items, |(w, panel)| simd::vectorize(|| pack_codes(w, in_dim, half, panel)));
+        par::for_each(items, |(w, panel)| {
+            simd::vectorize(
+                #[inline(always)]
+                || pack_codes(w, in_dim, half, panel),
+            )
+        });
     }
 
     /// Output rows.
@@ -213,11 +218,14 @@ fn tile<K: Kernel, T: Copy>(
     for (part, mut out) in out.axis_chunks_iter_mut(Axis(0), TILE_TOKENS).enumerate() {
         let tokens = out.nrows();
         let q = &q[part * TILE_TOKENS * in_dim..][..tokens * in_dim];
-        simd::vectorize(|| {
-            for t in 0..tokens {
-                offsets[t] = q[t * in_dim..][..in_dim].iter().map(|v| *v as i32).sum();
-            }
-        });
+        simd::vectorize(
+            #[inline(always)]
+            || {
+                for t in 0..tokens {
+                    offsets[t] = q[t * in_dim..][..in_dim].iter().map(|v| *v as i32).sum();
+                }
+            },
+        );
         for (r, mut out) in out.axis_chunks_iter_mut(Axis(1), resident).enumerate() {
             let row = first.1 + r * resident;
             for (b, mut out) in out.axis_chunks_iter_mut(Axis(0), TOKENS).enumerate() {
@@ -227,13 +235,16 @@ fn tile<K: Kernel, T: Copy>(
                     if in_dim > 0 {
                         kernel.block(matrix.panel(row / ROWS + p, 0), q, in_dim, &mut block);
                     }
-                    simd::vectorize(|| {
-                        for (t, out) in out.rows_mut().into_iter().enumerate() {
-                            let out = out.into_slice().expect("rows of the output are contiguous");
-                            let token = token + t;
-                            finish.finish(first.0 + part * TILE_TOKENS + token, &block[t], offsets[token], out);
-                        }
-                    });
+                    simd::vectorize(
+                        #[inline(always)]
+                        || {
+                            for (t, out) in out.rows_mut().into_iter().enumerate() {
+                                let out = out.into_slice().expect("rows of the output are contiguous");
+                                let token = token + t;
+                                finish.finish(first.0 + part * TILE_TOKENS + token, &block[t], offsets[token], out);
+                            }
+                        },
+                    );
                 }
             }
         }
