@@ -21,7 +21,7 @@ use core::ops::Range;
 
 use ndarray::{ArrayView2, ArrayViewMut2, Axis, ShapeBuilder, s};
 
-use super::avx512::{Avx512, DEPTH, ROWS, Row, WIDTH};
+use super::avx512::{Avx512, DEPTH, ROWS, Row, WIDTH, floats};
 use super::matmul::Out;
 use crate::{par, simd};
 
@@ -30,18 +30,16 @@ const COLUMNS: usize = 512;
 /// Multiply-adds that make a tile worth a task of its own.
 const TILE_MACS: usize = 1 << 22;
 /// Rows of a tile of a transposed A at most.
-const COPY_ROWS: usize = 120;
-/// Floats between the columns of a group of rows in a copied A.
-const PITCH: usize = 8;
-/// Floats between groups: an odd number of cache lines, so that they spread over the cache while they are written.
-const GROUP: usize = DEPTH * PITCH + 16;
+const COPY_ROWS: usize = 96;
+/// Floats between the rows of a copied A: an odd number of cache lines, so that they spread over the cache.
+const PITCH: usize = DEPTH + 16;
 
 /// The right-hand side of a product, `[depth, columns]`.
 pub(crate) trait Operand: Sync {
     /// Rows and columns.
     fn dim(&self) -> (usize, usize);
     /// Writes rows `rows`, columns `col..col + 32`, into `panel`; columns past the last as 0.
-    fn pack(&self, rows: Range<usize>, col: usize, panel: &mut [Row]);
+    fn pack(&self, kernel: Avx512, rows: Range<usize>, col: usize, panel: &mut [Row]);
 }
 
 impl Operand for ArrayView2<'_, f32> {
@@ -50,9 +48,10 @@ impl Operand for ArrayView2<'_, f32> {
     }
 
     #[inline(always)]
-    fn pack(&self, rows: Range<usize>, col: usize, panel: &mut [Row]) {
+    fn pack(&self, kernel: Avx512, rows: Range<usize>, col: usize, panel: &mut [Row]) {
         let cols = (self.ncols() - col).min(WIDTH);
         let part = self.slice(s![rows, col..col + cols]);
+        let rows = part.nrows();
         if cols < WIDTH {
             panel.fill(Row::ZERO);
         }
@@ -64,15 +63,11 @@ impl Operand for ArrayView2<'_, f32> {
                     Err(_) => out.0[..cols].copy_from_slice(row),
                 }
             }
+        } else if part.strides()[0] == 1 || rows == 1 {
+            kernel.transpose(part, floats(panel), WIDTH);
         } else {
-            // Sixteen rows at a time: a line of every column.
-            for (block, out) in part.axis_chunks_iter(Axis(0), 16).zip(panel.chunks_mut(16)) {
-                for (j, column) in block.columns().into_iter().enumerate() {
-                    match column.to_slice().map(<&[f32; 16]>::try_from) {
-                        Some(Ok(column)) => (0..16).for_each(|k| out[k].0[j] = column[k]),
-                        _ => out.iter_mut().zip(column).for_each(|(out, v)| out.0[j] = *v),
-                    }
-                }
+            for (row, out) in part.rows().into_iter().zip(panel) {
+                out.0.iter_mut().zip(row).for_each(|(out, v)| *out = *v);
             }
         }
     }
@@ -99,7 +94,7 @@ pub(crate) fn multiply(kernel: Avx512, a: ArrayView2<f32>, b: &impl Operand, mut
                 par::for_each(panels, |(p, panel): (_, &mut [Row])| {
                     simd::vectorize(
                         #[inline(always)]
-                        || b.pack(rows.clone(), cols.start + p * WIDTH, panel),
+                        || b.pack(kernel, rows.clone(), cols.start + p * WIDTH, panel),
                     );
                 });
                 let out = if first == 0 { out } else { Out::Add };
@@ -132,7 +127,7 @@ fn multiply_block(
             items.push(Tile { first_row: start, panels, c: part });
         }
     }
-    let len = if transposed(&a) { COPY_ROWS.div_ceil(ROWS) * GROUP } else { 0 };
+    let len = if transposed(&a) { COPY_ROWS * PITCH } else { 0 };
     par::for_each(items, |tile| {
         with_buffer(&COPIED_A, len, 0.0, |copy| multiply_tile(kernel, a, rows.clone(), tile, out, copy));
     });
@@ -182,13 +177,13 @@ fn multiply_tile(kernel: Avx512, a: ArrayView2<f32>, rows: Range<usize>, mut til
     let part = a.slice(s![start..end, rows.clone()]);
     let copied = transposed(&a);
     if copied {
-        copy_columns(part, copy);
+        kernel.transpose(part, copy, PITCH);
     }
     let mut ahead = Ahead::new(&a, end, rows.start);
     for (g, mut c) in tile.c.axis_chunks_iter_mut(Axis(0), ROWS).enumerate() {
         let group = if copied {
-            let shape = (c.nrows(), rows.len()).strides((1, PITCH));
-            ArrayView2::from_shape(shape, &copy[g * GROUP..]).expect("the copy has all groups")
+            let shape = (c.nrows(), rows.len()).strides((PITCH, 1));
+            ArrayView2::from_shape(shape, &copy[g * ROWS * PITCH..]).expect("the copy has all rows")
         } else {
             ahead = Ahead::new(&a, start + (g + 1) * ROWS, rows.start);
             part.slice(s![g * ROWS..g * ROWS + c.nrows(), ..])
@@ -227,21 +222,6 @@ impl Ahead {
 /// Whether the rows of A, rather than its columns, are what lies side by side.
 fn transposed(a: &ArrayView2<f32>) -> bool {
     a.strides()[1] != 1 && a.ncols() > 1
-}
-
-/// Copies a transposed A `[rows, depth]` so that the [`ROWS`] rows of a group lie together, columns [`PITCH`] apart.
-fn copy_columns(a: ArrayView2<f32>, copy: &mut [f32]) {
-    for (k, column) in a.columns().into_iter().enumerate() {
-        let column = column.to_slice().expect("unit stride");
-        let (groups, rest) = column.as_chunks::<ROWS>();
-        let mut copies = copy.chunks_mut(GROUP);
-        for (group, copy) in groups.iter().zip(&mut copies) {
-            *copy[k * PITCH..].first_chunk_mut().expect("a group has all columns") = *group;
-        }
-        if let Some(copy) = copies.next() {
-            copy[k * PITCH..].iter_mut().zip(rest).for_each(|(copy, v)| *copy = *v);
-        }
-    }
 }
 
 std::thread_local! {

@@ -64,7 +64,7 @@ impl Operand for TernaryMatrix {
     }
 
     #[inline(always)]
-    fn pack(&self, rows: core::ops::Range<usize>, col: usize, panel: &mut [Row]) {
+    fn pack(&self, _: Avx512, rows: core::ops::Range<usize>, col: usize, panel: &mut [Row]) {
         let cols = (self.in_dim() - col).min(WIDTH);
         for (row, out) in rows.zip(panel) {
             let groups = self.panel(row / ROWS, col / DEPTH).chunks(LINES);
@@ -92,7 +92,7 @@ impl Operand for Tokens<'_> {
     }
 
     #[inline(always)]
-    fn pack(&self, rows: core::ops::Range<usize>, col: usize, panel: &mut [Row]) {
+    fn pack(&self, _: Avx512, rows: core::ops::Range<usize>, col: usize, panel: &mut [Row]) {
         for (t, out) in rows.zip(panel) {
             let q = &self.q[t * self.in_dim..][..self.in_dim][col..];
             match q.first_chunk::<WIDTH>() {
