@@ -1,19 +1,20 @@
 //! The blocked float32 product that training spends most of its time in, for machines with AVX-512.
 //!
 //! ```text
-//! for a block of B, at most [4 · DEPTH, WIDTH]:         packed once, shared by all threads: panels of 32 columns
-//!   for every tile of rows of C:                        one task
-//!     for every DEPTH rows of the block of B:           always in the same order: the bits depend on nothing else
-//!       pack [tile, DEPTH] of A                         stays in the second-level cache
-//!       for every panel of B:                           stays in the first-level cache
-//!         for every 14 rows of A:                       C[14, 32] += A[14, DEPTH] · B[DEPTH, 32], in registers
+//! for a block of B, at most [512, 512]:            packed once, shared by all threads: panels of 64 columns
+//!   for a tile of rows of C:                       one task
+//!     for every 6 rows of A:                       in the first-level cache
+//!       for every panel of B:                      from the second-level cache
+//!         C[6, 64] += A[6, 512] · B[512, 64]       in registers
 //! ```
 //!
 //! B is anything that can write its panels ([`Operand`]): a view of floats, the ternary codes of a matrix, or int8
-//! activations with their scales; so those are never widened in memory as a whole. A is a view with one unit stride:
-//! rows are copied as they are, a transposed A is copied in runs of 14, and the kernel exists for both. Packing rows by
-//! copying (rather than transposing) keeps it at a few percent even for 256 columns, and the padded row length keeps
-//! 14 rows of a 4 kB pitch from falling into one set of the cache.
+//! activations with their scales; so those are never widened in memory as a whole. A is read where it is if its rows are
+//! contiguous; if its columns are, a tile of it is transposed first. Memory is slower than the products: while a tile
+//! runs, the part of A that comes next is prefetched, a line for every eight rows of B.
+//!
+//! Every element of C is summed over blocks of B in order, and inside of a block in the order of its rows, whatever the
+//! tiles are: the bits do not depend on the number of threads.
 
 use alloc::vec::Vec;
 use core::cell::Cell;
@@ -21,7 +22,7 @@ use core::ops::Range;
 
 use ndarray::{ArrayView2, ArrayViewMut2, Axis, ShapeBuilder, s};
 
-use super::avx512::{Avx512, DEPTH, ROWS, Row, WIDTH, floats};
+use super::avx512::{Avx512, DEPTH, ROWS, RUNS, Row, WIDTH, floats};
 use super::matmul::Out;
 use crate::{par, simd};
 
@@ -31,8 +32,11 @@ const COLUMNS: usize = 512;
 const TILE_MACS: usize = 1 << 22;
 /// Rows of a tile of a transposed A at most.
 const COPY_ROWS: usize = 96;
+/// Rows of B in one go when A is transposed. Its columns are often a power of two apart, and no more of them than this
+/// fit into the cache sets that they share while they wait to be copied.
+const COPY_DEPTH: usize = 256;
 /// Floats between the rows of a copied A: an odd number of cache lines, so that they spread over the cache.
-const PITCH: usize = DEPTH + 16;
+const PITCH: usize = COPY_DEPTH + 16;
 
 /// The right-hand side of a product, `[depth, columns]`.
 pub(crate) trait Operand: Sync {
@@ -85,10 +89,11 @@ pub(crate) fn multiply(kernel: Avx512, a: ArrayView2<f32>, b: &impl Operand, mut
     if k == 0 && out == Out::Store {
         c.fill(0.0);
     }
+    let depth = if transposed(&a) { COPY_DEPTH } else { DEPTH };
     for col in (0..n).step_by(COLUMNS) {
         let cols = col..n.min(col + COLUMNS);
-        for first in (0..k).step_by(DEPTH) {
-            let rows = first..k.min(first + DEPTH);
+        for first in (0..k).step_by(depth) {
+            let rows = first..k.min(first + depth);
             with_buffer(&PACKED_B, rows.len() * cols.len().div_ceil(WIDTH), Row::ZERO, |packed| {
                 let panels = packed.chunks_mut(rows.len()).enumerate().collect();
                 par::for_each(panels, |(p, panel): (_, &mut [Row])| {
@@ -189,7 +194,7 @@ fn multiply_tile(kernel: Avx512, a: ArrayView2<f32>, rows: Range<usize>, mut til
             part.slice(s![g * ROWS..g * ROWS + c.nrows(), ..])
         };
         for (panel, c) in tile.panels.chunks(rows.len()).zip(c.axis_chunks_iter_mut(Axis(1), WIDTH)) {
-            kernel.tile(group, panel, c, out, core::array::from_fn(|_| ahead.next()));
+            kernel.tile(group, panel, c, out, ahead.next(rows.len().div_ceil(DEPTH / RUNS)));
         }
     }
 }
@@ -208,14 +213,22 @@ impl Ahead {
     fn new(a: &ArrayView2<f32>, row: usize, column: usize) -> Ahead {
         let (strides, along) = (a.strides(), transposed(a) as usize);
         let at = a.as_ptr().wrapping_offset(row as isize * strides[0] + column as isize * strides[1]);
-        Ahead { at, stride: strides[along], runs: (if along == 0 { DEPTH / 128 } else { 1 }, 0) }
+        Ahead {
+            at,
+            stride: strides[along],
+            runs: (if along == 0 { DEPTH } else { COPY_ROWS.next_multiple_of(128) } / 128, 0),
+        }
     }
 
+    /// The next `count` runs.
     #[inline(always)]
-    fn next(&mut self) -> *const f32 {
+    fn next(&mut self, count: usize) -> [*const f32; RUNS] {
         let (in_row, given) = self.runs;
-        self.runs.1 += 1;
-        self.at.wrapping_offset((given / in_row) as isize * self.stride).wrapping_add(given % in_row * 128)
+        self.runs.1 += count;
+        core::array::from_fn(|i| {
+            let run = given + i;
+            self.at.wrapping_offset((run / in_row) as isize * self.stride).wrapping_add(run % in_row * 128)
+        })
     }
 }
 
@@ -275,7 +288,8 @@ mod tests {
             let at: Vec<f32> = (0..m * k).map(|i| a[i % m * k + i / m]).collect();
             let bt: Vec<f32> = (0..k * n).map(|i| b[i % k * n + i / k]).collect();
             for (start, out) in [(f32::NAN, Out::Store), (0.25, Out::Add)] {
-                let mut seen: Option<Vec<f32>> = None;
+                // By the strides of A, which decide about the order of summation.
+                let mut seen: [Option<Vec<f32>>; 2] = [None, None];
                 for case in 0..8 {
                     let a = if case & 1 == 0 { mat(&a, m, k) } else { mat(&at, k, m).reversed_axes() };
                     let b = if case & 2 == 0 { mat(&b, k, n) } else { mat(&bt, n, k).reversed_axes() };
@@ -290,10 +304,10 @@ mod tests {
                     );
                     let c: Vec<f32> = c.slice(s![..m, ..n]).iter().copied().collect();
                     let same = |seen: &Vec<f32>| seen.iter().zip(&c).all(|(a, b)| a.to_bits() == b.to_bits());
-                    assert!(seen.as_ref().is_none_or(same), "({m}, {k}, {n}) case {case}");
-                    seen = Some(c);
+                    assert!(seen[case & 1].as_ref().is_none_or(same), "({m}, {k}, {n}) case {case}");
+                    seen[case & 1] = Some(c);
                 }
-                for (i, got) in seen.unwrap().into_iter().enumerate() {
+                for (i, got) in seen.into_iter().flat_map(|c| c.unwrap().into_iter().enumerate()) {
                     let product = |l: usize| a[i / n * k + l] as f64 * b[l * n + i % n] as f64;
                     let want = (0..k).map(product).sum::<f64>() + if out == Out::Add { start as f64 } else { 0.0 };
                     // Factors below 1: at most k + 2 roundings of sums below k + 1.
