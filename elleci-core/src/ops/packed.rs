@@ -77,9 +77,18 @@ impl Operand for ArrayView2<'_, f32> {
     }
 }
 
-/// Whether [`multiply`] can write to a matrix with these strides, and read one.
+/// Whether [`multiply`] can read `a` and write `c`.
 pub(crate) fn fits(a: &ArrayView2<f32>, c: &ArrayViewMut2<f32>) -> bool {
     a.strides().contains(&1) && c.strides()[1] == 1
+}
+
+/// Whether packing pays against a product that packs for itself: enough rows must share packed B (fewer, where B has to
+/// be transposed, which others do worse), and enough columns a transposed A. Measured; see docs/LOG.md.
+pub(crate) fn pays(a: &ArrayView2<f32>, b_transposed: bool, columns: usize) -> bool {
+    let (m, k) = a.dim();
+    m * k * columns >= 1 << 20
+        && m >= if b_transposed { 24 } else { 64 }
+        && columns >= if transposed(a) { 160 } else { 16 }
 }
 
 /// `C = A · B` or `C += A · B`, spread over the current thread pool. See [`fits`].
