@@ -77,6 +77,90 @@ impl Avx512 {
     }
 }
 
+/// The floats of a panel, row after row.
+pub(crate) fn floats(panel: &mut [Row]) -> &mut [f32] {
+    // SAFETY: a row is 64 floats without padding.
+    unsafe { core::slice::from_raw_parts_mut(panel.as_mut_ptr().cast(), panel.len() * WIDTH) }
+}
+
+impl Avx512 {
+    /// Copies `from`, whose columns lie side by side, to rows `pitch` floats apart.
+    ///
+    /// # Panics
+    /// When `to` is too short, or the column elements of `from` are apart.
+    pub(crate) fn transpose(self, from: ArrayView2<f32>, to: &mut [f32], pitch: usize) {
+        let (rows, cols) = from.dim();
+        if rows == 0 || cols == 0 {
+            return;
+        }
+        assert!(cols <= pitch && to.len() >= (rows - 1) * pitch + cols, "{rows} x {cols} into {}", to.len());
+        assert!(from.strides()[0] == 1 || rows == 1, "columns are not contiguous");
+        for col in (0..cols).step_by(16) {
+            for row in (0..rows).step_by(16) {
+                let part = Part { rows: (rows - row).min(16), cols: (cols - col).min(16), stride: from.strides()[1] };
+                // SAFETY: `self` exists only where AVX-512 F was detected; the part lies inside of `from`, and its
+                // place inside of `to`, as just asserted.
+                unsafe {
+                    let from = from.as_ptr().offset(col as isize * part.stride).add(row);
+                    transpose(from, part, to.as_mut_ptr().add(row * pitch + col), pitch);
+                }
+            }
+        }
+    }
+}
+
+/// At most 16 × 16 elements, columns `stride` apart.
+struct Part {
+    rows: usize,
+    cols: usize,
+    stride: isize,
+}
+
+/// Sixteen columns become rows in four rounds of shuffles: single floats, pairs, quarters, halves.
+///
+/// # Safety
+/// `from` is a readable `part`; `to` is writable in `part.rows` rows of `part.cols` floats, `pitch` apart.
+#[target_feature(enable = "avx512f")]
+unsafe fn transpose(from: *const f32, part: Part, to: *mut f32, pitch: usize) {
+    let (row_mask, col_mask) = ((u16::MAX >> (16 - part.rows)), (u16::MAX >> (16 - part.cols)));
+    let mut v = [_mm512_setzero_ps(); 16];
+    for c in 0..16 {
+        if c < part.cols {
+            // SAFETY: column c of the part; the mask keeps off rows that it does not have.
+            v[c] = unsafe { _mm512_maskz_loadu_ps(row_mask, from.offset(c as isize * part.stride)) };
+        }
+    }
+    let mut w = [_mm512_setzero_pd(); 16];
+    for i in 0..8 {
+        w[2 * i] = _mm512_castps_pd(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]));
+        w[2 * i + 1] = _mm512_castps_pd(_mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
+    }
+    for i in (0..16).step_by(4) {
+        for j in 0..2 {
+            v[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(w[i + j], w[i + j + 2]));
+            v[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(w[i + j], w[i + j + 2]));
+        }
+    }
+    // Now quarter q of v[i + j] holds columns i.. i + 4 of row 4 q + j.
+    for j in 0..4 {
+        let (even0, odd0) = quarters(v[j], v[4 + j]);
+        let (even1, odd1) = quarters(v[8 + j], v[12 + j]);
+        let ((q0, q2), (q1, q3)) = (quarters(even0, even1), quarters(odd0, odd1));
+        for (q, row) in [q0, q1, q2, q3].into_iter().enumerate() {
+            if 4 * q + j < part.rows {
+                // SAFETY: a row of the part; the mask keeps off columns that it does not have.
+                unsafe { _mm512_mask_storeu_ps(to.add((4 * q + j) * pitch), col_mask, row) };
+            }
+        }
+    }
+}
+
+/// The even and the odd quarters of two registers.
+#[target_feature(enable = "avx512f")]
+fn quarters(a: __m512, b: __m512) -> (__m512, __m512) {
+    (_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b))
+}
+
 /// Where A is, and how far its rows and columns are apart.
 struct A {
     at: *const f32,

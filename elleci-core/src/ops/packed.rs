@@ -1,19 +1,20 @@
 //! The blocked float32 product that training spends most of its time in, for machines with AVX-512.
 //!
 //! ```text
-//! for a block of B, at most [4 · DEPTH, WIDTH]:         packed once, shared by all threads: panels of 32 columns
-//!   for every tile of rows of C:                        one task
-//!     for every DEPTH rows of the block of B:           always in the same order: the bits depend on nothing else
-//!       pack [tile, DEPTH] of A                         stays in the second-level cache
-//!       for every panel of B:                           stays in the first-level cache
-//!         for every 14 rows of A:                       C[14, 32] += A[14, DEPTH] · B[DEPTH, 32], in registers
+//! for a block of B, at most [512, 512]:            packed once, shared by all threads: panels of 64 columns
+//!   for a tile of rows of C:                       one task
+//!     for every 6 rows of A:                       in the first-level cache
+//!       for every panel of B:                      from the second-level cache
+//!         C[6, 64] += A[6, 512] · B[512, 64]       in registers
 //! ```
 //!
 //! B is anything that can write its panels ([`Operand`]): a view of floats, the ternary codes of a matrix, or int8
-//! activations with their scales; so those are never widened in memory as a whole. A is a view with one unit stride:
-//! rows are copied as they are, a transposed A is copied in runs of 14, and the kernel exists for both. Packing rows by
-//! copying (rather than transposing) keeps it at a few percent even for 256 columns, and the padded row length keeps
-//! 14 rows of a 4 kB pitch from falling into one set of the cache.
+//! activations with their scales; so those are never widened in memory as a whole. A is read where it is if its rows are
+//! contiguous; if its columns are, a tile of it is transposed first. Memory is slower than the products: while a tile
+//! runs, the part of A that comes next is prefetched, a line for every eight rows of B.
+//!
+//! Every element of C is summed over blocks of B in order, and inside of a block in the order of its rows, whatever the
+//! tiles are: the bits do not depend on the number of threads.
 
 use alloc::vec::Vec;
 use core::cell::Cell;
@@ -21,7 +22,7 @@ use core::ops::Range;
 
 use ndarray::{ArrayView2, ArrayViewMut2, Axis, ShapeBuilder, s};
 
-use super::avx512::{Avx512, DEPTH, ROWS, Row, WIDTH};
+use super::avx512::{Avx512, DEPTH, ROWS, RUNS, Row, WIDTH, floats};
 use super::matmul::Out;
 use crate::{par, simd};
 
@@ -30,18 +31,19 @@ const COLUMNS: usize = 512;
 /// Multiply-adds that make a tile worth a task of its own.
 const TILE_MACS: usize = 1 << 22;
 /// Rows of a tile of a transposed A at most.
-const COPY_ROWS: usize = 120;
-/// Floats between the columns of a group of rows in a copied A.
-const PITCH: usize = 8;
-/// Floats between groups: an odd number of cache lines, so that they spread over the cache while they are written.
-const GROUP: usize = DEPTH * PITCH + 16;
+const COPY_ROWS: usize = 96;
+/// Rows of B in one go when A is transposed. Its columns are often a power of two apart, and no more of them than this
+/// fit into the cache sets that they share while they wait to be copied.
+const COPY_DEPTH: usize = 256;
+/// Floats between the rows of a copied A: an odd number of cache lines, so that they spread over the cache.
+const PITCH: usize = COPY_DEPTH + 16;
 
 /// The right-hand side of a product, `[depth, columns]`.
 pub(crate) trait Operand: Sync {
     /// Rows and columns.
     fn dim(&self) -> (usize, usize);
     /// Writes rows `rows`, columns `col..col + 32`, into `panel`; columns past the last as 0.
-    fn pack(&self, rows: Range<usize>, col: usize, panel: &mut [Row]);
+    fn pack(&self, kernel: Avx512, rows: Range<usize>, col: usize, panel: &mut [Row]);
 }
 
 impl Operand for ArrayView2<'_, f32> {
@@ -50,9 +52,10 @@ impl Operand for ArrayView2<'_, f32> {
     }
 
     #[inline(always)]
-    fn pack(&self, rows: Range<usize>, col: usize, panel: &mut [Row]) {
+    fn pack(&self, kernel: Avx512, rows: Range<usize>, col: usize, panel: &mut [Row]) {
         let cols = (self.ncols() - col).min(WIDTH);
         let part = self.slice(s![rows, col..col + cols]);
+        let rows = part.nrows();
         if cols < WIDTH {
             panel.fill(Row::ZERO);
         }
@@ -64,23 +67,28 @@ impl Operand for ArrayView2<'_, f32> {
                     Err(_) => out.0[..cols].copy_from_slice(row),
                 }
             }
+        } else if part.strides()[0] == 1 || rows == 1 {
+            kernel.transpose(part, floats(panel), WIDTH);
         } else {
-            // Sixteen rows at a time: a line of every column.
-            for (block, out) in part.axis_chunks_iter(Axis(0), 16).zip(panel.chunks_mut(16)) {
-                for (j, column) in block.columns().into_iter().enumerate() {
-                    match column.to_slice().map(<&[f32; 16]>::try_from) {
-                        Some(Ok(column)) => (0..16).for_each(|k| out[k].0[j] = column[k]),
-                        _ => out.iter_mut().zip(column).for_each(|(out, v)| out.0[j] = *v),
-                    }
-                }
+            for (row, out) in part.rows().into_iter().zip(panel) {
+                out.0.iter_mut().zip(row).for_each(|(out, v)| *out = *v);
             }
         }
     }
 }
 
-/// Whether [`multiply`] can write to a matrix with these strides, and read one.
+/// Whether [`multiply`] can read `a` and write `c`.
 pub(crate) fn fits(a: &ArrayView2<f32>, c: &ArrayViewMut2<f32>) -> bool {
     a.strides().contains(&1) && c.strides()[1] == 1
+}
+
+/// Whether packing pays against a product that packs for itself: enough rows must share packed B (fewer, where B has to
+/// be transposed, which others do worse), and enough columns a transposed A. Measured; see docs/LOG.md.
+pub(crate) fn pays(a: &ArrayView2<f32>, b_transposed: bool, columns: usize) -> bool {
+    let (m, k) = a.dim();
+    m * k * columns >= 1 << 20
+        && m >= if b_transposed { 24 } else { 64 }
+        && columns >= if transposed(a) { 160 } else { 16 }
 }
 
 /// `C = A · B` or `C += A · B`, spread over the current thread pool. See [`fits`].
@@ -90,16 +98,17 @@ pub(crate) fn multiply(kernel: Avx512, a: ArrayView2<f32>, b: &impl Operand, mut
     if k == 0 && out == Out::Store {
         c.fill(0.0);
     }
+    let depth = if transposed(&a) { COPY_DEPTH } else { DEPTH };
     for col in (0..n).step_by(COLUMNS) {
         let cols = col..n.min(col + COLUMNS);
-        for first in (0..k).step_by(DEPTH) {
-            let rows = first..k.min(first + DEPTH);
+        for first in (0..k).step_by(depth) {
+            let rows = first..k.min(first + depth);
             with_buffer(&PACKED_B, rows.len() * cols.len().div_ceil(WIDTH), Row::ZERO, |packed| {
                 let panels = packed.chunks_mut(rows.len()).enumerate().collect();
                 par::for_each(panels, |(p, panel): (_, &mut [Row])| {
                     simd::vectorize(
                         #[inline(always)]
-                        || b.pack(rows.clone(), cols.start + p * WIDTH, panel),
+                        || b.pack(kernel, rows.clone(), cols.start + p * WIDTH, panel),
                     );
                 });
                 let out = if first == 0 { out } else { Out::Add };
@@ -132,7 +141,7 @@ fn multiply_block(
             items.push(Tile { first_row: start, panels, c: part });
         }
     }
-    let len = if transposed(&a) { COPY_ROWS.div_ceil(ROWS) * GROUP } else { 0 };
+    let len = if transposed(&a) { COPY_ROWS * PITCH } else { 0 };
     par::for_each(items, |tile| {
         with_buffer(&COPIED_A, len, 0.0, |copy| multiply_tile(kernel, a, rows.clone(), tile, out, copy));
     });
@@ -182,19 +191,19 @@ fn multiply_tile(kernel: Avx512, a: ArrayView2<f32>, rows: Range<usize>, mut til
     let part = a.slice(s![start..end, rows.clone()]);
     let copied = transposed(&a);
     if copied {
-        copy_columns(part, copy);
+        kernel.transpose(part, copy, PITCH);
     }
     let mut ahead = Ahead::new(&a, end, rows.start);
     for (g, mut c) in tile.c.axis_chunks_iter_mut(Axis(0), ROWS).enumerate() {
         let group = if copied {
-            let shape = (c.nrows(), rows.len()).strides((1, PITCH));
-            ArrayView2::from_shape(shape, &copy[g * GROUP..]).expect("the copy has all groups")
+            let shape = (c.nrows(), rows.len()).strides((PITCH, 1));
+            ArrayView2::from_shape(shape, &copy[g * ROWS * PITCH..]).expect("the copy has all rows")
         } else {
             ahead = Ahead::new(&a, start + (g + 1) * ROWS, rows.start);
             part.slice(s![g * ROWS..g * ROWS + c.nrows(), ..])
         };
         for (panel, c) in tile.panels.chunks(rows.len()).zip(c.axis_chunks_iter_mut(Axis(1), WIDTH)) {
-            kernel.tile(group, panel, c, out, core::array::from_fn(|_| ahead.next()));
+            kernel.tile(group, panel, c, out, ahead.next(rows.len().div_ceil(DEPTH / RUNS)));
         }
     }
 }
@@ -213,35 +222,28 @@ impl Ahead {
     fn new(a: &ArrayView2<f32>, row: usize, column: usize) -> Ahead {
         let (strides, along) = (a.strides(), transposed(a) as usize);
         let at = a.as_ptr().wrapping_offset(row as isize * strides[0] + column as isize * strides[1]);
-        Ahead { at, stride: strides[along], runs: (if along == 0 { DEPTH / 128 } else { 1 }, 0) }
+        Ahead {
+            at,
+            stride: strides[along],
+            runs: (if along == 0 { DEPTH } else { COPY_ROWS.next_multiple_of(128) } / 128, 0),
+        }
     }
 
+    /// The next `count` runs.
     #[inline(always)]
-    fn next(&mut self) -> *const f32 {
+    fn next(&mut self, count: usize) -> [*const f32; RUNS] {
         let (in_row, given) = self.runs;
-        self.runs.1 += 1;
-        self.at.wrapping_offset((given / in_row) as isize * self.stride).wrapping_add(given % in_row * 128)
+        self.runs.1 += count;
+        core::array::from_fn(|i| {
+            let run = given + i;
+            self.at.wrapping_offset((run / in_row) as isize * self.stride).wrapping_add(run % in_row * 128)
+        })
     }
 }
 
 /// Whether the rows of A, rather than its columns, are what lies side by side.
 fn transposed(a: &ArrayView2<f32>) -> bool {
     a.strides()[1] != 1 && a.ncols() > 1
-}
-
-/// Copies a transposed A `[rows, depth]` so that the [`ROWS`] rows of a group lie together, columns [`PITCH`] apart.
-fn copy_columns(a: ArrayView2<f32>, copy: &mut [f32]) {
-    for (k, column) in a.columns().into_iter().enumerate() {
-        let column = column.to_slice().expect("unit stride");
-        let (groups, rest) = column.as_chunks::<ROWS>();
-        let mut copies = copy.chunks_mut(GROUP);
-        for (group, copy) in groups.iter().zip(&mut copies) {
-            *copy[k * PITCH..].first_chunk_mut().expect("a group has all columns") = *group;
-        }
-        if let Some(copy) = copies.next() {
-            copy[k * PITCH..].iter_mut().zip(rest).for_each(|(copy, v)| *copy = *v);
-        }
-    }
 }
 
 std::thread_local! {
@@ -295,7 +297,8 @@ mod tests {
             let at: Vec<f32> = (0..m * k).map(|i| a[i % m * k + i / m]).collect();
             let bt: Vec<f32> = (0..k * n).map(|i| b[i % k * n + i / k]).collect();
             for (start, out) in [(f32::NAN, Out::Store), (0.25, Out::Add)] {
-                let mut seen: Option<Vec<f32>> = None;
+                // By the strides of A, which decide about the order of summation.
+                let mut seen: [Option<Vec<f32>>; 2] = [None, None];
                 for case in 0..8 {
                     let a = if case & 1 == 0 { mat(&a, m, k) } else { mat(&at, k, m).reversed_axes() };
                     let b = if case & 2 == 0 { mat(&b, k, n) } else { mat(&bt, n, k).reversed_axes() };
@@ -310,10 +313,10 @@ mod tests {
                     );
                     let c: Vec<f32> = c.slice(s![..m, ..n]).iter().copied().collect();
                     let same = |seen: &Vec<f32>| seen.iter().zip(&c).all(|(a, b)| a.to_bits() == b.to_bits());
-                    assert!(seen.as_ref().is_none_or(same), "({m}, {k}, {n}) case {case}");
-                    seen = Some(c);
+                    assert!(seen[case & 1].as_ref().is_none_or(same), "({m}, {k}, {n}) case {case}");
+                    seen[case & 1] = Some(c);
                 }
-                for (i, got) in seen.unwrap().into_iter().enumerate() {
+                for (i, got) in seen.into_iter().flat_map(|c| c.unwrap().into_iter().enumerate()) {
                     let product = |l: usize| a[i / n * k + l] as f64 * b[l * n + i % n] as f64;
                     let want = (0..k).map(product).sum::<f64>() + if out == Out::Add { start as f64 } else { 0.0 };
                     // Factors below 1: at most k + 2 roundings of sums below k + 1.

@@ -17,7 +17,7 @@ use crate::{par, simd};
 
 /// Rows of activations that are widened by one task.
 const WIDEN_ROWS: usize = 64;
-/// Tokens from which widening the other operand pays for itself in the packed product.
+/// Tokens from which the packed product pays: widening first costs more than packing for few.
 #[cfg(all(feature = "std", target_arch = "x86_64"))]
 const PACKED_ROWS: usize = 16;
 
@@ -64,7 +64,7 @@ impl Operand for TernaryMatrix {
     }
 
     #[inline(always)]
-    fn pack(&self, rows: core::ops::Range<usize>, col: usize, panel: &mut [Row]) {
+    fn pack(&self, _: Avx512, rows: core::ops::Range<usize>, col: usize, panel: &mut [Row]) {
         let cols = (self.in_dim() - col).min(WIDTH);
         for (row, out) in rows.zip(panel) {
             let groups = self.panel(row / ROWS, col / DEPTH).chunks(LINES);
@@ -92,7 +92,7 @@ impl Operand for Tokens<'_> {
     }
 
     #[inline(always)]
-    fn pack(&self, rows: core::ops::Range<usize>, col: usize, panel: &mut [Row]) {
+    fn pack(&self, _: Avx512, rows: core::ops::Range<usize>, col: usize, panel: &mut [Row]) {
         for (t, out) in rows.zip(panel) {
             let q = &self.q[t * self.in_dim..][..self.in_dim][col..];
             match q.first_chunk::<WIDTH>() {
@@ -149,8 +149,7 @@ pub fn weight_grad(
     let (dy, dw) = (mat(dy, tokens, out_dim).reversed_axes(), mat_mut(dw, out_dim, in_dim));
     let activations = Tokens { q, scales, in_dim };
     #[cfg(all(feature = "std", target_arch = "x86_64"))]
-    if out_dim >= PACKED_ROWS
-        && tokens > 0
+    if packed::pays(&dy, false, in_dim)
         && let Some(kernel) = Avx512::detect()
     {
         return packed::multiply(kernel, dy, &activations, dw, out);
