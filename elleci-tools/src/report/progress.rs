@@ -1,6 +1,6 @@
 //! Progress on standard error: a bar where a person watches, else a line every so many steps.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
@@ -61,7 +61,7 @@ impl Progress {
         let due = self.log_every > 0
             && (first || record.step.is_multiple_of(self.log_every) || record.step == self.goal.steps);
         due.then(|| {
-            eprintln!("{text}");
+            print(&text);
             text
         })
     }
@@ -75,8 +75,8 @@ impl Progress {
     /// Prints a line above the bar.
     pub fn note(&self, text: &str) {
         match &self.bar {
-            Some(bar) => bar.suspend(|| eprintln!("{text}")),
-            None => eprintln!("{text}"),
+            Some(bar) => bar.suspend(|| print(text)),
+            None => print(text),
         }
     }
 
@@ -86,6 +86,11 @@ impl Progress {
             bar.abandon();
         }
     }
+}
+
+/// A run goes on when nobody listens any more, where `eprintln` would panic.
+fn print(text: &str) {
+    _ = writeln!(std::io::stderr(), "{text}");
 }
 
 /// `step 120/1000 | loss 4.321 | lr 1.5e-3 | norm 0.82 | 412 ms | 4.97k tok/s | 38% MFU | eta 6m10s`
