@@ -15,6 +15,7 @@ mod backward;
 mod chunked;
 mod forward;
 mod kernels;
+mod product;
 pub mod reference;
 mod step;
 #[cfg(test)]
