@@ -24,6 +24,9 @@ pub(crate) fn dispatch<Op: WithSimd>(op: Op) -> Op::Output {
             return Simd::vectorize(v3, op);
         }
     }
+    #[cfg(all(feature = "std", not(target_arch = "x86_64")))]
+    return pulp::Arch::new().dispatch(op);
+    #[cfg(any(not(feature = "std"), target_arch = "x86_64"))]
     Simd::vectorize(pulp::Scalar::new(), op)
 }
 

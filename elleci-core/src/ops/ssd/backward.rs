@@ -8,7 +8,7 @@ use super::kernels::{ColumnsDot, DyRow, Inside, RowDots};
 use super::product::{PANEL, Product};
 use super::{CHUNK, SsdScratch, SsdShape};
 use crate::ops::lanes::dispatch;
-use crate::ops::matmul::{Out, mat, mat_mut, matmul_serial};
+use crate::ops::matmul::{Out, mat, mat_mut};
 use crate::par;
 use crate::simd::vectorize;
 
@@ -207,11 +207,12 @@ impl<'a> Group<'a> {
             self.dy_row(inputs, span, i, &dy[i * shape.d_inner()..], last, row_mut(&mut dx, i), sums.dd);
         }
         if !last {
-            let weighted = mat(&self.weighted[..len * channels], len, channels);
-            matmul_serial(weighted, mat(self.r, n_dim, channels).t(), db.view_mut(), Out::Add);
+            let (a, r) = (dense(self.weighted, len, channels, channels), mat(self.r, n_dim, channels));
+            dispatch(Product { a, b: r.reversed_axes(), c: db.view_mut(), out: Out::Add, panel: self.panel });
         }
         if let Some(entry) = entry {
-            matmul_serial(mat(&self.e_dy[..len * channels], len, channels), entry.t(), dc.view_mut(), Out::Add);
+            let a = dense(self.e_dy, len, channels, channels);
+            dispatch(Product { a, b: entry.reversed_axes(), c: dc.view_mut(), out: Out::Add, panel: self.panel });
             let product = &mut self.product[..len * channels];
             let (a, ch) = (inputs.c_left(span, false), mat_mut(product, len, channels));
             dispatch(Product { a, b: entry, c: ch, out: Out::Store, panel: self.panel });
@@ -221,11 +222,14 @@ impl<'a> Group<'a> {
         }
 
         // Inside the chunk, head by head.
-        matmul_serial(c, b.t(), view_mut(self.g, len, len, CHUNK), Out::Store);
+        let (a, g) = (inputs.c_left(span, false), view_mut(self.g, len, len, CHUNK));
+        dispatch(Product { a, b: b.reversed_axes(), c: g, out: Out::Store, panel: self.panel });
         self.dg.fill(0.0);
         for h in 0..span.heads {
+            let (x, dm) = (inputs.x_head(span, h).reversed_axes(), view_mut(self.dm, len, len, CHUNK));
+            let a = dense(&dy[h * p_dim..], len, p_dim, shape.d_inner());
+            dispatch(Product { a, b: x, c: dm, out: Out::Store, panel: self.panel });
             let dy = view(&dy[h * p_dim..], len, p_dim, shape.d_inner());
-            matmul_serial(dy, inputs.x_head(span, h).t(), view_mut(self.dm, len, len, CHUNK), Out::Store);
             self.inside_chunk(span, h);
             let whole = entry.filter(|_| !last).map_or(0.0, |entry| self.whole_decay(span, h, entry, p_dim));
             self.exponents(inputs, span, h, whole, &mut ddt, sums.da);

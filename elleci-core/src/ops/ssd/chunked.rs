@@ -58,6 +58,11 @@ pub(super) fn scratch_len(shape: &SsdShape, pass: Pass) -> usize {
     shape.batch * shape.heads.div_ceil(shape.task_heads()) * task_scratch_len(shape, pass)
 }
 
+/// `[rows, depth]` with rows `stride` apart as the left side of a product.
+pub(super) fn dense(data: &[f32], rows: usize, depth: usize, stride: usize) -> Left<'_> {
+    Left { data, rows, depth, stride, transposed: false, part: Part::All }
+}
+
 /// A lower triangular `[len, len]`, rows [`CHUNK`] apart, or its transpose, as the left side of a product.
 pub(super) fn triangle(data: &[f32], len: usize, transposed: bool) -> Left<'_> {
     let part = if transposed { Part::Upper } else { Part::Lower };

@@ -9,7 +9,7 @@ use super::chunked::*;
 use super::product::{PANEL, Product};
 use super::{CHUNK, SsdScratch, SsdShape};
 use crate::ops::lanes::{dispatch, exp_nonpositive, vectors, vectors_mut};
-use crate::ops::matmul::{Out, mat, mat_mut, matmul_serial};
+use crate::ops::matmul::{Out, mat, mat_mut};
 use crate::par;
 use crate::simd::vectorize;
 
@@ -117,7 +117,6 @@ fn forward_group(
     let mut y = y.slice_mut(columns);
     for chunk in 0..shape.chunks() {
         let span = span(chunk);
-        let (b, c) = (inputs.b(span), inputs.c(span));
         let mut y = y.slice_mut(s![span.step..span.step + span.len, ..]);
         let entry = states.entry(chunk, shape.d_state, channels);
         let carried = entry.is_some();
@@ -133,7 +132,8 @@ fn forward_group(
                 scale_x(inputs, span, &decays, weighted);
             },
         );
-        matmul_serial(c, b.t(), view_mut(g, span.len, span.len, CHUNK), Out::Store);
+        let (a, g_view) = (inputs.c_left(span, false), view_mut(g, span.len, span.len, CHUNK));
+        dispatch(Product { a, b: inputs.b(span).reversed_axes(), c: g_view, out: Out::Store, panel });
         for h in 0..span.heads {
             let row = h * CHUNK..(h + 1) * CHUNK;
             dispatch(Mix { len: span.len, cum: &decays.cum[row.clone()], dt: &decays.dt[row], g, m });

@@ -20,6 +20,7 @@ pub mod reference;
 mod step;
 #[cfg(test)]
 mod tests;
+mod transpose;
 
 use alloc::vec::Vec;
 

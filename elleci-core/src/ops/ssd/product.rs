@@ -1,13 +1,14 @@
-//! Small products whose right-hand side lies in rows: most of those inside a chunk.
+//! The small products inside a chunk.
 //!
 //! A general product packs both sides and knows nothing of triangles; at 64 rows that is a good part of its time.
 //! Here the left side is read where it lies, the right side is copied in panels of four vectors (at its own pitch its
 //! rows would fall into few sets of the cache), and a triangular left side is multiplied as one.
 
-use ndarray::{ArrayView2, ArrayViewMut2, s};
+use ndarray::{ArrayView2, ArrayViewMut2, Axis, s};
 use pulp::{Simd, WithSimd};
 
 use super::chunked::row_mut;
+use super::transpose::transpose16;
 use crate::ops::lanes::{load, store, vectors, vectors_mut};
 use crate::ops::matmul::Out;
 
@@ -95,11 +96,40 @@ impl WithSimd for Product<'_, '_> {
 
 #[inline(always)]
 fn pack<S: Simd>(simd: S, b: ArrayView2<f32>, panel: &mut [f32]) {
+    if b.strides()[1] != 1 && b.ncols() > 1 {
+        return pack_columns(b, panel, TILE * S::F32_LANES);
+    }
     let panel = vectors_mut::<S>(panel);
     for (row, out) in b.rows().into_iter().zip(panel.chunks_exact_mut(TILE)) {
-        let row = row.to_slice().expect("the right side lies in rows");
+        let row = row.to_slice().expect("the right side lies in rows or columns");
         for (v, out) in out.iter_mut().enumerate() {
             *out = if v * S::F32_LANES < row.len() { load(simd, row, v) } else { simd.splat_f32s(0.0) };
+        }
+    }
+}
+
+/// As [`pack`] for a right side that lies in columns, with rows of the panel `width` apart.
+fn pack_columns(b: ArrayView2<f32>, panel: &mut [f32], width: usize) {
+    let (rows, cols) = b.dim();
+    let column = |j: usize| {
+        let column = b.index_axis_move(Axis(1), j);
+        column.to_slice().expect("the right side lies in rows or columns")
+    };
+    let whole = if width < 16 { 0 } else { rows & !15 };
+    for first in (0..cols & !15).step_by(16) {
+        let columns: [&[f32]; 16] = core::array::from_fn(|j| column(first + j));
+        for k in (0..whole).step_by(16) {
+            let square = columns.map(|column| column[k..].first_chunk().expect("a whole square"));
+            transpose16(square, &mut panel[k * width + first..], width);
+        }
+    }
+    if cols < width {
+        panel.chunks_exact_mut(width).for_each(|row| row[cols..].fill(0.0));
+    }
+    for j in 0..cols {
+        let done = if j < cols & !15 { whole } else { 0 };
+        for (k, v) in column(j).iter().enumerate().skip(done) {
+            panel[k * width + j] = *v;
         }
     }
 }
@@ -199,15 +229,18 @@ mod tests {
                             a[at(i, l)] = 0.0;
                         }
                     }
+                    let bt: Vec<f32> = (0..k * n).map(|i| b[i % k * n + i / k]).collect();
                     let dense = if transposed { mat(&a, k, m).reversed_axes() } else { mat(&a, m, k) };
                     let mut want = vec![3.0; m * n];
                     matmul_serial(dense, mat(&b, k, n), mat_mut(&mut want, m, n), out);
-                    let mut got = vec![if out == Out::Add { 3.0 } else { f32::NAN }; m * n];
                     let stride = if transposed { m } else { k };
                     let a = Left { data: &a, rows: m, depth: k, stride, transposed, part };
-                    let c = mat_mut(&mut got, m, n);
-                    dispatch(Product { a, b: mat(&b, k, n), c, out, panel: &mut vec![f32::NAN; PANEL] });
-                    assert_eq!(got, want, "({m}, {k}, {n}) transposed {transposed}");
+                    for b in [mat(&b, k, n), mat(&bt, n, k).reversed_axes()] {
+                        let mut got = vec![if out == Out::Add { 3.0 } else { f32::NAN }; m * n];
+                        let c = mat_mut(&mut got, m, n);
+                        dispatch(Product { a, b, c, out, panel: &mut vec![f32::NAN; PANEL] });
+                        assert_eq!(got, want, "({m}, {k}, {n}) transposed {transposed} strides {:?}", b.strides());
+                    }
                 }
             }
         }
