@@ -101,17 +101,18 @@ pub(crate) fn silu_grad<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
     simd.mul_f32s(s, simd.mul_add_e_f32s(x, rest, simd.splat_f32s(1.0)))
 }
 
-/// Vector v of a row; zeros beyond the row's end.
+/// Vector v of a row; zeros beyond the row's end, where v may lie altogether.
 #[inline(always)]
 pub(crate) fn load<S: Simd>(simd: S, row: &[f32], v: usize) -> S::f32s {
-    let rest = &row[v * S::F32_LANES..];
+    let rest = &row[row.len().min(v * S::F32_LANES)..];
     S::as_simd_f32s(rest).0.first().copied().unwrap_or_else(|| simd.partial_load_f32s(rest))
 }
 
 /// Writes vector v of a row, as far as the row goes.
 #[inline(always)]
 pub(crate) fn store<S: Simd>(simd: S, row: &mut [f32], v: usize, value: S::f32s) {
-    let rest = &mut row[v * S::F32_LANES..];
+    let first = row.len().min(v * S::F32_LANES);
+    let rest = &mut row[first..];
     match rest.len() >= S::F32_LANES {
         true => S::as_mut_simd_f32s(rest).0[0] = value,
         false => simd.partial_store_f32s(rest, value),
