@@ -114,6 +114,7 @@ pub fn forward(
     ssd_forward(shape, &saved.xbc, &saved.dt, &a, &ctx.params[ids.d], &mut saved.y, &mut saved.states, ssd);
     let (scan, z) = (&saved.y, &saved.z);
     rmsnorm_quantize(
+        #[inline(always)]
         |t, row| gate(&scan[t * di..(t + 1) * di], &z[t * di..(t + 1) * di], row),
         &ctx.params[ids.gate_norm],
         c.norm_eps,
@@ -165,10 +166,12 @@ pub fn backward(
         &mut scratch.expand,
     );
     rmsnorm_backward_product(
+        #[inline(always)]
         |t, row| gate(&saved.y[t * di..(t + 1) * di], &saved.z[t * di..(t + 1) * di], row),
         &ctx.params[ids.gate_norm],
         &saved.gated.rstd,
         dgated,
+        #[inline(always)]
         |t, du, dscan, dz| {
             let (y, z) = (&saved.y[t * di..(t + 1) * di], &saved.z[t * di..(t + 1) * di]);
             let (dscan, dz) = (&mut dscan[..du.len()], &mut dz[..du.len()]);
@@ -296,6 +299,13 @@ pub fn step(
     let scan = &mut input[..di];
     ssd_step(ssd_shape(c, 1, 1), xbc, &dt, &a, &ctx.params[ids.d], &mut state.scan, scan);
     row.quantized.resize(1, di);
-    rmsnorm_quantize(|_, u| gate(scan, z, u), &ctx.params[ids.gate_norm], c.norm_eps, &mut row.quantized, None);
+    rmsnorm_quantize(
+        #[inline(always)]
+        |_, u| gate(scan, z, u),
+        &ctx.params[ids.gate_norm],
+        c.norm_eps,
+        &mut row.quantized,
+        None,
+    );
     ctx.project(ids.out, &row.quantized, y);
 }

@@ -91,6 +91,7 @@ pub fn forward(ctx: &Context, ids: &MlaIds, n: &QuantizedRows, saved: &mut MlaSa
     ctx.project(ids.kv_down, n, &mut saved.ckr);
     let ckr = &saved.ckr;
     rmsnorm_quantize(
+        #[inline(always)]
         |t, row| row.copy_from_slice(&ckr[t * latent_row..t * latent_row + rank]),
         &ctx.params[ids.kv_norm],
         c.norm_eps,
@@ -104,6 +105,7 @@ pub fn forward(ctx: &Context, ids: &MlaIds, n: &QuantizedRows, saved: &mut MlaSa
     attention_forward(&attention_shape(ctx), input, &mut saved.o, &mut saved.lse);
     let (o, width) = (&saved.o, c.n_heads * c.d_v);
     rmsnorm_quantize(
+        #[inline(always)]
         |t, row| row.copy_from_slice(&o[t * width..(t + 1) * width]),
         &ctx.params[ids.out_norm],
         c.norm_eps,
@@ -256,7 +258,14 @@ pub fn step(ctx: &Context, ids: &MlaIds, n: &QuantizedRows, cache: &mut MlaCache
     ctx.rope.rotate(&mut ckr[rank..], pos);
     row.quantized.resize(1, rank);
     let gain = &ctx.params[ids.kv_norm];
-    rmsnorm_quantize(|_, x| x.copy_from_slice(&ckr[..rank]), gain, c.norm_eps, &mut row.quantized, None);
+    rmsnorm_quantize(
+        #[inline(always)]
+        |_, x| x.copy_from_slice(&ckr[..rank]),
+        gain,
+        c.norm_eps,
+        &mut row.quantized,
+        None,
+    );
     cache.codes.extend_from_slice(&row.quantized.codes);
     cache.scales.push(row.quantized.scales[0]);
     cache.keys.extend_from_slice(&ckr[rank..]);
@@ -295,6 +304,13 @@ pub fn step(ctx: &Context, ids: &MlaIds, n: &QuantizedRows, cache: &mut MlaCache
     }
     row.quantized.resize(1, c.n_heads * dv);
     let gain = &ctx.params[ids.out_norm];
-    rmsnorm_quantize(|_, x| x.copy_from_slice(o), gain, c.norm_eps, &mut row.quantized, None);
+    rmsnorm_quantize(
+        #[inline(always)]
+        |_, x| x.copy_from_slice(o),
+        gain,
+        c.norm_eps,
+        &mut row.quantized,
+        None,
+    );
     ctx.project(ids.out, &row.quantized, y);
 }
