@@ -1,5 +1,6 @@
 //! The command line of `elleci-data`.
 
+use super::fetch;
 use super::prepare::{self, PrepareOptions, Progress, Summary};
 use super::shards::{ShardOptions, ShardSet, Split, Verify};
 use super::sources::{self, Document, ReadOptions, Rejected, Schema, TextSplit};
@@ -28,6 +29,7 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Fetch(FetchArgs),
     Tokenizer(TokenizerArgs),
     Prepare(PrepareArgs),
     Stats(StatsArgs),
@@ -54,6 +56,27 @@ impl InputArgs {
     fn read_options(&self) -> ReadOptions {
         ReadOptions { schema: self.schema, text_split: self.text_split, languages: self.languages.clone() }
     }
+}
+
+/// Get corpora.
+///
+/// With --demo: some 15 MB of real Italian and English text from Debian packages (manuals, help pages, aphorisms), by
+/// `apt-get download` and pinned checksums, as OUT/it/*.jsonl and OUT/en/*.jsonl. Its licences are copyleft for the most part:
+/// train on it, do not pass it on as yours.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  elleci-data fetch --demo --out corpus
+  elleci-data fetch --demo --any-version --out corpus")]
+struct FetchArgs {
+    /// The Debian packages.
+    #[arg(long)]
+    demo: bool,
+    /// Take packages whose checksum is not the pinned one (Debian has moved on); results then differ.
+    #[arg(long, requires = "demo")]
+    any_version: bool,
+    /// Where to put the text.
+    #[arg(short, long, default_value = "corpus")]
+    out: PathBuf,
 }
 
 /// Train the byte-level BPE tokenizer on a mix of corpora.
@@ -150,10 +173,17 @@ struct StatsArgs {
 /// Whatever the verb reports; the caller prints it and exits with 1.
 pub fn run(cli: Cli) -> Result<()> {
     match cli.command {
+        Command::Fetch(args) => run_fetch(&args),
         Command::Tokenizer(args) => run_tokenizer(&args),
         Command::Prepare(args) => run_prepare(&args),
         Command::Stats(args) => run_stats(&args),
     }
+}
+
+fn run_fetch(args: &FetchArgs) -> Result<()> {
+    let report = fetch::demo::fetch(&args.out, args.any_version)?;
+    print!("{}", report.table());
+    Ok(())
 }
 
 fn run_tokenizer(args: &TokenizerArgs) -> Result<()> {

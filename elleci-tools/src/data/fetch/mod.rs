@@ -1,0 +1,7 @@
+//! Getting corpora.
+
+pub mod demo;
+mod fortune;
+mod html;
+pub mod language;
+mod roff;
