@@ -3,5 +3,7 @@
 pub mod demo;
 mod fortune;
 mod html;
+#[cfg(feature = "hub")]
+pub mod hub;
 pub mod language;
 mod roff;
