@@ -15,29 +15,35 @@ const SOURCES: [(&str, &[(&str, &str)]); 3] = [
     (
         "english",
         &[
-            ("articles.txt", include_str!("../../../fixtures/text/en-articles.txt")),
-            ("everyday.txt", include_str!("../../../fixtures/text/en-everyday.txt")),
-            ("stories.txt", include_str!("../../../fixtures/text/en-stories.txt")),
+            ("en-articles-2.txt", include_str!("../../../fixtures/text/en-articles-2.txt")),
+            ("en-articles.txt", include_str!("../../../fixtures/text/en-articles.txt")),
+            ("en-everyday.txt", include_str!("../../../fixtures/text/en-everyday.txt")),
+            ("en-stories.txt", include_str!("../../../fixtures/text/en-stories.txt")),
+            ("en-tales-2.txt", include_str!("../../../fixtures/text/en-tales-2.txt")),
+            ("en-tales.txt", include_str!("../../../fixtures/text/en-tales.txt")),
         ],
     ),
     (
         "instructions",
         &[
-            ("written.jsonl", include_str!("../../../fixtures/instructions.jsonl")),
-            ("generated.jsonl", include_str!("../../../fixtures/instructions-generated.jsonl")),
+            ("instructions-generated.jsonl", include_str!("../../../fixtures/instructions-generated.jsonl")),
+            ("instructions.jsonl", include_str!("../../../fixtures/instructions.jsonl")),
         ],
     ),
     (
         "italian",
         &[
-            ("cose-e-parole.txt", include_str!("../../../fixtures/text/it-cose-e-parole.txt")),
-            ("favole.txt", include_str!("../../../fixtures/text/it-favole.txt")),
-            ("geografia-storia.txt", include_str!("../../../fixtures/text/it-geografia-storia.txt")),
-            ("racconti-brevi.txt", include_str!("../../../fixtures/text/it-racconti-brevi.txt")),
-            ("racconti.txt", include_str!("../../../fixtures/text/it-racconti.txt")),
-            ("scienza.txt", include_str!("../../../fixtures/text/it-scienza.txt")),
-            ("generati.txt", include_str!("../../../fixtures/text/it-stories-generated.txt")),
-            ("vita-quotidiana.txt", include_str!("../../../fixtures/text/it-vita-quotidiana.txt")),
+            ("it-cose-e-parole.txt", include_str!("../../../fixtures/text/it-cose-e-parole.txt")),
+            ("it-diari-e-dialoghi.txt", include_str!("../../../fixtures/text/it-diari-e-dialoghi.txt")),
+            ("it-favole.txt", include_str!("../../../fixtures/text/it-favole.txt")),
+            ("it-geografia-storia.txt", include_str!("../../../fixtures/text/it-geografia-storia.txt")),
+            ("it-natura-e-luoghi.txt", include_str!("../../../fixtures/text/it-natura-e-luoghi.txt")),
+            ("it-personaggi-e-mestieri.txt", include_str!("../../../fixtures/text/it-personaggi-e-mestieri.txt")),
+            ("it-racconti-brevi.txt", include_str!("../../../fixtures/text/it-racconti-brevi.txt")),
+            ("it-racconti.txt", include_str!("../../../fixtures/text/it-racconti.txt")),
+            ("it-scienza.txt", include_str!("../../../fixtures/text/it-scienza.txt")),
+            ("it-stories-generated.txt", include_str!("../../../fixtures/text/it-stories-generated.txt")),
+            ("it-vita-quotidiana.txt", include_str!("../../../fixtures/text/it-vita-quotidiana.txt")),
         ],
     ),
 ];
@@ -95,4 +101,42 @@ fn prepare_all(dir: &Path, vocab_size: usize) -> anyhow::Result<()> {
     }
     fs::remove_dir_all(&raw)?;
     tokenizer.save(&dir.join("tokenizer.json"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A text that is added to the fixtures is to be trained on, too.
+    #[test]
+    fn every_fixture_is_bundled() {
+        let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fixtures");
+        let names = |dir: &Path, end: &str| -> Vec<String> {
+            let entries = fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
+            let mut names: Vec<String> = entries.filter(|n| n.ends_with(end)).collect();
+            names.sort();
+            names
+        };
+        let mut found = names(&fixtures, ".jsonl");
+        found.extend(names(&fixtures.join("text"), ".txt"));
+        let mut bundled: Vec<&str> = SOURCES.iter().flat_map(|s| s.1.iter().map(|f| f.0)).collect();
+        found.sort();
+        bundled.sort_unstable();
+        assert_eq!(found, bundled);
+    }
+
+    #[test]
+    fn they_become_shards_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let data = prepare_in(dir.path(), 512).unwrap();
+        let stamp = || fs::metadata(data.join("tokenizer.json")).unwrap().modified().unwrap();
+        let first = stamp();
+        for (source, _) in SOURCES {
+            let set = crate::data::shards::ShardSet::open(&data.join(source)).unwrap();
+            let index = set.index();
+            assert!(index.train.documents > 9 && index.val.documents > 0 && index.vocab_size == 512, "{source}");
+        }
+        assert_eq!(prepare_in(dir.path(), 512).unwrap(), data);
+        assert_eq!(stamp(), first);
+    }
 }
