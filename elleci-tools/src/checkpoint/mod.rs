@@ -20,6 +20,8 @@ use tensors::{HashedFile, Tensor, TensorFile, digest};
 
 /// The file of a checkpoint that holds everything but tensors.
 pub const STATE_FILE: &str = "state.json";
+/// The folder of a run that holds its checkpoints.
+pub const CHECKPOINTS: &str = "checkpoints";
 
 /// The checkpoints of a run.
 pub struct Store {

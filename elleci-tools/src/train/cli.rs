@@ -69,7 +69,7 @@ pub struct TrainArgs {
     /// Folder of the run [default: runs/PRESET]
     #[arg(short, long, value_name = "DIR")]
     pub out: Option<PathBuf>,
-    /// Weights to start from: a Hugging Face folder or a checkpoint
+    /// Weights to start from: a Hugging Face folder, a checkpoint, or a run (its newest)
     #[arg(long, value_name = "HF_DIR|CKPT")]
     pub init: Option<PathBuf>,
     /// cpu, or cuda[:N] where built in (training.device)

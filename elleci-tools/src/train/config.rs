@@ -242,7 +242,7 @@ impl RunConfig {
                 let max = self.model.max_seq_len;
                 return misfit(key, stage.length, format!("it must be 1..={max}, the value of `model.max_seq_len`"));
             }
-            if t.tokens_per_step % stage.length != 0 {
+            if !t.tokens_per_step.is_multiple_of(stage.length) {
                 let remedy = format!("it must be a multiple of {key} ({})", stage.length);
                 return misfit("training.tokens_per_step", t.tokens_per_step, remedy);
             }

@@ -23,14 +23,13 @@ use super::samples::Text;
 use super::step::load_model;
 use super::{Progress, Run, dry_run, layers};
 use crate::checkpoint::tensors::digest;
-use crate::checkpoint::{Checkpoint, STATE_FILE, State, Store};
+use crate::checkpoint::{CHECKPOINTS, Checkpoint, STATE_FILE, State, Store};
 use crate::data::tokenizer::Tokenizer;
 use crate::exit::usage;
 use crate::hf;
 use crate::report::format::thousands;
 use crate::report::{Goal, Peak};
 
-const CHECKPOINTS: &str = "checkpoints";
 const FINAL: &str = "final";
 const FINAL_AVERAGE: &str = "final-swa";
 
@@ -219,6 +218,9 @@ fn train(
     if let Some(checkpoint) = resumed {
         run.resume(checkpoint)?;
         eprintln!("resuming from {}", checkpoint.dir.display());
+        if args.init.is_some() {
+            eprintln!("--init is not used: the run goes on from its own weights (another --out starts another run)");
+        }
         let (then, now) = (checkpoint.state.config.training.steps, run.plan.steps());
         if then != now {
             eprintln!("the run now has {now} steps instead of {then}: schedules follow the new number from here on");
