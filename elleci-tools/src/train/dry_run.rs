@@ -39,10 +39,10 @@ pub fn run(args: &TrainArgs, mut config: RunConfig) -> anyhow::Result<()> {
     let (need, free) = (memory.total() as u64, available_memory());
     if need > free {
         println!(
-            "\nNot stepping: a step needs {} and this machine has {} free. Smaller: --set training.batch=N, \
-             --set training.checkpointing=layer, --set optimizer.states=8bit, or a shorter training.sequence.",
+            "\nNot stepping: a step needs {} and this machine has {} free. Smaller: {}.",
             bytes(need),
-            bytes(free)
+            bytes(free),
+            smaller(&config)
         );
         return Ok(());
     }
@@ -113,6 +113,21 @@ fn total_flops(config: &RunConfig, schedule: &Plan) -> f64 {
     schedule.stages().into_iter().map(of).sum()
 }
 
+/// What would make a step smaller and is not in place yet.
+fn smaller(config: &RunConfig) -> String {
+    let mut ways = vec!["--set training.batch=N (with training.accumulation, for as many sequences a step)"];
+    if checkpointing(config) != Checkpointing::EveryLayer {
+        ways.push("--set training.checkpointing=layer");
+    }
+    if precision(config) != StatePrecision::Block8 {
+        ways.push("--set optimizer.states=8bit");
+    }
+    if config.swa.start < 1.0 {
+        ways.push("--set swa.start=1.0 (no running mean)");
+    }
+    ways.join(", ")
+}
+
 /// Bytes in decimal units.
 fn bytes(n: u64) -> String {
     format!("{}B", si(n as f64))
@@ -128,31 +143,19 @@ fn describe(config: &RunConfig, schedule: &Plan, memory: &MemoryPlan, peak: Peak
     let (steps, tokens) = (schedule.steps(), schedule.total_tokens());
     line("Run", format!("{} steps, {} tokens", thousands(steps), thousands(tokens)));
     for (shape, steps) in schedule.stages() {
-        let micro = shape.micro_batches;
-        line(
-            "",
-            format!(
-                "{} steps of {} x {} tokens, in {micro} micro-batches",
-                thousands(steps),
-                shape.sequences,
-                shape.seq_len
-            ),
-        );
+        let (steps, sequences, seq) = (thousands(steps), shape.sequences, shape.seq_len);
+        line("", format!("{steps} steps of {sequences} x {seq} tokens, micro-batches of {} x {seq}", shape.rows(0)));
     }
+    let mut label = "Arithmetic";
     for (shape, _) in schedule.stages() {
         let work = work_per_token(model, shape.seq_len);
-        let (int8, float) = (si(2.0 * work.int8_macs), si(2.0 * work.float_macs));
-        line(
-            "Arithmetic",
-            format!("{} FLOPs a token at {} tokens ({int8} int8, {float} float32)", si(work.flops()), shape.seq_len),
-        );
+        let (all, int8, float) = (si(work.flops()), si(2.0 * work.int8_macs), si(2.0 * work.float_macs));
+        line(label, format!("{all} FLOPs a token in sequences of {} ({int8} int8, {float} float32)", shape.seq_len));
+        label = "";
     }
     let flops = total_flops(config, schedule);
     let least = duration(flops / (peak.gflops * 1e9));
-    line(
-        "",
-        format!("{} FLOPs in all: {least} at this machine's float32 peak of {:.0} GFLOP/s", si(flops), peak.gflops),
-    );
+    line("", format!("{flops:.2e} FLOPs in all: {least} at this machine's float32 peak of {:.0} GFLOP/s", peak.gflops));
     let (rows, seq) = largest_micro_batch(config, schedule);
     line("Memory", format!("of a step of {rows} x {seq} tokens:"));
     let mut part =
@@ -175,7 +178,8 @@ fn describe(config: &RunConfig, schedule: &Plan, memory: &MemoryPlan, peak: Peak
     part("activations", memory.activations, kept_note);
     part("scratch", memory.scratch, String::new());
     part("running mean of the weights", memory.average, String::new());
-    part("total", memory.total(), format!("{} free on this machine", bytes(available_memory())));
+    let wide_note = format!("with float32 states {}", bytes(wide.total() as u64));
+    part("total", memory.total(), format!("{wide_note}; {} free on this machine", bytes(available_memory())));
     let (token, state) = cache_bytes(config);
     let note = format!("caches of one sampled text: {token} bytes a token, {} whatever its length", bytes(state));
     _ = writeln!(out, "  {note}");
