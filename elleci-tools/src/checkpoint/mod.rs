@@ -310,7 +310,9 @@ mod tests {
         let store = Store::open(dir.path()).unwrap();
         save(&store, 1);
         let failing = Tensor {
-            bytes: tensors::Bytes::Later(Box::new(|| Err(std::io::Error::from(std::io::ErrorKind::StorageFull).into()))),
+            bytes: tensors::Bytes::Later(Box::new(
+                || Err(std::io::Error::from(std::io::ErrorKind::StorageFull).into()),
+            )),
             ..Tensor::f32("w", &[1], &[])
         };
         let error = store.save(&mut State::sample(2), vec![("model.safetensors", vec![failing])]).unwrap_err();

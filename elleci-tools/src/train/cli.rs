@@ -88,9 +88,11 @@ pub struct TrainArgs {
 
 /// `elleci-train step`.
 #[derive(Debug, Args)]
-#[command(after_help = "The batch holds `tokens` and `targets`, int64 [B, T]; target -100 is ignored. The loss is the mean over the others.
+#[command(
+    after_help = "The batch holds `tokens` and `targets`, int64 [B, T]; target -100 is ignored. The loss is the mean over the others.
 OUT gets io.safetensors (tokens, targets, logits [B, T, vocab], loss) and grads.safetensors (by parameter name);
-standard output gets one JSON object with the loss.")]
+standard output gets one JSON object with the loss."
+)]
 pub struct StepArgs {
     /// Model: a Hugging Face folder or a checkpoint
     #[arg(long, value_name = "HF_DIR|CKPT")]

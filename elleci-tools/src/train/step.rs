@@ -103,7 +103,11 @@ fn compute(config: ModelConfig, params: Params, io: &Io, out: &Path) -> anyhow::
         integers("tokens", &io.tokens),
         integers("targets", &io.targets),
         Tensor::f32("logits", &[rows, seq, model.config().vocab_size], &logits),
-        Tensor { dtype: Dtype::F64, bytes: Bytes::Ready(loss.to_le_bytes().to_vec().into()), ..Tensor::f32("loss", &[], &[]) },
+        Tensor {
+            dtype: Dtype::F64,
+            bytes: Bytes::Ready(loss.to_le_bytes().to_vec().into()),
+            ..Tensor::f32("loss", &[], &[])
+        },
     ];
     write_atomic(&out.join("io.safetensors"), |path| tensors::write(path, results).map(|_| ()))?;
     write_atomic(&out.join("grads.safetensors"), |path| tensors::write(path, param_tensors(&grads)).map(|_| ()))?;

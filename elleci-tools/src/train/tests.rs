@@ -186,7 +186,12 @@ impl Feed for Numbered {
         self.config.data.sources.keys().cloned().collect()
     }
 
-    fn held_out(&self, _: usize, rows: usize, seq: usize) -> Box<dyn Iterator<Item = anyhow::Result<(MicroBatch, u64)>> + '_> {
+    fn held_out(
+        &self,
+        _: usize,
+        rows: usize,
+        seq: usize,
+    ) -> Box<dyn Iterator<Item = anyhow::Result<(MicroBatch, u64)>> + '_> {
         let n = rows * seq;
         let batch = MicroBatch { rows, seq, tokens: vec![1; n], targets: vec![7; n], weights: vec![1.0; n] };
         Box::new(std::iter::once(Ok((batch, 3 * n as u64))))
