@@ -182,7 +182,7 @@ impl Workspace {
             }
         }
         let logits = 4 * chunk_tokens(tokens, c.vocab_size) * c.vocab_size;
-        (kept, Scratch::planned_bytes(c, tokens) + stream + logits + 4 * tokens + 4 * seq * c.d_rope)
+        (kept, Scratch::planned_bytes(c, batch, seq) + stream + logits + 4 * tokens + 4 * seq * c.d_rope)
     }
 
     /// `(batch, seq)` that it was made for.

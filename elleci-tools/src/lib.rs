@@ -1,1 +1,8 @@
 //! The library behind Elleci's binaries: data preparation, the trainer, and the files they read and write.
+
+pub mod checkpoint;
+pub mod data;
+pub mod exit;
+pub mod hf;
+pub mod report;
+pub mod train;

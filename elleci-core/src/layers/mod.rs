@@ -11,13 +11,13 @@ pub mod mla;
 use alloc::vec;
 use alloc::vec::Vec;
 
-use crate::config::ModelConfig;
+use crate::config::{LayerKind, ModelConfig};
 use crate::ops::norm::QuantizedRows;
 use crate::ops::rope::RopeTable;
 use crate::ops::rows::rows_per_task;
 use crate::ops::ssd::SsdScratch;
 use crate::par;
-use crate::params::{Id, Params};
+use crate::params::{Id, ParamKind, ParamLayout, Params};
 use crate::ternary::TernaryMatrix;
 
 /// What every layer reads: the model, and the shape of the batch.
@@ -89,9 +89,17 @@ impl Scratch {
         Scratch { normed, a, b, c: cc, e, expand: Vec::new(), ssd: SsdScratch::default() }
     }
 
-    /// Bytes of the fixed buffers of [`Scratch::new`].
-    pub fn planned_bytes(c: &ModelConfig, tokens: usize) -> usize {
-        Scratch::widths(c).iter().sum::<usize>() * tokens * 4
+    /// Bytes of [`Scratch::new`] once a backward has grown what grows on use.
+    pub fn planned_bytes(c: &ModelConfig, batch: usize, seq: usize) -> usize {
+        let tokens = batch * seq;
+        let fixed = Scratch::widths(c).iter().sum::<usize>() * tokens;
+        let has_mamba = c.layer_kinds().contains(&LayerKind::Mamba);
+        let ssd = mamba::ssd_shape(c, batch, seq);
+        let ssd = if has_mamba { ssd.forward_scratch_len().max(ssd.backward_scratch_len()) } else { 0 };
+        let layout = ParamLayout::new(c);
+        let ternary = layout.params().iter().filter(|p| p.kind == ParamKind::Ternary);
+        let expand = ternary.map(|p| p.len().max(tokens * p.shape[1])).max().unwrap_or(0);
+        4 * (fixed + ssd + expand)
     }
 }
 

@@ -12,31 +12,40 @@
 //! The polynomials are minimax fits of this project (weighted for the relative error of the function), their
 //! approximation error is below 0.08 ulp; the bounds are rounding.
 
+/// The constants of [`exp`], which the explicit vectors in `lanes.rs` share.
+pub(super) mod poly {
+    /// Adding 1.5 * 2^23 leaves the nearest integer in the low bits of the significand.
+    pub const ROUND_MAGIC: f32 = 12_582_912.0;
+    /// ln 2 in two parts; the first has 9 trailing zero bits, so that n * LN2_HI is exact for |n| <= 128.
+    pub const LN2_HI: f32 = f32::from_bits(0x3f31_7200);
+    /// The rest of ln 2.
+    pub const LN2_LO: f32 = 1.428_606_8e-6;
+    /// Below, the result is 0.
+    pub const EXP_LOWEST: f32 = -87.2;
+    /// `(e^r - 1 - r) / r^2` for |r| <= ln(2) / 2, highest power first.
+    pub const EXP_POLY: [f32; 5] = [0.001_381_447, 0.008_368_785_5, 0.041_668_393, 0.166_665_2, 0.499_999_94];
+}
+use poly::*;
+
 /// `e^x` within 1.5 ulp; 0 below -86.9 (where `e^x` is within a factor 1.6 of the smallest normal number), infinity
 /// above 88.73.
 #[inline(always)]
 pub fn exp(x: f32) -> f32 {
-    // Adding 1.5 * 2^23 leaves the integer nearest to x / ln 2 in the low bits of the significand.
-    const MAGIC: f32 = 12_582_912.0;
-    // ln 2 in two parts; the first has 9 trailing zero bits, so that n * LN2_HI is exact for |n| <= 128.
-    const LN2_HI: f32 = f32::from_bits(0x3f31_7200);
-    const LN2_LO: f32 = 1.428_606_8e-6;
     // Selects in this order pass NaN through. At the ends n is -126 and 128: a scale of zero, and overflow.
-    let x = if x < -87.2 { -87.2 } else { x };
+    let x = if x < EXP_LOWEST { EXP_LOWEST } else { x };
     let x = if x > 89.0 { 89.0 } else { x };
-    let shifted = x * core::f32::consts::LOG2_E + MAGIC;
-    let n = shifted - MAGIC;
+    let shifted = x * core::f32::consts::LOG2_E + ROUND_MAGIC;
+    let n = shifted - ROUND_MAGIC;
     let r = (x - n * LN2_HI) - n * LN2_LO;
-    let p = 0.001_381_447;
-    let p = p * r + 0.008_368_785_5;
-    let p = p * r + 0.041_668_393;
-    let p = p * r + 0.166_665_2;
-    let p = p * r + 0.499_999_94;
+    // Written out: a loop here keeps the caller's loop from being vectorised.
+    let p = EXP_POLY[0] * r + EXP_POLY[1];
+    let p = p * r + EXP_POLY[2];
+    let p = p * r + EXP_POLY[3];
+    let p = p * r + EXP_POLY[4];
     let y = 1.0 + (r + (r * r) * p);
     // 2^(n - 1), biased exponent n + 126 in 0..=254; the doubled y makes n = 128 representable.
-    let scale =
-        f32::from_bits((shifted.to_bits() as i32).wrapping_sub(MAGIC.to_bits() as i32 - 126).wrapping_shl(23) as u32);
-    (y + y) * scale
+    let n = shifted.to_bits().wrapping_sub(ROUND_MAGIC.to_bits() - 126);
+    (y + y) * f32::from_bits(n.wrapping_shl(23))
 }
 
 /// `2 atanh(s)` for |s| <= 1/3, relative error below 2^-23.
@@ -60,8 +69,6 @@ fn ln_1p_unit(u: f32) -> f32 {
 /// `ln x` within 3 ulp, near 1 too. `-inf` at 0, NaN below; subnormal `x` counts as zero.
 #[inline(always)]
 pub fn ln(x: f32) -> f32 {
-    const LN2_HI: f32 = f32::from_bits(0x3f31_7200);
-    const LN2_LO: f32 = 1.428_606_8e-6;
     // x = 2^n * m with m in [sqrt(1/2), sqrt(2)): subtracting the bits of sqrt(1/2) makes the exponent field n.
     const SQRT_HALF: i32 = 0x3f35_04f3;
     let bits = x.to_bits() as i32;

@@ -3,6 +3,7 @@
 pub mod activation;
 pub mod attention;
 pub mod conv;
+pub(crate) mod lanes;
 pub mod loss;
 pub mod matmul;
 pub mod norm;

@@ -123,6 +123,11 @@ impl AdamW {
         self.steps
     }
 
+    /// Sets the step count, when states have been [loaded](AdamW::load) one by one.
+    pub fn set_steps(&mut self, steps: u64) {
+        self.steps = steps;
+    }
+
     /// How the states are stored.
     pub fn precision(&self) -> StatePrecision {
         self.precision
@@ -354,3 +359,6 @@ fn update_block8(
     *m_absmax = signed.quantise(m, m_codes);
     *v_absmax = unsigned.quantise(v, v_codes);
 }
+
+#[cfg(test)]
+mod tests;

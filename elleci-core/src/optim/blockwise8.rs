@@ -179,7 +179,7 @@ mod tests {
         assert_eq!(signed.values[128 + 63], 0.107_031_25);
         assert_eq!(signed.values[254], 0.992_968_75);
         assert_eq!(unsigned.values[1..3], [3.25e-7, 7.75e-7]);
-        assert_eq!(unsigned.values[254], 0.996_484_375);
+        assert_eq!(unsigned.values[254], 0.996_484_4);
     }
 
     /// With monotonicity this proves `code` equal to the search for every float: inside a bucket the answer is one of

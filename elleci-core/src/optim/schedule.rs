@@ -230,7 +230,7 @@ impl SequenceCurriculum {
         for &(_, seq_len) in &self.stages {
             ensure(seq_len > 0, || "sequence curriculum: a length is 0".into())?;
             if let Some(tokens) = self.tokens_per_step {
-                ensure(tokens > 0 && tokens % seq_len == 0, || {
+                ensure(tokens > 0 && tokens.is_multiple_of(seq_len), || {
                     alloc::format!(
                         "tokens_per_step is {tokens}; it must be a multiple of every sequence length ({seq_len})"
                     )
@@ -311,3 +311,6 @@ fn check_fractions(what: &str, until: impl Iterator<Item = f64>) -> Result<(), S
     }
     ensure(before == 1.0, || alloc::format!("{what}: the last `until` must be 1, not {before}"))
 }
+
+#[cfg(test)]
+mod tests;

@@ -4,8 +4,9 @@ use alloc::vec::Vec;
 use ndarray::{ArrayView2, ArrayViewMut2, Axis, s};
 
 use super::chunked::*;
+use super::kernels::{ColumnsDot, DyRow, Inside, RowDots};
 use super::{CHUNK, SsdScratch, SsdShape};
-use crate::ops::activation::exp;
+use crate::ops::lanes::dispatch;
 use crate::ops::matmul::{Out, mat, mat_mut, matmul_serial};
 use crate::par;
 use crate::simd::vectorize;
@@ -154,7 +155,10 @@ impl<'a> Group<'a> {
             product: part(CHUNK * channels),
             r: part(n_dim * channels),
         };
+        // Parts of these are read before they are written, by whole vectors in a short chunk: finite, then ignored.
         group.m.fill(0.0);
+        group.g.fill(0.0);
+        group.dm.fill(0.0);
         group
     }
 
@@ -196,9 +200,11 @@ impl<'a> Group<'a> {
             || {
                 self.decays.fill(inputs, span);
                 scale_x(inputs, span, &self.decays, self.weighted);
-                self.dy_rows(inputs, span, dy, last, &mut dx, sums.dd);
             },
         );
+        for i in 0..len {
+            self.dy_row(inputs, span, i, &dy[i * shape.d_inner()..], last, row_mut(&mut dx, i), sums.dd);
+        }
         if !last {
             let weighted = mat(&self.weighted[..len * channels], len, channels);
             matmul_serial(weighted, mat(self.r, n_dim, channels).t(), db.view_mut(), Out::Add);
@@ -207,10 +213,7 @@ impl<'a> Group<'a> {
             matmul_serial(mat(&self.e_dy[..len * channels], len, channels), entry.t(), dc.view_mut(), Out::Add);
             let product = &mut self.product[..len * channels];
             matmul_serial(c, entry, mat_mut(product, len, channels), Out::Store);
-            vectorize(
-                #[inline(always)]
-                || row_dots(self.e_dy, product, len, p_dim, channels, self.read),
-            );
+            dispatch(RowDots { a: self.e_dy, b: product, len, p_dim, channels, out: self.read });
         } else {
             self.read.fill(0.0);
         }
@@ -221,15 +224,9 @@ impl<'a> Group<'a> {
         for h in 0..span.heads {
             let dy = view(&dy[h * p_dim..], len, p_dim, shape.d_inner());
             matmul_serial(dy, inputs.x_head(span, h).t(), view_mut(self.dm, len, len, CHUNK), Out::Store);
-            let whole = entry.filter(|_| !last);
-            vectorize(
-                #[inline(always)]
-                || {
-                    self.inside_chunk(span, h);
-                    let whole = whole.map_or(0.0, |entry| self.whole_decay(span, h, entry, p_dim));
-                    self.exponents(inputs, span, h, whole, &mut ddt, sums.da);
-                },
-            );
+            self.inside_chunk(span, h);
+            let whole = entry.filter(|_| !last).map_or(0.0, |entry| self.whole_decay(span, h, entry, p_dim));
+            self.exponents(inputs, span, h, whole, &mut ddt, sums.da);
             let dx = dx.slice_mut(s![.., h * p_dim..(h + 1) * p_dim]);
             matmul_serial(view(self.m, len, len, CHUNK).t(), dy, dx, Out::Add);
         }
@@ -257,80 +254,59 @@ impl<'a> Group<'a> {
         }
     }
 
-    /// All that reads `dy` element by element: `e_dy`, the start of `dx`, `dd`, and `<x_j, (B R)_j>` from `product`.
-    #[inline(always)]
-    fn dy_rows(
+    /// All that reads a row of `dy` element by element: `e_dy`, the start of `dx`, `dd`, and `<x, B R>` from `product`.
+    #[expect(clippy::too_many_arguments, reason = "a row of every tensor of the op")]
+    fn dy_row(
         &mut self,
         inputs: &Inputs,
         span: Span,
+        i: usize,
         dy: &[f32],
         last: bool,
-        dx: &mut ArrayViewMut2<f32>,
+        dx: &mut [f32],
         dd: &mut [f32],
     ) {
-        let (p_dim, channels) = (inputs.shape.head_dim, inputs.channels(span));
-        for i in 0..span.len {
-            let dy = &dy[i * inputs.shape.d_inner()..][..channels];
-            let (x, dx) = (inputs.x_row(span, i), row_mut(dx, i));
-            let (e_dy, product) = (&mut self.e_dy[i * channels..], &self.product[i * channels..]);
-            for h in 0..span.heads {
-                let (at, part) = (h * CHUNK + i, h * p_dim..(h + 1) * p_dim);
-                let (entry, exit, d) = (self.decays.entry[at], self.decays.exit[at], inputs.d[span.head + h]);
-                let (x, dx, dy) = (&x[part.clone()], &mut dx[part.clone()], &dy[part.clone()]);
-                let (e_dy, product) = (&mut e_dy[part.clone()], &product[part]);
-                e_dy.iter_mut().zip(dy).for_each(|(e, dy)| *e = entry * dy);
-                dx.iter_mut().zip(dy).for_each(|(dx, dy)| *dx = d * dy);
-                dd[span.task_head + h] += dot(dy, x);
-                if last {
-                    self.write[at] = 0.0;
-                } else {
-                    let scale = exit * self.decays.dt[at];
-                    dx.iter_mut().zip(product).for_each(|(dx, br)| *dx += scale * br);
-                    self.write[at] = dot(x, product);
-                }
-            }
-        }
+        let row = i * dx.len()..(i + 1) * dx.len();
+        dispatch(DyRow {
+            i,
+            p_dim: inputs.shape.head_dim,
+            entry: self.decays.entry,
+            exit: self.decays.exit,
+            dt: self.decays.dt,
+            d: &inputs.d[span.head..][..span.heads],
+            x: inputs.x_row(span, i),
+            dy: &dy[..dx.len()],
+            br: (!last).then(|| &self.product[row.clone()]),
+            e_dy: &mut self.e_dy[row.clone()],
+            dx,
+            write: self.write,
+            dd: &mut dd[span.task_head..],
+        });
     }
 
     /// From `g` and `dm`: `m`, the head's part of `dg`, `inside`, and the exponents' gradients inside the chunk.
-    ///
-    /// The gradient of step i's exponent is the sum of `dM_kj M_kj` over the rectangle k >= i > j. Walking the rows
-    /// upwards, `inside` holds the column sums (without dt_j) of the rows seen so far, which is what a rectangle
-    /// needs: one vector addition and one dot product a row, and nothing subtracted.
-    #[inline(always)]
     fn inside_chunk(&mut self, span: Span, h: usize) {
-        let cum = &self.decays.cum[h * CHUNK..][..span.len];
-        let dt = &self.decays.dt[h * CHUNK..][..span.len];
-        let inside = &mut self.inside[h * CHUNK..][..span.len];
-        inside.fill(0.0);
-        for i in (0..span.len).rev() {
-            let n = triangle_row(i, span.len);
-            let (g, m) = (&self.g[i * CHUNK..][..n], &mut self.m[i * CHUNK..][..n]);
-            let (dm, dg) = (&self.dm[i * CHUNK..][..n], &mut self.dg[i * CHUNK..][..n]);
-            for j in 0..n {
-                let decay = exp(cum[i] - cum[j]);
-                let decay = if j <= i { decay } else { 0.0 };
-                let mixed = g[j] * decay;
-                m[j] = mixed * dt[j];
-                dg[j] += dm[j] * (decay * dt[j]);
-                inside[j] += dm[j] * mixed;
-            }
-            self.rectangles[i] = dot(&inside[..i], &dt[..i]);
-        }
+        let row = h * CHUNK..(h + 1) * CHUNK;
+        dispatch(Inside {
+            len: span.len,
+            cum: &self.decays.cum[row.clone()],
+            dt: &self.decays.dt[row.clone()],
+            g: self.g,
+            dm: self.dm,
+            m: self.m,
+            dg: self.dg,
+            inside: &mut self.inside[row],
+            rectangles: self.rectangles,
+        });
     }
 
     /// `exp(cum_last) <R, H>` of a head.
-    #[inline(always)]
     fn whole_decay(&self, span: Span, h: usize, entry: ArrayView2<f32>, p_dim: usize) -> f32 {
-        let channels = span.heads * p_dim;
-        let entry = entry.to_slice().expect("saved states are contiguous");
-        let rows = self.r.chunks_exact(channels).zip(entry.chunks_exact(channels));
-        let part = h * p_dim..(h + 1) * p_dim;
-        self.decays.whole(span, h) * rows.map(|(r, e)| dot(&r[part.clone()], &e[part.clone()])).sum::<f32>()
+        let (channels, entry) = (span.heads * p_dim, entry.to_slice().expect("saved states are contiguous"));
+        self.decays.whole(span, h) * dispatch(ColumnsDot { a: self.r, b: entry, channels, first: h * p_dim, p_dim })
     }
 
     /// The gradient of every exponent of a head, and from it `ddt` and `da`.
-    #[inline(always)]
     fn exponents(
         &mut self,
         inputs: &Inputs,
@@ -357,15 +333,5 @@ impl<'a> Group<'a> {
             sum += dt[i] * exponent;
         }
         da[span.task_head + h] += sum;
-    }
-}
-
-/// `out[h, i] = <a_i, b_i>` over the channels of head h, for `[len, channels]` matrices.
-#[inline(always)]
-fn row_dots(a: &[f32], b: &[f32], len: usize, p_dim: usize, channels: usize, out: &mut [f32]) {
-    for (i, (a, b)) in a.chunks_exact(channels).zip(b.chunks_exact(channels)).take(len).enumerate() {
-        for (h, (a, b)) in a.chunks_exact(p_dim).zip(b.chunks_exact(p_dim)).enumerate() {
-            out[h * CHUNK + i] = dot(a, b);
-        }
     }
 }

@@ -27,8 +27,11 @@
 use alloc::vec::Vec;
 use ndarray::{ArrayView2, ArrayViewMut2, Axis, ShapeBuilder};
 
+use pulp::Simd;
+
 use super::{CHUNK, SsdShape};
 use crate::ops::activation::exp;
+use crate::ops::lanes::TRIANGLE;
 use crate::ops::matmul::mat;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -150,25 +153,6 @@ pub(super) fn row_mut<'a>(view: &'a mut ArrayViewMut2<f32>, row: usize) -> &'a m
     view.row_mut(row).into_slice().expect("columns are contiguous")
 }
 
-/// Sum of products in sixteen interleaved sums: vectorises, and the order does not depend on the machine.
-#[inline(always)]
-pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let mut sums = [0.0f32; 16];
-    let (a16, b16) = (a.chunks_exact(16), b.chunks_exact(16));
-    let tail: f32 = a16.remainder().iter().zip(b16.remainder()).map(|(a, b)| a * b).sum();
-    for (a, b) in a16.zip(b16) {
-        for l in 0..16 {
-            sums[l] += a[l] * b[l];
-        }
-    }
-    for half in [8, 4, 2, 1] {
-        for l in 0..half {
-            sums[l] += sums[l + half];
-        }
-    }
-    sums[0] + tail
-}
-
 /// The decays of a span, each `[heads, CHUNK]`.
 pub(super) struct Decays<'a> {
     pub(super) dt: &'a mut [f32],
@@ -201,6 +185,10 @@ impl<'a> Decays<'a> {
                 *entry = exp(*cum);
                 *exit = exp(sum - cum);
             }
+            // Loops over whole vectors read on.
+            let rest = h * CHUNK + span.len..(h + 1) * CHUNK;
+            self.cum[rest.clone()].fill(0.0);
+            self.dt[rest].fill(0.0);
         }
     }
 
@@ -224,10 +212,19 @@ pub(super) fn scale_x(inputs: &Inputs, span: Span, decays: &Decays, out: &mut [f
     }
 }
 
-/// Columns of row i of the lower triangle, up to whole vectors, at most `len`.
+/// Columns of row i of the lower triangle, up to whole vectors of any length.
 #[inline(always)]
-pub(super) fn triangle_row(i: usize, len: usize) -> usize {
-    len.min((i + 16) & !15)
+pub(super) fn triangle_row(i: usize) -> usize {
+    (i + 16) & !15
+}
+
+/// The lanes of vector v in row i of the lower triangle: 1 up to the diagonal (without it if `strict`), 0 after.
+#[inline(always)]
+pub(super) fn triangle_mask<S: Simd>(i: usize, v: usize, strict: bool) -> S::f32s {
+    let (group, first) = (i & !15, v * S::F32_LANES);
+    // Before the diagonal's group of 16 every lane counts: the table's start.
+    let at = if first < group { 0 } else { 15 + strict as usize + first - i };
+    S::as_simd_f32s(&TRIANGLE[at..at + S::F32_LANES]).0[0]
 }
 
 /// (sequence, first head, heads) of every task, in order.

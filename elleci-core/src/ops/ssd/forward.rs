@@ -3,9 +3,11 @@
 use alloc::vec::Vec;
 use ndarray::{ArrayView2, ArrayViewMut2, Axis, s};
 
+use pulp::{Simd, WithSimd};
+
 use super::chunked::*;
 use super::{CHUNK, SsdScratch, SsdShape};
-use crate::ops::activation::exp;
+use crate::ops::lanes::{dispatch, exp_nonpositive, vectors, vectors_mut};
 use crate::ops::matmul::{Out, mat, mat_mut, matmul_serial};
 use crate::par;
 use crate::simd::vectorize;
@@ -103,6 +105,7 @@ fn forward_group(
     let (g, m) = (take(&mut scratch, CHUNK * CHUNK), take(&mut scratch, CHUNK * CHUNK));
     let weighted = take(&mut scratch, CHUNK * channels);
     m.fill(0.0);
+    g.fill(0.0);
     let first = span(0).task_head * p_dim;
     let columns = s![.., first..first + channels];
     let mut states = match states {
@@ -129,10 +132,8 @@ fn forward_group(
         );
         matmul_serial(c, b.t(), view_mut(g, span.len, span.len, CHUNK), Out::Store);
         for h in 0..span.heads {
-            vectorize(
-                #[inline(always)]
-                || mix(span, &decays, h, g, m),
-            );
+            let row = h * CHUNK..(h + 1) * CHUNK;
+            dispatch(Mix { len: span.len, cum: &decays.cum[row.clone()], dt: &decays.dt[row], g, m });
             let y = y.slice_mut(s![.., h * p_dim..(h + 1) * p_dim]);
             matmul_serial(view(m, span.len, span.len, CHUNK), inputs.x_head(span, h), y, Out::Add);
         }
@@ -217,16 +218,29 @@ fn read_out(inputs: &Inputs, span: Span, decays: &Decays, carried: bool, y: &mut
 }
 
 /// `m = G o L o dt` of a head `[len, len]`, rows CHUNK apart; m stays zero above the diagonal.
-#[inline(always)]
-fn mix(span: Span, decays: &Decays, h: usize, g: &[f32], m: &mut [f32]) {
-    let cum = &decays.cum[h * CHUNK..][..span.len];
-    let dt = &decays.dt[h * CHUNK..][..span.len];
-    for i in 0..span.len {
-        let n = triangle_row(i, span.len);
-        let (g, m) = (&g[i * CHUNK..][..n], &mut m[i * CHUNK..][..n]);
-        for j in 0..n {
-            let decay = exp(cum[i] - cum[j]);
-            m[j] = if j <= i { g[j] * decay * dt[j] } else { 0.0 };
+struct Mix<'a> {
+    len: usize,
+    cum: &'a [f32],
+    dt: &'a [f32],
+    g: &'a [f32],
+    m: &'a mut [f32],
+}
+
+impl WithSimd for Mix<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let (all_cum, dt) = (vectors::<S>(self.cum), vectors::<S>(self.dt));
+        for i in 0..self.len {
+            let row = i * CHUNK..i * CHUNK + triangle_row(i);
+            let (g, m) = (vectors::<S>(&self.g[row.clone()]), vectors_mut::<S>(&mut self.m[row]));
+            let (cum, dt) = (&all_cum[..m.len()], &dt[..m.len()]);
+            let here = simd.splat_f32s(self.cum[i]);
+            for v in 0..m.len() {
+                let decay = exp_nonpositive(simd, simd.sub_f32s(here, cum[v]));
+                let decay = simd.mul_f32s(decay, triangle_mask::<S>(i, v, false));
+                m[v] = simd.mul_f32s(simd.mul_f32s(g[v], decay), dt[v]);
+            }
         }
     }
 }

@@ -14,6 +14,7 @@
 mod backward;
 mod chunked;
 mod forward;
+mod kernels;
 pub mod reference;
 mod step;
 #[cfg(test)]

@@ -1,0 +1,169 @@
+//! The whole model against itself: threads, checkpointing and decoding must not change what it computes.
+
+use elleci_core::config::ModelConfig;
+use elleci_core::init::initialise;
+use elleci_core::model::{Batch, Checkpointing, Model, ModelError, Workspace};
+use elleci_core::params::Params;
+use elleci_core::session::Session;
+
+/// A small model with sizes that fit no block of any kernel.
+fn odd_config() -> ModelConfig {
+    ModelConfig {
+        vocab_size: 301,
+        d_model: 72,
+        n_layers: 5,
+        layer_pattern: "SSA".into(),
+        max_seq_len: 160,
+        n_heads: 3,
+        kv_rank: 40,
+        d_nope: 10,
+        d_rope: 6,
+        d_v: 14,
+        d_inner: 120,
+        head_dim: 24,
+        d_state: 20,
+        d_conv: 3,
+        ffn_hidden: 100,
+        ..ModelConfig::preset("nano").unwrap()
+    }
+}
+
+struct Data {
+    tokens: Vec<u32>,
+    targets: Vec<u32>,
+    weights: Vec<f32>,
+}
+
+impl Data {
+    fn new(c: &ModelConfig, n: usize) -> Data {
+        let mut state = 12345u64;
+        let mut draw = || {
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (state >> 33) as u32
+        };
+        let tokens: Vec<u32> = (0..n).map(|_| draw() % c.vocab_size as u32).collect();
+        let targets = (0..n).map(|_| draw() % c.vocab_size as u32).collect();
+        // some positions ignored, some weighted, one negative as in preference tuning
+        let weights = (0..n).map(|i| [1.0, 0.0, 0.5, 1.0, -0.25, 1.0][i % 6]).collect();
+        Data { tokens, targets, weights }
+    }
+
+    fn batch(&self, batch: usize) -> Batch<'_> {
+        let seq = self.tokens.len() / batch;
+        Batch { batch, seq, tokens: &self.tokens, targets: &self.targets, weights: &self.weights }
+    }
+}
+
+fn gradients(model: &Model, batch: &Batch, checkpointing: Checkpointing, threads: usize) -> (f64, Params) {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+    pool.install(|| {
+        let mut ws = Workspace::new(model.config(), batch.batch, batch.seq, checkpointing);
+        let mut grads = Params::zeros(model.layout().clone());
+        let loss = model.loss_and_grad(&mut ws, batch, 0.01, &mut grads).unwrap();
+        assert_eq!(loss, model.loss(&mut ws, batch).unwrap(), "the loss alone has the same bits");
+        (loss, grads)
+    })
+}
+
+#[test]
+fn threads_and_checkpointing_do_not_change_a_bit() {
+    for c in [odd_config(), ModelConfig { n_layers: 4, vocab_size: 700, ..ModelConfig::preset("nano").unwrap() }] {
+        let model = Model::new(c.clone(), initialise(&c, 3)).unwrap();
+        let data = Data::new(&c, 3 * 130);
+        let batch = data.batch(3);
+        let (loss, grads) = gradients(&model, &batch, Checkpointing::None, 1);
+        assert!(grads.data().iter().all(|g| g.is_finite()));
+        for (checkpointing, threads) in
+            [(Checkpointing::None, 2), (Checkpointing::None, 5), (Checkpointing::EveryLayer, 2), (Checkpointing::EveryKth(2), 2)]
+        {
+            let (other_loss, other) = gradients(&model, &batch, checkpointing, threads);
+            assert_eq!(loss.to_bits(), other_loss.to_bits(), "{checkpointing:?} on {threads} threads");
+            assert!(grads.data() == other.data(), "{checkpointing:?} on {threads} threads");
+        }
+    }
+}
+
+#[test]
+fn every_parameter_receives_a_gradient() {
+    let c = odd_config();
+    let model = Model::new(c.clone(), initialise(&c, 3)).unwrap();
+    let data = Data::new(&c, 2 * 64);
+    let (_, grads) = gradients(&model, &data.batch(2), Checkpointing::None, 1);
+    for p in model.layout().params() {
+        assert!(grads.data()[p.range.clone()].iter().any(|g| *g != 0.0), "{} has no gradient", p.name);
+    }
+}
+
+#[test]
+fn gradients_of_micro_batches_add_up_to_those_of_the_batch() {
+    let c = odd_config();
+    let model = Model::new(c.clone(), initialise(&c, 3)).unwrap();
+    let data = Data::new(&c, 4 * 48);
+    let (loss, whole) = gradients(&model, &data.batch(4), Checkpointing::None, 2);
+    let mut ws = Workspace::new(&c, 2, 48, Checkpointing::None);
+    let mut grads = Params::zeros(model.layout().clone());
+    let mut sum = 0.0;
+    for half in 0..2 {
+        let at = half * 96..(half + 1) * 96;
+        let (tokens, targets, weights) = (&data.tokens[at.clone()], &data.targets[at.clone()], &data.weights[at]);
+        sum += model.loss_and_grad(&mut ws, &Batch { batch: 2, seq: 48, tokens, targets, weights }, 0.01, &mut grads).unwrap();
+    }
+    assert!((sum - loss).abs() < 1e-9 * loss.abs());
+    for p in model.layout().params() {
+        let (a, b) = (&grads.data()[p.range.clone()], &whole.data()[p.range.clone()]);
+        let norm = b.iter().map(|x| (*x as f64).powi(2)).sum::<f64>().sqrt();
+        let diff = a.iter().zip(b).map(|(a, b)| (*a as f64 - *b as f64).powi(2)).sum::<f64>().sqrt();
+        // Only the order of 192 float32 additions differs: relative error at most 192 * 2^-24 of the sum of
+        // magnitudes; 16 covers cancellation between tokens.
+        assert!(diff <= 16.0 * 192.0 * 2f64.powi(-24) * norm + 1e-12, "{}: {diff:e} of {norm:e}", p.name);
+    }
+}
+
+/// Decoding equals the sequence forward. The integer products are exact in both; floats differ in the order of sums, by
+/// some 2^-22 relative, and where a value stands that close to a quantiser's tie, its code flips by one. With some 1,500
+/// codes of up to 127 steps a token, a flip comes about every 1 / (1500 · 127 · 2^-22) ≈ 20 tokens, moves logits by
+/// hundredths, and stays in the caches. So the first ten positions must agree to rounding, and all of them must stay within
+/// what a few flips do; a wrong position, state or cache would be off by whole logits.
+#[test]
+fn decoding_equals_the_sequence_forward() {
+    for c in [odd_config(), ModelConfig { vocab_size: 300, ..ModelConfig::preset("nano").unwrap() }] {
+        let model = Model::new(c.clone(), initialise(&c, 11)).unwrap();
+        let seq = 150;
+        let data = Data::new(&c, seq);
+        let mut ws = Workspace::new(&c, 1, seq, Checkpointing::None);
+        let mut logits = vec![0.0; seq * c.vocab_size];
+        model.logits(&mut ws, &data.batch(1), &mut logits).unwrap();
+        let mut session = Session::new(&model);
+        let mut exact = Vec::new();
+        for (t, want) in logits.chunks_exact(c.vocab_size).enumerate() {
+            let got = session.step(&model, data.tokens[t]).unwrap();
+            let worst = got.iter().zip(want).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            let largest = want.iter().map(|x| x.abs()).fold(0.0, f32::max);
+            assert!(worst < 0.1 * largest, "position {t}: {worst} of {largest}");
+            exact.push(worst < 1e-4 * largest);
+        }
+        assert!(exact[..10].iter().all(|e| *e), "positions that agree to rounding: {exact:?}");
+        assert_eq!(session.position(), seq);
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_refused() {
+    let c = odd_config();
+    let model = Model::new(c.clone(), initialise(&c, 3)).unwrap();
+    let mut ws = Workspace::new(&c, 1, 8, Checkpointing::None);
+    let mut data = Data::new(&c, 8);
+    assert_eq!(
+        model.loss(&mut ws, &data.batch(2)),
+        Err(ModelError::Workspace { expected: (1, 8), got: (2, 4) })
+    );
+    data.targets[1] = 9999; // its weight is 0: never looked at
+    assert!(model.loss(&mut ws, &data.batch(1)).is_ok());
+    data.tokens[3] = 301;
+    assert_eq!(model.loss(&mut ws, &data.batch(1)), Err(ModelError::Token { token: 301, vocab_size: 301 }));
+    assert_eq!(Session::new(&model).step(&model, 301).err(), Some(ModelError::Token { token: 301, vocab_size: 301 }));
+    let short = Batch { batch: 1, seq: 8, tokens: &[0; 7], targets: &[0; 8], weights: &[1.0; 8] };
+    assert_eq!(model.loss(&mut ws, &short), Err(ModelError::BatchShape));
+    let nano = ModelConfig::preset("nano").unwrap();
+    assert!(matches!(Model::new(nano, initialise(&c, 3)), Err(ModelError::Layout { .. })));
+}

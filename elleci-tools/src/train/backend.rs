@@ -1,0 +1,286 @@
+//! The loop's view of a device: where weights, gradients and optimizer states live, and who computes on them.
+
+use elleci_core::model::{Batch, Checkpointing, Model, Workspace};
+use elleci_core::optim::norm::global_norm;
+use elleci_core::optim::schedule::depth_of;
+use elleci_core::optim::swa::Swa;
+use elleci_core::optim::{AdamW, AdamWConfig, StateData, StatePrecision, StateType, StepRates};
+use elleci_core::params::{Id, Params};
+use elleci_core::session::Session;
+use safetensors::Dtype;
+
+use super::plan::Rates;
+use crate::checkpoint::tensors::{Bytes, Tensor, TensorFile};
+
+/// What a checkpoint stores apart, a file each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Group {
+    /// The latent weights.
+    Weights,
+    /// The optimizer's moments.
+    Optimizer,
+    /// The running mean of the weights.
+    Average,
+}
+
+impl Group {
+    /// Its file in a checkpoint.
+    pub fn file(self) -> &'static str {
+        match self {
+            Group::Weights => "model.safetensors",
+            Group::Optimizer => "optimizer.safetensors",
+            Group::Average => "swa.safetensors",
+        }
+    }
+}
+
+/// What a checkpoint must know of a backend beside its tensors.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Updates that the optimizer has made.
+    pub updates: u64,
+    /// Weights in the running mean; 0 = there is none.
+    pub averaged: u64,
+}
+
+/// Weights, gradients and optimizer on some device.
+///
+/// One step is: [`accumulate`](Backend::accumulate) for every micro-batch, [`grad_norm`](Backend::grad_norm), then
+/// [`update`](Backend::update) or [`discard`](Backend::discard); both leave the gradients at zero.
+pub trait Backend {
+    /// Adds the gradient of `scale · Σ w·CE` of a micro-batch; returns `Σ w·CE`.
+    ///
+    /// # Errors
+    /// A batch that does not fit the model, or a fault of the device.
+    fn accumulate(&mut self, batch: &Batch<'_>, scale: f32) -> anyhow::Result<f64>;
+
+    /// Global norm of the gradients.
+    ///
+    /// # Errors
+    /// A fault of the device.
+    fn grad_norm(&mut self) -> anyhow::Result<f64>;
+
+    /// One optimizer update with the gradients times `grad_scale`.
+    ///
+    /// # Errors
+    /// A fault of the device.
+    fn update(&mut self, rates: &Rates, grad_scale: f32) -> anyhow::Result<()>;
+
+    /// Drops the gradients.
+    ///
+    /// # Errors
+    /// A fault of the device.
+    fn discard(&mut self) -> anyhow::Result<()>;
+
+    /// Takes the weights into the running mean.
+    ///
+    /// # Errors
+    /// A fault of the device.
+    fn average(&mut self) -> anyhow::Result<()>;
+
+    /// `Σ w·CE` of a batch.
+    ///
+    /// # Errors
+    /// A batch that does not fit the model, or a fault of the device.
+    fn evaluate(&mut self, batch: &Batch<'_>) -> anyhow::Result<f64>;
+
+    /// Continues `prompt` (not empty): `pick` sees the logits of the next token, and ends the text with `None`.
+    ///
+    /// # Errors
+    /// A token that is not in the vocabulary, or a fault of the device.
+    fn sample(&mut self, prompt: &[u32], pick: &mut dyn FnMut(&[f32]) -> Option<u32>) -> anyhow::Result<()>;
+
+    /// Replaces the weights by their running mean, where there is one; returns whether there is.
+    ///
+    /// # Errors
+    /// A fault of the device.
+    fn adopt_average(&mut self) -> anyhow::Result<bool>;
+
+    /// How many updates and averages there have been.
+    fn counters(&self) -> Counters;
+
+    /// The tensors of a group, to be written.
+    ///
+    /// # Errors
+    /// A fault of the device.
+    fn export(&self, group: Group) -> anyhow::Result<Vec<Tensor<'_>>>;
+
+    /// Replaces a group by the tensors of a file. `counters` are those that stood beside it.
+    ///
+    /// # Errors
+    /// A tensor that is missing, superfluous, of another shape or type.
+    fn import(&mut self, group: Group, file: &TensorFile, counters: Counters) -> anyhow::Result<()>;
+}
+
+/// The CPU: everything in `elleci-core`.
+pub struct CpuBackend {
+    model: Model,
+    grads: Params,
+    optimizer: AdamW,
+    average: Option<Swa>,
+    depth: Vec<usize>,
+    checkpointing: Checkpointing,
+    workspace: Option<(Checkpointing, Workspace)>,
+}
+
+impl CpuBackend {
+    /// Optimizer states at zero.
+    pub fn new(model: Model, adamw: AdamWConfig, states: StatePrecision, checkpointing: Checkpointing) -> CpuBackend {
+        let layout = model.layout().clone();
+        let depth = (0..layout.params().len()).map(|i| depth_of(&layout, Id(i))).collect();
+        CpuBackend {
+            grads: Params::zeros(layout.clone()),
+            optimizer: AdamW::new(layout, adamw, states),
+            average: None,
+            depth,
+            checkpointing,
+            workspace: None,
+            model,
+        }
+    }
+
+    /// The model.
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// The workspace of a shape; another one that may be there is dropped before the new one is made.
+    fn workspace(&mut self, batch: &Batch<'_>, kept: Checkpointing) {
+        let shape = (batch.batch, batch.seq);
+        if !self.workspace.as_ref().is_some_and(|(k, w)| *k == kept && w.shape() == shape) {
+            self.workspace = None;
+            self.workspace = Some((kept, Workspace::new(self.model.config(), batch.batch, batch.seq, kept)));
+        }
+    }
+
+    fn clear(&mut self) {
+        self.grads.data_mut().fill(0.0);
+    }
+}
+
+/// Tensors of a set of parameters, borrowed.
+pub fn param_tensors(params: &Params) -> Vec<Tensor<'_>> {
+    let tensor = |p: &elleci_core::params::Param| Tensor::f32(&p.name, &p.shape, &params.data()[p.range.clone()]);
+    params.layout().params().iter().map(tensor).collect()
+}
+
+/// Fills a set of parameters from a file that must hold exactly its tensors.
+///
+/// # Errors
+/// All tensors that are missing, superfluous or of another shape, by name.
+pub fn read_params(params: &mut Params, file: &TensorFile) -> anyhow::Result<()> {
+    let layout = params.layout().clone();
+    let expected = layout.params().iter().map(|p| (p.name.as_str(), p.shape.as_slice()));
+    crate::hf::check_tensors(expected, &file.entries().iter().map(|(n, e)| (n.as_str(), e.shape.as_slice())).collect())
+        .map_err(|e| e.context(file.path().display().to_string()))?;
+    for p in layout.params() {
+        file.read_floats(&p.name, &p.shape, &mut params.data_mut()[p.range.clone()])?;
+    }
+    Ok(())
+}
+
+impl Backend for CpuBackend {
+    fn accumulate(&mut self, batch: &Batch<'_>, scale: f32) -> anyhow::Result<f64> {
+        self.workspace(batch, self.checkpointing);
+        let (_, workspace) = self.workspace.as_mut().expect("made by the line above");
+        Ok(self.model.loss_and_grad(workspace, batch, scale, &mut self.grads)?)
+    }
+
+    fn grad_norm(&mut self) -> anyhow::Result<f64> {
+        Ok(global_norm(&self.grads))
+    }
+
+    fn update(&mut self, rates: &Rates, grad_scale: f32) -> anyhow::Result<()> {
+        let depth = &self.depth;
+        let lr_of = |id: Id| rates.lr * rates.by_layer[depth[id.0]];
+        let rates = StepRates { lr_of: &lr_of, weight_decay: rates.weight_decay, grad_scale };
+        self.model.update(|params| self.optimizer.step(params, &self.grads, &rates));
+        self.clear();
+        Ok(())
+    }
+
+    fn discard(&mut self) -> anyhow::Result<()> {
+        self.clear();
+        Ok(())
+    }
+
+    fn average(&mut self) -> anyhow::Result<()> {
+        let mean = self.average.get_or_insert_with(|| Swa::new(self.model.layout().clone()));
+        mean.update(self.model.params());
+        Ok(())
+    }
+
+    fn evaluate(&mut self, batch: &Batch<'_>) -> anyhow::Result<f64> {
+        // Nothing is kept for a backward: the smallest workspace does.
+        self.workspace(batch, Checkpointing::EveryLayer);
+        let (_, workspace) = self.workspace.as_mut().expect("made by the line above");
+        Ok(self.model.loss(workspace, batch)?)
+    }
+
+    fn sample(&mut self, prompt: &[u32], pick: &mut dyn FnMut(&[f32]) -> Option<u32>) -> anyhow::Result<()> {
+        let Some((&last, first)) = prompt.split_last() else { return Ok(()) };
+        let mut session = Session::new(&self.model);
+        for &token in first {
+            session.step(&self.model, token)?;
+        }
+        let mut next = Some(last);
+        while let Some(token) = next {
+            next = pick(session.step(&self.model, token)?);
+        }
+        Ok(())
+    }
+
+    fn adopt_average(&mut self) -> anyhow::Result<bool> {
+        let Some(average) = &self.average else { return Ok(false) };
+        self.model.update(|params| params.data_mut().copy_from_slice(average.mean().data()));
+        Ok(true)
+    }
+
+    fn counters(&self) -> Counters {
+        Counters { updates: self.optimizer.steps(), averaged: self.average.as_ref().map_or(0, Swa::count) }
+    }
+
+    fn export(&self, group: Group) -> anyhow::Result<Vec<Tensor<'_>>> {
+        Ok(match group {
+            Group::Weights => param_tensors(self.model.params()),
+            Group::Average => self.average.as_ref().map(|a| param_tensors(a.mean())).unwrap_or_default(),
+            Group::Optimizer => {
+                let dtype = |data: &StateData<'_>| if data.dtype() == StateType::F32 { Dtype::F32 } else { Dtype::U8 };
+                let states = self.optimizer.tensors().into_iter();
+                states
+                    .map(|t| {
+                        let bytes = Bytes::Ready(t.data.bytes());
+                        Tensor { name: t.name, dtype: dtype(&t.data), shape: t.shape, bytes }
+                    })
+                    .collect()
+            }
+        })
+    }
+
+    fn import(&mut self, group: Group, file: &TensorFile, counters: Counters) -> anyhow::Result<()> {
+        match group {
+            Group::Weights => self.model.update(|params| read_params(params, file)),
+            Group::Average => {
+                let mut mean = Params::zeros(self.model.layout().clone());
+                read_params(&mut mean, file)?;
+                self.average = Some(Swa::restore(mean, counters.averaged));
+                Ok(())
+            }
+            Group::Optimizer => {
+                let names: Vec<String> = self.optimizer.tensors().into_iter().map(|t| t.name).collect();
+                for name in &names {
+                    let bytes = file.bytes(name)?;
+                    let entry = &file.entries()[name];
+                    let dtype = match entry.dtype {
+                        Dtype::F32 => StateType::F32,
+                        Dtype::U8 => StateType::U8,
+                        other => anyhow::bail!("{}: `{name}` has type {other}", file.path().display()),
+                    };
+                    self.optimizer.load(name, dtype, &entry.shape, &bytes)?;
+                }
+                self.optimizer.set_steps(counters.updates);
+                Ok(())
+            }
+        }
+    }
+}

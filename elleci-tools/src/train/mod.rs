@@ -1,0 +1,158 @@
+//! The trainer: one straight loop over a [`Backend`](backend::Backend) and a [`Feed`](batches::Feed).
+
+pub mod backend;
+pub mod batches;
+pub mod config;
+pub mod eval;
+pub mod layers;
+pub mod log;
+pub mod plan;
+pub mod record;
+pub mod samples;
+
+mod run;
+#[cfg(test)]
+mod tests;
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use elleci_core::optim::norm::clip_factor;
+
+use crate::checkpoint::Store;
+use crate::exit::Interrupted;
+use backend::Backend;
+use batches::Feed;
+use config::RunConfig;
+use log::{Log, StepRecord};
+use plan::Plan;
+use record::Recorder;
+use samples::Text;
+
+/// Where a run stands, apart from tensors and data.
+#[derive(Clone, Debug, Default)]
+pub struct Progress {
+    /// Optimizer steps done, skipped ones included.
+    pub step: u64,
+    /// Tokens read.
+    pub tokens: u64,
+    /// Steps skipped because loss or norm was not finite.
+    pub skipped: u64,
+    /// Seconds of training.
+    pub seconds: f64,
+}
+
+/// A run with everything that it works on.
+pub struct Run<'a> {
+    /// The effective configuration.
+    pub config: RunConfig,
+    /// Its schedules.
+    pub plan: Plan,
+    /// Where the model lives.
+    pub backend: Box<dyn Backend + 'a>,
+    /// Where steps come from.
+    pub feed: Box<dyn Feed + 'a>,
+    /// The tokenizer, where it is known: samples need it.
+    pub text: Option<Box<dyn Text + 'a>>,
+    /// Where checkpoints go; `None` in a dry run.
+    pub store: Option<Store>,
+    /// Where numbers go.
+    pub log: Log,
+    /// Writes every micro-batch, where asked for.
+    pub recorder: Option<Recorder>,
+    /// Where the run stands.
+    pub progress: Progress,
+    /// Operations of a second at the machine's measured peak, where it is known.
+    pub peak_flops: Option<f64>,
+    /// Set by a signal: the step that runs is the last.
+    pub stop: &'a AtomicBool,
+}
+
+/// What a call of [`Run::train`] did.
+#[derive(Clone, Debug, Default)]
+pub struct Outcome {
+    /// Every step's loss, as logged.
+    pub losses: Vec<f64>,
+    /// Seconds of every step.
+    pub seconds: Vec<f64>,
+}
+
+impl Run<'_> {
+    /// Trains from where the run stands until step `until`, then saves.
+    ///
+    /// # Errors
+    /// A fault of data, device or disk; [`Interrupted`], after saving, when `stop` was set.
+    pub fn train(&mut self, until: u64) -> anyhow::Result<Outcome> {
+        let mut outcome = Outcome::default();
+        while self.progress.step < until {
+            let started = Instant::now();
+            let step = self.plan.at(self.progress.step);
+
+            let data = self.feed.next(step.shape, step.weights)?;
+            if let Some(recorder) = &mut self.recorder {
+                recorder.write(self.progress.step, &data, &step.rates)?;
+            }
+
+            let (mut loss, scale) = (0.0, (1.0 / data.weight) as f32);
+            for micro in &data.micro {
+                loss += self.backend.accumulate(&micro.view(), scale)?;
+            }
+            loss /= data.weight;
+
+            let norm = self.backend.grad_norm()?;
+            let finite = loss.is_finite() && norm.is_finite();
+            if finite {
+                let clip = self.config.training.clip;
+                self.backend.update(&step.rates, if clip > 0.0 { clip_factor(norm, clip) } else { 1.0 })?;
+            } else {
+                self.backend.discard()?;
+                self.progress.skipped += 1;
+            }
+            if step.averages {
+                self.backend.average()?;
+            }
+
+            let seconds = started.elapsed().as_secs_f64();
+            let record = StepRecord {
+                step: self.progress.step + 1,
+                steps: self.plan.steps(),
+                loss,
+                grad_norm: norm,
+                lr: step.rates.lr,
+                seq: step.shape.seq_len,
+                phase: step.phase,
+                tokens: data.tokens,
+                total_tokens: self.progress.tokens + data.tokens,
+                seconds,
+                mfu: self.utilisation(step.shape.seq_len, data.tokens as f64 / seconds),
+                skipped: !finite,
+            };
+            self.progress.step += 1;
+            self.progress.tokens += data.tokens;
+            self.progress.seconds += seconds;
+            self.log.step(&record)?;
+            outcome.losses.push(loss);
+            outcome.seconds.push(seconds);
+
+            let stop = self.stop.load(Ordering::Relaxed);
+            let last = self.progress.step == until;
+            let due = |interval: u64| !stop && (last || (interval > 0 && self.progress.step % interval == 0));
+            let training = &self.config.training;
+            let (eval, sample) = (due(training.eval_interval), due(training.sample_interval));
+            let save = stop || due(training.save_interval);
+            if eval {
+                self.evaluate("val")?;
+            }
+            if sample {
+                self.sample()?;
+            }
+            if save {
+                self.save()?;
+            }
+            if stop && !last {
+                return Err(anyhow::Error::new(Interrupted(self.stopped())));
+            }
+        }
+        Ok(outcome)
+    }
+}
