@@ -24,6 +24,8 @@ use std::collections::BTreeMap;
 
 use tch::{Kind, Tensor};
 
+use crate::ops::Scan;
+
 /// See the module text.
 pub const NOISE_FACTOR: f64 = 16.0;
 /// Four units in the last place of float32, relative to the largest element.
@@ -87,6 +89,19 @@ fn largest_difference(a: impl IntoIterator<Item = f64>, b: &[f64]) -> (f64, usiz
         }
     }
     worst
+}
+
+impl Evaluation {
+    /// The element type and the scan. The truth follows the recurrence as it is defined; in float64 the chunked scan is
+    /// the same function (tests/oracle.rs) and many times faster.
+    pub fn mode(self) -> (Kind, Scan) {
+        match self {
+            Evaluation::Truth => (Kind::Double, Scan::Sequential),
+            Evaluation::Single(false) => (Kind::Float, Scan::Sequential),
+            Evaluation::Single(true) => (Kind::Float, Scan::Chunked(16)),
+            Evaluation::Perturbed(_) => (Kind::Double, Scan::Chunked(16)),
+        }
+    }
 }
 
 impl Reference {

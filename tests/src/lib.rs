@@ -8,3 +8,4 @@ pub mod compare;
 pub mod core_run;
 pub mod ops;
 pub mod oracle;
+pub mod vjp;
