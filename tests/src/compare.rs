@@ -46,7 +46,8 @@ pub enum Evaluation {
     Perturbed(u64),
 }
 
-const NOISE_RUNS: [Evaluation; 6] = [
+/// Those that show the rounding noise.
+pub const NOISE_RUNS: [Evaluation; 6] = [
     Evaluation::Single(false),
     Evaluation::Single(true),
     Evaluation::Perturbed(1),
