@@ -24,7 +24,8 @@ fn main() {
     config.layer_pattern = value("--pattern", &config.layer_pattern);
     let (batch, seq, threads, steps) =
         (number("--batch", "8"), number("--seq", "256"), number("--threads", "2"), number("--steps", "5"));
-    let checkpointing = if args.iter().any(|a| a == "--checkpoint") { Checkpointing::EveryLayer } else { Checkpointing::None };
+    let checkpointing =
+        if args.iter().any(|a| a == "--checkpoint") { Checkpointing::EveryLayer } else { Checkpointing::None };
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a thread pool");
     pool.install(|| {
         let mut model = Model::new(config.clone(), initialise(&config, 0)).expect("a preset");

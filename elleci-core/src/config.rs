@@ -207,10 +207,10 @@ impl ModelConfig {
         if self.layer_pattern.is_empty() || self.layer_pattern.bytes().any(|b| b != b'S' && b != b'A') {
             return Err(ConfigError::Pattern(self.layer_pattern.clone()));
         }
-        if self.d_rope % 2 != 0 {
+        if !self.d_rope.is_multiple_of(2) {
             return Err(ConfigError::OddRope(self.d_rope));
         }
-        if self.d_inner % self.head_dim != 0 {
+        if !self.d_inner.is_multiple_of(self.head_dim) {
             return Err(ConfigError::Heads { d_inner: self.d_inner, head_dim: self.head_dim });
         }
         for (field, value) in [("norm_eps", self.norm_eps), ("rope_base", self.rope_base)] {

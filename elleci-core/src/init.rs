@@ -73,7 +73,7 @@ mod tests {
             let std = (values.iter().map(|&v| (v as f64 - mean).powi(2)).sum::<f64>() / n).sqrt();
             match p.kind {
                 ParamKind::Ternary | ParamKind::Matrix | ParamKind::Embedding => {
-                    let residual = p.name.ends_with("out.weight") || p.name.ends_with("down.weight");
+                    let residual = p.name.ends_with(".out.weight") || p.name.ends_with(".ffn.down.weight");
                     let want = if residual { 0.02 / 8f64.sqrt() } else { 0.02 };
                     // Standard errors: mean std/√n, std std/√2n; five of each.
                     assert!(mean.abs() < 5.0 * want / n.sqrt(), "{} mean {mean}", p.name);

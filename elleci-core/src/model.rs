@@ -66,7 +66,9 @@ impl fmt::Display for ModelError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             ModelError::Config(e) => e.fmt(f),
-            ModelError::Layout { expected, got } => write!(f, "the config has {expected} parameters, the weights hold {got}"),
+            ModelError::Layout { expected, got } => {
+                write!(f, "the config has {expected} parameters, the weights hold {got}")
+            }
             ModelError::BatchShape => write!(f, "tokens, targets and weights must each hold batch * seq > 0 elements"),
             ModelError::Workspace { expected, got } => {
                 write!(f, "the workspace was made for batch x seq {expected:?}, the batch is {got:?}")
@@ -329,7 +331,13 @@ impl Model {
     ///
     /// # Errors
     /// A batch that does not fit the workspace or the vocabulary; `grads` of another layout.
-    pub fn loss_and_grad(&self, ws: &mut Workspace, batch: &Batch, scale: f32, grads: &mut Params) -> Result<f64, ModelError> {
+    pub fn loss_and_grad(
+        &self,
+        ws: &mut Workspace,
+        batch: &Batch,
+        scale: f32,
+        grads: &mut Params,
+    ) -> Result<f64, ModelError> {
         self.check(ws, batch)?;
         if grads.data().len() != self.layout().len() {
             return Err(ModelError::Layout { expected: self.layout().len(), got: grads.data().len() });
@@ -428,20 +436,33 @@ fn layer_forward(
 ) {
     let (d, eps) = (ctx.config.d_model, ctx.config.norm_eps);
     let len = ctx.tokens() * d;
-    let row_of = |x: &[f32], t: usize, row: &mut [f32]| row.copy_from_slice(&x[t * d..(t + 1) * d]);
     // The mixer's output goes to scratch, as its own operations use the other buffers.
     match (&ids.mixer, &mut saved.mamba, &mut saved.mla) {
         (MixerIds::Mamba(m), Some(mamba), _) => {
             let Scratch { normed, a, b, c, ssd, .. } = scratch;
             let gain = &ctx.params[ids.mixer_norm];
-            rmsnorm_quantize(|t, row| row_of(input, t, row), gain, eps, &mut saved.mixer_norm, Some(normed));
+            rmsnorm_quantize(
+                #[inline(always)]
+                |t, row| row.copy_from_slice(&input[t * d..(t + 1) * d]),
+                gain,
+                eps,
+                &mut saved.mixer_norm,
+                Some(normed),
+            );
             let y = &mut c[..len];
             mamba::forward(ctx, m, &saved.mixer_norm, normed, mamba, (a, b, ssd), y);
             add(input, y, mid);
         }
         (MixerIds::Mla(m), _, Some(mla)) => {
             let gain = &ctx.params[ids.mixer_norm];
-            rmsnorm_quantize(|t, row| row_of(input, t, row), gain, eps, &mut saved.mixer_norm, None);
+            rmsnorm_quantize(
+                #[inline(always)]
+                |t, row| row.copy_from_slice(&input[t * d..(t + 1) * d]),
+                gain,
+                eps,
+                &mut saved.mixer_norm,
+                None,
+            );
             let y = &mut scratch.a[..len];
             mla::forward(ctx, m, &saved.mixer_norm, mla, y);
             add(input, y, mid);
@@ -449,7 +470,14 @@ fn layer_forward(
         _ => unreachable!("a slot has room for every kind of layer that passes through it"),
     }
     let mid: &[f32] = mid;
-    rmsnorm_quantize(|t, row| row_of(mid, t, row), &ctx.params[ids.ffn_norm], eps, &mut saved.ffn_norm, None);
+    rmsnorm_quantize(
+        #[inline(always)]
+        |t, row| row.copy_from_slice(&mid[t * d..(t + 1) * d]),
+        &ctx.params[ids.ffn_norm],
+        eps,
+        &mut saved.ffn_norm,
+        None,
+    );
     let y = &mut scratch.a[..len];
     ffn::forward(ctx, &ids.ffn, &saved.ffn_norm, &mut saved.ffn, y);
     add(mid, y, out);

@@ -86,7 +86,14 @@ impl Session {
         h.copy_from_slice(&emb[token as usize * d..(token as usize + 1) * d]);
         for (ids, mixer) in model.layout().layers().iter().zip(mixers) {
             let gain = &ctx.params[ids.mixer_norm];
-            rmsnorm_quantize(|_, x| x.copy_from_slice(h), gain, c.norm_eps, norm, Some(normed));
+            rmsnorm_quantize(
+                #[inline(always)]
+                |_, x| x.copy_from_slice(h),
+                gain,
+                c.norm_eps,
+                norm,
+                Some(normed),
+            );
             match (&ids.mixer, mixer) {
                 (MixerIds::Mamba(m), MixerState::Mamba(state)) => mamba::step(&ctx, m, norm, normed, state, row, y),
                 (MixerIds::Mla(m), MixerState::Mla(cache)) => mla::step(&ctx, m, norm, cache, row, y),
@@ -94,7 +101,14 @@ impl Session {
             }
             rows::add_scaled(h, 1.0, y);
             let gain = &ctx.params[ids.ffn_norm];
-            rmsnorm_quantize(|_, x| x.copy_from_slice(h), gain, c.norm_eps, norm, None);
+            rmsnorm_quantize(
+                #[inline(always)]
+                |_, x| x.copy_from_slice(h),
+                gain,
+                c.norm_eps,
+                norm,
+                None,
+            );
             ffn::step(&ctx, &ids.ffn, norm, row, y);
             rows::add_scaled(h, 1.0, y);
         }

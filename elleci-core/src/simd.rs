@@ -66,7 +66,9 @@ impl Isa {
 }
 
 /// Runs `f` compiled for the detected instruction set: loops inside that the compiler can vectorise are vectorised
-/// for it. `f` and what it calls must be `#[inline(always)]` for that to take effect.
+/// for it. `f` and what it calls must be `#[inline(always)]` for that to take effect, a closure too
+/// (`vectorize(#[inline(always)] || ..)`): what is not inlined is compiled for the target's baseline, and runs several
+/// times slower without a warning.
 #[inline(always)]
 pub fn vectorize<R>(f: impl FnOnce() -> R) -> R {
     #[cfg(all(feature = "std", target_arch = "x86_64"))]

@@ -71,7 +71,10 @@ fn the_plan_is_what_the_allocator_sees() {
             let (planned, seen) = (plan(&c, o).total() as f64, measured(&c, o) as f64);
             let ratio = planned / seen;
             println!("{preset} {checkpointing:?} {states:?}: planned {planned} seen {seen} ratio {ratio:.4}");
-            assert!((0.95..=1.05).contains(&ratio), "{preset} {checkpointing:?} {states:?}: planned {planned}, seen {seen}");
+            assert!(
+                (0.95..=1.05).contains(&ratio),
+                "{preset} {checkpointing:?} {states:?}: planned {planned}, seen {seen}"
+            );
         }
     });
 }
@@ -79,13 +82,15 @@ fn the_plan_is_what_the_allocator_sees() {
 #[test]
 fn what_the_plan_promises() {
     let c = ModelConfig::preset("elleci-1.5b").unwrap();
-    let o = |states| PlanOptions { batch: 1, seq: 1024, checkpointing: Checkpointing::EveryLayer, states, average: false };
+    let o =
+        |states| PlanOptions { batch: 1, seq: 1024, checkpointing: Checkpointing::EveryLayer, states, average: false };
     let (wide, narrow) = (plan(&c, o(StatePrecision::F32)), plan(&c, o(StatePrecision::Block8)));
     assert!(narrow.optimizer as f64 <= 0.35 * wide.optimizer as f64, "{narrow:?} {wide:?}");
     assert!(narrow.total() as f64 <= 0.75 * wide.total() as f64, "{} {}", narrow.total(), wide.total());
     let mini = ModelConfig::preset("mini").unwrap();
     let activations = |checkpointing| {
-        plan(&mini, PlanOptions { batch: 4, seq: 256, checkpointing, states: StatePrecision::F32, average: false }).activations
+        plan(&mini, PlanOptions { batch: 4, seq: 256, checkpointing, states: StatePrecision::F32, average: false })
+            .activations
     };
     let (all, few) = (activations(Checkpointing::None), activations(Checkpointing::EveryLayer));
     assert!(few as f64 <= 0.6 * all as f64, "{few} of {all}");

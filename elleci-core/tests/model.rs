@@ -73,9 +73,12 @@ fn threads_and_checkpointing_do_not_change_a_bit() {
         let batch = data.batch(3);
         let (loss, grads) = gradients(&model, &batch, Checkpointing::None, 1);
         assert!(grads.data().iter().all(|g| g.is_finite()));
-        for (checkpointing, threads) in
-            [(Checkpointing::None, 2), (Checkpointing::None, 5), (Checkpointing::EveryLayer, 2), (Checkpointing::EveryKth(2), 2)]
-        {
+        for (checkpointing, threads) in [
+            (Checkpointing::None, 2),
+            (Checkpointing::None, 5),
+            (Checkpointing::EveryLayer, 2),
+            (Checkpointing::EveryKth(2), 2),
+        ] {
             let (other_loss, other) = gradients(&model, &batch, checkpointing, threads);
             assert_eq!(loss.to_bits(), other_loss.to_bits(), "{checkpointing:?} on {threads} threads");
             assert!(grads.data() == other.data(), "{checkpointing:?} on {threads} threads");
@@ -106,7 +109,9 @@ fn gradients_of_micro_batches_add_up_to_those_of_the_batch() {
     for half in 0..2 {
         let at = half * 96..(half + 1) * 96;
         let (tokens, targets, weights) = (&data.tokens[at.clone()], &data.targets[at.clone()], &data.weights[at]);
-        sum += model.loss_and_grad(&mut ws, &Batch { batch: 2, seq: 48, tokens, targets, weights }, 0.01, &mut grads).unwrap();
+        sum += model
+            .loss_and_grad(&mut ws, &Batch { batch: 2, seq: 48, tokens, targets, weights }, 0.01, &mut grads)
+            .unwrap();
     }
     assert!((sum - loss).abs() < 1e-9 * loss.abs());
     for p in model.layout().params() {
@@ -153,10 +158,7 @@ fn what_does_not_fit_is_refused() {
     let model = Model::new(c.clone(), initialise(&c, 3)).unwrap();
     let mut ws = Workspace::new(&c, 1, 8, Checkpointing::None);
     let mut data = Data::new(&c, 8);
-    assert_eq!(
-        model.loss(&mut ws, &data.batch(2)),
-        Err(ModelError::Workspace { expected: (1, 8), got: (2, 4) })
-    );
+    assert_eq!(model.loss(&mut ws, &data.batch(2)), Err(ModelError::Workspace { expected: (1, 8), got: (2, 4) }));
     data.targets[1] = 9999; // its weight is 0: never looked at
     assert!(model.loss(&mut ws, &data.batch(1)).is_ok());
     data.tokens[3] = 301;

@@ -48,23 +48,39 @@ pub fn forward(ctx: &Context, ids: &FfnIds, n: &QuantizedRows, saved: &mut FfnSa
     ctx.project(ids.gate, n, &mut saved.gate);
     ctx.project(ids.up, n, &mut saved.up);
     let (gate, up) = (&saved.gate, &saved.up);
-    let fill = |t: usize, row: &mut [f32]| activate(&gate[t * f..(t + 1) * f], &up[t * f..(t + 1) * f], row);
-    rmsnorm_quantize(fill, &ctx.params[ids.sub_norm], eps, &mut saved.hidden, None);
+    rmsnorm_quantize(
+        #[inline(always)]
+        |t, row| activate(&gate[t * f..(t + 1) * f], &up[t * f..(t + 1) * f], row),
+        &ctx.params[ids.sub_norm],
+        eps,
+        &mut saved.hidden,
+        None,
+    );
     ctx.project(ids.down, &saved.hidden, y);
 }
 
 /// Adds the parameter gradients and writes the gradient of the norm's output into `scratch.normed`.
-pub fn backward(ctx: &Context, ids: &FfnIds, n: &QuantizedRows, saved: &FfnSaved, dy: &[f32], scratch: &mut Scratch, grads: &mut Params) {
+pub fn backward(
+    ctx: &Context,
+    ids: &FfnIds,
+    n: &QuantizedRows,
+    saved: &FfnSaved,
+    dy: &[f32],
+    scratch: &mut Scratch,
+    grads: &mut Params,
+) {
     let (f, d, tokens) = (ctx.config.ffn_hidden, ctx.config.d_model, ctx.tokens());
     let Scratch { normed, a, b, c, expand, .. } = scratch;
     let (dgate, dup, dhidden) = (&mut a[..tokens * f], &mut b[..tokens * f], &mut c[..tokens * f]);
     ctx.projection(ids.down).input_grad(dy, tokens, dhidden, Out::Store, expand);
     weight_grad(dy, &saved.hidden.codes, &saved.hidden.scales, tokens, d, f, &mut grads[ids.down], Out::Add, expand);
     rmsnorm_backward_product(
+        #[inline(always)]
         |t, row| activate(&saved.gate[t * f..(t + 1) * f], &saved.up[t * f..(t + 1) * f], row),
         &ctx.params[ids.sub_norm],
         &saved.hidden.rstd,
         dhidden,
+        #[inline(always)]
         |t, dx, dgate, dup| {
             let (gate, up) = (&saved.gate[t * f..(t + 1) * f], &saved.up[t * f..(t + 1) * f]);
             for i in 0..dx.len() {
@@ -93,6 +109,13 @@ pub fn step(ctx: &Context, ids: &FfnIds, n: &QuantizedRows, row: &mut StepRow, y
     let (gate, up): (&[f32], &[f32]) = (gate, up);
     let (gain, eps) = (&ctx.params[ids.sub_norm], ctx.config.norm_eps);
     row.quantized.resize(1, f);
-    rmsnorm_quantize(|_, x| activate(gate, up, x), gain, eps, &mut row.quantized, None);
+    rmsnorm_quantize(
+        #[inline(always)]
+        |_, x| activate(gate, up, x),
+        gain,
+        eps,
+        &mut row.quantized,
+        None,
+    );
     ctx.project(ids.down, &row.quantized, y);
 }

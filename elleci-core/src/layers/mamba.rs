@@ -114,6 +114,7 @@ pub fn forward(
     ssd_forward(shape, &saved.xbc, &saved.dt, &a, &ctx.params[ids.d], &mut saved.y, &mut saved.states, ssd);
     let (scan, z) = (&saved.y, &saved.z);
     rmsnorm_quantize(
+        #[inline(always)]
         |t, row| gate(&scan[t * di..(t + 1) * di], &z[t * di..(t + 1) * di], row),
         &ctx.params[ids.gate_norm],
         c.norm_eps,
@@ -153,12 +154,24 @@ pub fn backward(
     let dgated = &mut scratch.e[..tokens * di];
     let dscan = &mut scratch.c[..tokens * di];
     ctx.projection(ids.out).input_grad(dy, tokens, dgated, Out::Store, &mut scratch.expand);
-    weight_grad(dy, &saved.gated.codes, &saved.gated.scales, tokens, d, di, &mut grads[ids.out], Out::Add, &mut scratch.expand);
+    weight_grad(
+        dy,
+        &saved.gated.codes,
+        &saved.gated.scales,
+        tokens,
+        d,
+        di,
+        &mut grads[ids.out],
+        Out::Add,
+        &mut scratch.expand,
+    );
     rmsnorm_backward_product(
+        #[inline(always)]
         |t, row| gate(&saved.y[t * di..(t + 1) * di], &saved.z[t * di..(t + 1) * di], row),
         &ctx.params[ids.gate_norm],
         &saved.gated.rstd,
         dgated,
+        #[inline(always)]
         |t, du, dscan, dz| {
             let (y, z) = (&saved.y[t * di..(t + 1) * di], &saved.z[t * di..(t + 1) * di]);
             let (dscan, dz) = (&mut dscan[..du.len()], &mut dz[..du.len()]);
@@ -179,7 +192,18 @@ pub fn backward(
     let (mut da, mut dd) = (vec![0.0f32; heads], vec![0.0f32; heads]);
     let shape = ssd_shape(c, ctx.batch, ctx.seq);
     ssd_backward(
-        shape, &saved.xbc, &saved.dt, &a, &ctx.params[ids.d], &saved.states, dscan, dxbc, &mut ddt, &mut da, &mut dd, &mut scratch.ssd,
+        shape,
+        &saved.xbc,
+        &saved.dt,
+        &a,
+        &ctx.params[ids.d],
+        &saved.states,
+        dscan,
+        dxbc,
+        &mut ddt,
+        &mut da,
+        &mut dd,
+        &mut scratch.ssd,
     );
     for h in 0..heads {
         grads[ids.a_log][h] += da[h] * a[h];
@@ -247,7 +271,15 @@ impl MambaState {
 }
 
 /// One token: `y` `[d_model]` from the norm's row, quantised (`n`) and float (`normed`).
-pub fn step(ctx: &Context, ids: &MambaIds, n: &QuantizedRows, normed: &[f32], state: &mut MambaState, row: &mut StepRow, y: &mut [f32]) {
+pub fn step(
+    ctx: &Context,
+    ids: &MambaIds,
+    n: &QuantizedRows,
+    normed: &[f32],
+    state: &mut MambaState,
+    row: &mut StepRow,
+    y: &mut [f32],
+) {
     let c = ctx.config;
     let (di, heads, channels, bc) = (c.d_inner, c.mamba_heads(), c.conv_channels(), 2 * c.d_state);
     // wide: z, then the convolution's input [x | B | C] with dt behind it: x stands where the projection puts it
@@ -267,6 +299,13 @@ pub fn step(ctx: &Context, ids: &MambaIds, n: &QuantizedRows, normed: &[f32], st
     let scan = &mut input[..di];
     ssd_step(ssd_shape(c, 1, 1), xbc, &dt, &a, &ctx.params[ids.d], &mut state.scan, scan);
     row.quantized.resize(1, di);
-    rmsnorm_quantize(|_, u| gate(scan, z, u), &ctx.params[ids.gate_norm], c.norm_eps, &mut row.quantized, None);
+    rmsnorm_quantize(
+        #[inline(always)]
+        |_, u| gate(scan, z, u),
+        &ctx.params[ids.gate_norm],
+        c.norm_eps,
+        &mut row.quantized,
+        None,
+    );
     ctx.project(ids.out, &row.quantized, y);
 }

@@ -5,8 +5,8 @@ use alloc::vec::Vec;
 
 use super::{Context, Scratch, StepRow, copy_columns};
 use crate::config::ModelConfig;
-use crate::ops::attention::{AttentionGrad, AttentionInput, AttentionShape, attention_backward, attention_forward};
 use crate::ops::activation::exp;
+use crate::ops::attention::{AttentionGrad, AttentionInput, AttentionShape, attention_backward, attention_forward};
 use crate::ops::matmul::Out;
 use crate::ops::norm::{QuantizedRows, rmsnorm_backward, rmsnorm_quantize};
 use crate::ops::rope::RopeTable;
@@ -62,7 +62,14 @@ fn attention_shape(ctx: &Context) -> AttentionShape {
 }
 
 /// Applies `turn(row, position)` to the `d_rope` channels at `offset` of every group of `group` channels.
-fn rotate(ctx: &Context, data: &mut [f32], row: usize, group: usize, offset: usize, turn: impl Fn(&RopeTable, &mut [f32], usize) + Sync + Send) {
+fn rotate(
+    ctx: &Context,
+    data: &mut [f32],
+    row: usize,
+    group: usize,
+    offset: usize,
+    turn: impl Fn(&RopeTable, &mut [f32], usize) + Sync + Send,
+) {
     let n = rows_per_task(ctx.tokens());
     let d_rope = ctx.config.d_rope;
     let items: Vec<_> = data.chunks_mut(n * row).enumerate().collect();
@@ -84,6 +91,7 @@ pub fn forward(ctx: &Context, ids: &MlaIds, n: &QuantizedRows, saved: &mut MlaSa
     ctx.project(ids.kv_down, n, &mut saved.ckr);
     let ckr = &saved.ckr;
     rmsnorm_quantize(
+        #[inline(always)]
         |t, row| row.copy_from_slice(&ckr[t * latent_row..t * latent_row + rank]),
         &ctx.params[ids.kv_norm],
         c.norm_eps,
@@ -97,6 +105,7 @@ pub fn forward(ctx: &Context, ids: &MlaIds, n: &QuantizedRows, saved: &mut MlaSa
     attention_forward(&attention_shape(ctx), input, &mut saved.o, &mut saved.lse);
     let (o, width) = (&saved.o, c.n_heads * c.d_v);
     rmsnorm_quantize(
+        #[inline(always)]
         |t, row| row.copy_from_slice(&o[t * width..(t + 1) * width]),
         &ctx.params[ids.out_norm],
         c.norm_eps,
@@ -107,7 +116,15 @@ pub fn forward(ctx: &Context, ids: &MlaIds, n: &QuantizedRows, saved: &mut MlaSa
 }
 
 /// Adds the parameter gradients and writes the gradient of the norm's output into `scratch.normed`.
-pub fn backward(ctx: &Context, ids: &MlaIds, n: &QuantizedRows, saved: &MlaSaved, dy: &[f32], scratch: &mut Scratch, grads: &mut Params) {
+pub fn backward(
+    ctx: &Context,
+    ids: &MlaIds,
+    n: &QuantizedRows,
+    saved: &MlaSaved,
+    dy: &[f32],
+    scratch: &mut Scratch,
+    grads: &mut Params,
+) {
     let c = ctx.config;
     let (tokens, d, rank, qk) = (ctx.tokens(), c.d_model, c.kv_rank, c.d_qk());
     let (q_row, kv_row, o_row, latent_row) =
@@ -119,10 +136,19 @@ pub fn backward(ctx: &Context, ids: &MlaIds, n: &QuantizedRows, saved: &MlaSaved
     ctx.projection(ids.out).input_grad(dy, tokens, dout, Out::Store, expand);
     weight_grad(dy, &saved.out.codes, &saved.out.scales, tokens, d, o_row, &mut grads[ids.out], Out::Add, expand);
     let d_o = &mut cc[..tokens * o_row];
-    rmsnorm_backward(&saved.o, &ctx.params[ids.out_norm], &saved.out.rstd, dout, d_o, &mut grads[ids.out_norm], Out::Store);
+    rmsnorm_backward(
+        &saved.o,
+        &ctx.params[ids.out_norm],
+        &saved.out.rstd,
+        dout,
+        d_o,
+        &mut grads[ids.out_norm],
+        Out::Store,
+    );
 
     // attention and rotation
-    let (dq, dkv, dkr_heads) = (&mut a[..tokens * q_row], &mut b[..tokens * kv_row], &mut e[..tokens * c.n_heads * c.d_rope]);
+    let (dq, dkv, dkr_heads) =
+        (&mut a[..tokens * q_row], &mut b[..tokens * kv_row], &mut e[..tokens * c.n_heads * c.d_rope]);
     let input = AttentionInput { q: &saved.q, kv: &saved.kv, ckr: &saved.ckr, rank };
     let grad = AttentionGrad { dq, dkv, dkr_heads };
     attention_backward(&attention_shape(ctx), input, &saved.o, &saved.lse, d_o, grad);
@@ -134,12 +160,30 @@ pub fn backward(ctx: &Context, ids: &MlaIds, n: &QuantizedRows, saved: &MlaSaved
     // latent: its rows stand beside the shared key, so the norm's backward runs on a contiguous copy
     let dlatent_normed = &mut e[..tokens * rank];
     ctx.projection(ids.kv_up).input_grad(dkv, tokens, dlatent_normed, Out::Store, expand);
-    weight_grad(dkv, &saved.latent.codes, &saved.latent.scales, tokens, kv_row, rank, &mut grads[ids.kv_up], Out::Add, expand);
+    weight_grad(
+        dkv,
+        &saved.latent.codes,
+        &saved.latent.scales,
+        tokens,
+        kv_row,
+        rank,
+        &mut grads[ids.kv_up],
+        Out::Add,
+        expand,
+    );
     let mut latent = vec![0.0f32; tokens * rank];
     copy_columns(&saved.ckr, latent_row, 0, &mut latent, rank, 0, rank);
     let mut dlatent = vec![0.0f32; tokens * rank];
     let gain = &ctx.params[ids.kv_norm];
-    rmsnorm_backward(&latent, gain, &saved.latent.rstd, dlatent_normed, &mut dlatent, &mut grads[ids.kv_norm], Out::Store);
+    rmsnorm_backward(
+        &latent,
+        gain,
+        &saved.latent.rstd,
+        dlatent_normed,
+        &mut dlatent,
+        &mut grads[ids.kv_norm],
+        Out::Store,
+    );
     copy_columns(&dlatent, rank, 0, dckr, latent_row, 0, rank);
 
     // projections of the norm
@@ -214,7 +258,14 @@ pub fn step(ctx: &Context, ids: &MlaIds, n: &QuantizedRows, cache: &mut MlaCache
     ctx.rope.rotate(&mut ckr[rank..], pos);
     row.quantized.resize(1, rank);
     let gain = &ctx.params[ids.kv_norm];
-    rmsnorm_quantize(|_, x| x.copy_from_slice(&ckr[..rank]), gain, c.norm_eps, &mut row.quantized, None);
+    rmsnorm_quantize(
+        #[inline(always)]
+        |_, x| x.copy_from_slice(&ckr[..rank]),
+        gain,
+        c.norm_eps,
+        &mut row.quantized,
+        None,
+    );
     cache.codes.extend_from_slice(&row.quantized.codes);
     cache.scales.push(row.quantized.scales[0]);
     cache.keys.extend_from_slice(&ckr[rank..]);
@@ -253,6 +304,13 @@ pub fn step(ctx: &Context, ids: &MlaIds, n: &QuantizedRows, cache: &mut MlaCache
     }
     row.quantized.resize(1, c.n_heads * dv);
     let gain = &ctx.params[ids.out_norm];
-    rmsnorm_quantize(|_, x| x.copy_from_slice(o), gain, c.norm_eps, &mut row.quantized, None);
+    rmsnorm_quantize(
+        #[inline(always)]
+        |_, x| x.copy_from_slice(o),
+        gain,
+        c.norm_eps,
+        &mut row.quantized,
+        None,
+    );
     ctx.project(ids.out, &row.quantized, y);
 }

@@ -115,7 +115,15 @@ pub(crate) fn add(a: &[f32], b: &[f32], sum: &mut [f32]) {
 }
 
 /// Copies columns `from..from + width` of `src` rows (`[rows, src_width]`) to columns `to..` of `dst` (`[rows, dst_width]`).
-pub(crate) fn copy_columns(src: &[f32], src_width: usize, from: usize, dst: &mut [f32], dst_width: usize, to: usize, width: usize) {
+pub(crate) fn copy_columns(
+    src: &[f32],
+    src_width: usize,
+    from: usize,
+    dst: &mut [f32],
+    dst_width: usize,
+    to: usize,
+    width: usize,
+) {
     let n = rows_per_task(src.len() / src_width);
     let items = src.chunks(n * src_width).zip(dst.chunks_mut(n * dst_width)).collect();
     par::for_each(items, |(src, dst): (&[f32], &mut [f32])| {

@@ -93,7 +93,14 @@ pub struct AttentionInput<'a> {
 }
 
 /// Scores of query rows `i0..i0+n` against keys `0..keys`, scaled, into `scores` `[n, keys]`.
-fn block_scores(q: ArrayView2<f32>, kv: ArrayView2<f32>, kr: ArrayView2<f32>, dn: usize, keys: usize, scores: ArrayViewMut2<f32>) {
+fn block_scores(
+    q: ArrayView2<f32>,
+    kv: ArrayView2<f32>,
+    kr: ArrayView2<f32>,
+    dn: usize,
+    keys: usize,
+    scores: ArrayViewMut2<f32>,
+) {
     let mut scores = scores;
     matmul_serial(q.slice(s![.., ..dn]), kv.slice(s![..keys, ..dn]).reversed_axes(), scores.view_mut(), Out::Store);
     matmul_serial(q.slice(s![.., dn..]), kr.slice(s![..keys, ..]).reversed_axes(), scores, Out::Add);
@@ -115,22 +122,25 @@ pub fn attention_forward(shape: &AttentionShape, input: AttentionInput, o: &mut 
             let keys = i0 + n;
             let p = &mut buffer[..n * keys];
             block_scores(q.slice(s![i0..keys, ..]), kv, kr, dn, keys, super::matmul::mat_mut(p, n, keys));
-            vectorize(|| {
-                for (i, row) in p.chunks_exact_mut(keys).enumerate() {
-                    let (seen, future) = row.split_at_mut(i0 + i + 1);
-                    let max = rows::max(seen);
-                    for s in seen.iter_mut() {
-                        *s = exp((*s - max) * scale);
+            vectorize(
+                #[inline(always)]
+                || {
+                    for (i, row) in p.chunks_exact_mut(keys).enumerate() {
+                        let (seen, future) = row.split_at_mut(i0 + i + 1);
+                        let max = rows::max(seen);
+                        for s in seen.iter_mut() {
+                            *s = exp((*s - max) * scale);
+                        }
+                        let total = rows::sum(seen);
+                        lse[i0 + i] = max * scale + libm::logf(total);
+                        let inverse = 1.0 / total;
+                        for s in seen.iter_mut() {
+                            *s *= inverse;
+                        }
+                        future.fill(0.0);
                     }
-                    let total = rows::sum(seen);
-                    lse[i0 + i] = max * scale + libm::logf(total);
-                    let inverse = 1.0 / total;
-                    for s in seen.iter_mut() {
-                        *s *= inverse;
-                    }
-                    future.fill(0.0);
-                }
-            });
+                },
+            );
             let p = super::matmul::mat(p, n, keys);
             matmul_serial(p, kv.slice(s![..keys, dn..]), o.slice_mut(s![i0..keys, ..]), Out::Store);
         }
@@ -180,22 +190,30 @@ pub fn attention_backward(
             let (p, ds) = (&mut p_buffer[..n * keys], &mut ds_buffer[..n * keys]);
             let (q, d_o) = (q.slice(s![i0..keys, ..]), d_o.slice(s![i0..keys, ..]));
             block_scores(q, kv, kr, dn, keys, super::matmul::mat_mut(p, n, keys));
-            matmul_serial(d_o, kv.slice(s![..keys, dn..]).reversed_axes(), super::matmul::mat_mut(ds, n, keys), Out::Store);
+            matmul_serial(
+                d_o,
+                kv.slice(s![..keys, dn..]).reversed_axes(),
+                super::matmul::mat_mut(ds, n, keys),
+                Out::Store,
+            );
             for (i, gap) in gap[..n].iter_mut().enumerate() {
                 // Σ_j p_ij dp_ij = dO_i · O_i
                 *gap = d_o.row(i).iter().zip(o.row(i0 + i)).map(|(a, b)| a * b).sum();
             }
-            vectorize(|| {
-                for (i, (p, ds)) in p.chunks_exact_mut(keys).zip(ds.chunks_exact_mut(keys)).enumerate() {
-                    let seen = i0 + i + 1;
-                    for (p, ds) in p[..seen].iter_mut().zip(&mut ds[..seen]) {
-                        *p = exp(*p * scale - lse[i0 + i]);
-                        *ds = *p * (*ds - gap[i]) * scale;
+            vectorize(
+                #[inline(always)]
+                || {
+                    for (i, (p, ds)) in p.chunks_exact_mut(keys).zip(ds.chunks_exact_mut(keys)).enumerate() {
+                        let seen = i0 + i + 1;
+                        for (p, ds) in p[..seen].iter_mut().zip(&mut ds[..seen]) {
+                            *p = exp(*p * scale - lse[i0 + i]);
+                            *ds = *p * (*ds - gap[i]) * scale;
+                        }
+                        p[seen..].fill(0.0);
+                        ds[seen..].fill(0.0);
                     }
-                    p[seen..].fill(0.0);
-                    ds[seen..].fill(0.0);
-                }
-            });
+                },
+            );
             let (p, ds) = (super::matmul::mat(p, n, keys), super::matmul::mat(ds, n, keys));
             matmul_serial(ds, kv.slice(s![..keys, ..dn]), dq.slice_mut(s![i0..keys, ..dn]), Out::Store);
             matmul_serial(ds, kr.slice(s![..keys, ..]), dq.slice_mut(s![i0..keys, dn..]), Out::Store);

@@ -28,35 +28,38 @@ fn cross_entropy<const GRAD: bool>(logits: &mut [f32], targets: &[u32], weights:
         logits.chunks_mut(n * vocab).zip(targets.chunks(n)).zip(weights.chunks(n)).zip(losses.chunks_mut(n)).collect();
     type Item<'a> = (((&'a mut [f32], &'a [u32]), &'a [f32]), &'a mut [f64]);
     par::for_each(items, |(((logits, targets), weights), losses): Item| {
-        vectorize(|| {
-            for (i, row) in logits.chunks_exact_mut(vocab).enumerate() {
-                if weights[i] == 0.0 {
+        vectorize(
+            #[inline(always)]
+            || {
+                for (i, row) in logits.chunks_exact_mut(vocab).enumerate() {
+                    if weights[i] == 0.0 {
+                        if GRAD {
+                            row.fill(0.0);
+                        }
+                        continue;
+                    }
+                    let target = targets[i] as usize;
+                    let max = rows::max(row);
+                    let at_target = row[target] - max;
+                    let total = if GRAD {
+                        for l in row.iter_mut() {
+                            *l = exp(*l - max);
+                        }
+                        rows::sum(row)
+                    } else {
+                        sum_exp(row, max)
+                    };
+                    losses[i] = weights[i] as f64 * (libm::log(total as f64) - at_target as f64);
                     if GRAD {
-                        row.fill(0.0);
+                        let factor = weights[i] * scale / total;
+                        for l in row.iter_mut() {
+                            *l *= factor;
+                        }
+                        row[target] -= weights[i] * scale;
                     }
-                    continue;
                 }
-                let target = targets[i] as usize;
-                let max = rows::max(row);
-                let at_target = row[target] - max;
-                let total = if GRAD {
-                    for l in row.iter_mut() {
-                        *l = exp(*l - max);
-                    }
-                    rows::sum(row)
-                } else {
-                    sum_exp(row, max)
-                };
-                losses[i] = weights[i] as f64 * (libm::log(total as f64) - at_target as f64);
-                if GRAD {
-                    let factor = weights[i] * scale / total;
-                    for l in row.iter_mut() {
-                        *l *= factor;
-                    }
-                    row[target] -= weights[i] * scale;
-                }
-            }
-        });
+            },
+        );
     });
     losses.iter().sum()
 }

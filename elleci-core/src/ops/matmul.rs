@@ -76,8 +76,35 @@ const TILE_MACS: usize = 1 << 22;
 /// Tiles at most: enough for the cores of a large machine, few enough to share the packed operand.
 const MAX_TILES: usize = 16;
 
-/// [`matmul_serial`] spread over the current thread pool. The cut depends on the shapes alone.
+/// [`matmul_serial`] spread over the current thread pool, by shared packed panels where the machine and the shape allow.
+/// The bits depend on shapes and strides alone.
+///
+/// # Panics
+/// When the shapes do not fit.
 pub fn matmul(a: ArrayView2<f32>, b: ArrayView2<f32>, c: ArrayViewMut2<f32>, out: Out) {
+    let ((m, k), n) = (a.dim(), b.dim().1);
+    assert!(b.dim().0 == k && c.dim() == (m, n), "matmul: {:?} x {:?} -> {:?}", a.dim(), b.dim(), c.dim());
+    #[cfg(all(feature = "std", target_arch = "x86_64"))]
+    if let Some(kernel) = super::avx512::Avx512::detect() {
+        use super::packed::{fits, multiply, pays};
+        if fits(&a, &c) {
+            if pays(&a, b.strides()[1] != 1, n) {
+                return multiply(kernel, a, &b, c, out);
+            }
+        } else {
+            // A column-major output: the transposed product.
+            let (at, bt, ct) = (b.reversed_axes(), a.reversed_axes(), c.reversed_axes());
+            if fits(&at, &ct) && pays(&at, bt.strides()[1] != 1, m) {
+                return multiply(kernel, at, &bt, ct, out);
+            }
+            return matmul_tiled(bt.reversed_axes(), at.reversed_axes(), ct.reversed_axes(), out);
+        }
+    }
+    matmul_tiled(a, b, c, out);
+}
+
+/// The product by whatever [`matmul_serial`] is, in tiles.
+fn matmul_tiled(a: ArrayView2<f32>, b: ArrayView2<f32>, c: ArrayViewMut2<f32>, out: Out) {
     let ((m, k), n) = (a.dim(), b.dim().1);
     let tiles = (m * n * k / TILE_MACS).clamp(1, MAX_TILES);
     if tiles == 1 {

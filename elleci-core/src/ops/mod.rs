@@ -2,11 +2,15 @@
 
 pub mod activation;
 pub mod attention;
+#[cfg(all(feature = "std", target_arch = "x86_64"))]
+pub(crate) mod avx512;
 pub mod conv;
 pub(crate) mod lanes;
 pub mod loss;
 pub mod matmul;
 pub mod norm;
+#[cfg(all(feature = "std", target_arch = "x86_64"))]
+pub(crate) mod packed;
 pub mod rope;
 pub mod rows;
 pub mod ssd;

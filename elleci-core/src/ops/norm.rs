@@ -59,11 +59,14 @@ pub fn rmsnorm(x: &[f32], gain: &[f32], eps: f32, out: &mut [f32], rstd: &mut [f
     let n = rows_per_task(rstd.len());
     let items = x.chunks(n * width).zip(out.chunks_mut(n * width)).zip(rstd.chunks_mut(n)).collect();
     par::for_each(items, |((x, out), rstd): ((&[f32], &mut [f32]), &mut [f32])| {
-        vectorize(|| {
-            for ((x, out), r) in x.chunks_exact(width).zip(out.chunks_exact_mut(width)).zip(rstd) {
-                *r = rmsnorm_row(x, gain, eps, out);
-            }
-        });
+        vectorize(
+            #[inline(always)]
+            || {
+                for ((x, out), r) in x.chunks_exact(width).zip(out.chunks_exact_mut(width)).zip(rstd) {
+                    *r = rmsnorm_row(x, gain, eps, out);
+                }
+            },
+        );
     });
 }
 
@@ -92,23 +95,34 @@ pub fn rmsnorm_quantize(
     par::for_each(items, |(task, (((codes, scales), rstd), normed))| {
         let mut x = vec![0.0f32; width];
         let mut own = vec![0.0f32; width];
-        vectorize(|| {
-            for (i, (codes, scale)) in codes.chunks_exact_mut(width).zip(scales.iter_mut()).enumerate() {
-                fill(task * n + i, &mut x);
-                let row = match normed.as_mut() {
-                    Some(rows) => &mut rows[i * width..(i + 1) * width],
-                    None => &mut own[..],
-                };
-                rstd[i] = rmsnorm_row(&x, gain, eps, row);
-                *scale = quantize_row(row, codes);
-            }
-        });
+        vectorize(
+            #[inline(always)]
+            || {
+                for (i, (codes, scale)) in codes.chunks_exact_mut(width).zip(scales.iter_mut()).enumerate() {
+                    fill(task * n + i, &mut x);
+                    let row = match normed.as_mut() {
+                        Some(rows) => &mut rows[i * width..(i + 1) * width],
+                        None => &mut own[..],
+                    };
+                    rstd[i] = rmsnorm_row(&x, gain, eps, row);
+                    *scale = quantize_row(row, codes);
+                }
+            },
+        );
     });
 }
 
 /// Backward of one row: `dx = r·(s − x̂·mean(s ⊙ x̂))` with `x̂ = x·r`, `s = g ⊙ dn`; `dgain += dn ⊙ x̂`.
 #[inline(always)]
-pub fn rmsnorm_backward_row(x: &[f32], gain: &[f32], rstd: f32, dn: &[f32], dx: &mut [f32], dgain: &mut [f32], out: Out) {
+pub fn rmsnorm_backward_row(
+    x: &[f32],
+    gain: &[f32],
+    rstd: f32,
+    dn: &[f32],
+    dx: &mut [f32],
+    dgain: &mut [f32],
+    out: Out,
+) {
     let width = x.len();
     let (gain, dn, dx, dgain) = (&gain[..width], &dn[..width], &mut dx[..width], &mut dgain[..width]);
     for i in 0..width {
@@ -137,7 +151,15 @@ pub fn rmsnorm_backward_row(x: &[f32], gain: &[f32], rstd: f32, dn: &[f32], dx: 
 }
 
 /// Backward of the norm over rows: `dx` (stored or added), `dgain` added. `x` and `dx` are `[tokens, width]`.
-pub fn rmsnorm_backward(x: &[f32], gain: &[f32], rstd: &[f32], dn: &[f32], dx: &mut [f32], dgain: &mut [f32], out: Out) {
+pub fn rmsnorm_backward(
+    x: &[f32],
+    gain: &[f32],
+    rstd: &[f32],
+    dn: &[f32],
+    dx: &mut [f32],
+    dgain: &mut [f32],
+    out: Out,
+) {
     let width = gain.len();
     let n = rows_per_task(rstd.len());
     let mut partials = vec![0.0f32; rstd.len().div_ceil(n) * width];
@@ -150,12 +172,15 @@ pub fn rmsnorm_backward(x: &[f32], gain: &[f32], rstd: &[f32], dn: &[f32], dx: &
         .collect();
     type Item<'a> = ((((&'a [f32], &'a [f32]), &'a mut [f32]), &'a [f32]), &'a mut [f32]);
     par::for_each(items, |((((x, dn), dx), rstd), partial): Item| {
-        vectorize(|| {
-            for (i, &r) in rstd.iter().enumerate() {
-                let at = i * width..(i + 1) * width;
-                rmsnorm_backward_row(&x[at.clone()], gain, r, &dn[at.clone()], &mut dx[at], partial, out);
-            }
-        });
+        vectorize(
+            #[inline(always)]
+            || {
+                for (i, &r) in rstd.iter().enumerate() {
+                    let at = i * width..(i + 1) * width;
+                    rmsnorm_backward_row(&x[at.clone()], gain, r, &dn[at.clone()], &mut dx[at], partial, out);
+                }
+            },
+        );
     });
     rows::add_partials(dgain, &partials);
 }
@@ -190,19 +215,22 @@ pub fn rmsnorm_backward_product(
     par::for_each(items, |(task, ((((dn, rstd), left), right), partial))| {
         let mut x = vec![0.0f32; width];
         let mut dx = vec![0.0f32; width];
-        vectorize(|| {
-            for (i, &r) in rstd.iter().enumerate() {
-                let t = task * n + i;
-                fill(t, &mut x);
-                rmsnorm_backward_row(&x, gain, r, &dn[i * width..(i + 1) * width], &mut dx, partial, Out::Store);
-                split(
-                    t,
-                    &dx,
-                    &mut left[i * left_stride..(i + 1) * left_stride],
-                    &mut right[i * right_stride..(i + 1) * right_stride],
-                );
-            }
-        });
+        vectorize(
+            #[inline(always)]
+            || {
+                for (i, &r) in rstd.iter().enumerate() {
+                    let t = task * n + i;
+                    fill(t, &mut x);
+                    rmsnorm_backward_row(&x, gain, r, &dn[i * width..(i + 1) * width], &mut dx, partial, Out::Store);
+                    split(
+                        t,
+                        &dx,
+                        &mut left[i * left_stride..(i + 1) * left_stride],
+                        &mut right[i * right_stride..(i + 1) * right_stride],
+                    );
+                }
+            },
+        );
     });
     rows::add_partials(dgain, &partials);
 }

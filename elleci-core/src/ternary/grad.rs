@@ -1,40 +1,135 @@
 //! The straight-through gradients: `dx = (γ·W₃)ᵀ · dy` and `dW = dyᵀ · (q · scale)`.
+//!
+//! Both are float32 products with one narrow operand. Where the packed product runs, the narrow operand is widened panel
+//! by panel as it is packed; elsewhere it is widened as a whole, into the caller's scratch.
 
 use alloc::vec::Vec;
 
 use super::kernel::{DEPTH, LINES, ROWS};
 use super::matrix::TernaryMatrix;
 use crate::ops::matmul::{Out, mat, mat_mut, matmul};
+#[cfg(all(feature = "std", target_arch = "x86_64"))]
+use crate::ops::{
+    avx512::{Avx512, Row, WIDTH},
+    packed::{self, Operand},
+};
 use crate::{par, simd};
 
 /// Rows of activations that are widened by one task.
 const WIDEN_ROWS: usize = 64;
+/// Tokens from which the packed product pays: widening first costs more than packing for few.
+#[cfg(all(feature = "std", target_arch = "x86_64"))]
+const PACKED_ROWS: usize = 16;
 
 impl TernaryMatrix {
-    /// `dx` `[tokens, in]` `(=|+=) dy` `[tokens, out]` `· (γ·W₃)`. `scratch` is overwritten.
+    /// `dx` `[tokens, in]` `(=|+=) dy` `[tokens, out]` `· (γ·W₃)`. `scratch` may be overwritten.
     ///
     /// # Panics
     /// When a slice does not have its size.
     pub fn input_grad(&self, dy: &[f32], tokens: usize, dx: &mut [f32], out: Out, scratch: &mut Vec<f32>) {
         let (rows, cols) = (self.out_dim(), self.in_dim());
-        scratch.resize(rows * cols, 0.0);
-        let items: Vec<_> = scratch.chunks_mut((ROWS * cols).max(1)).enumerate().collect();
-        let gamma = self.gamma();
+        let (dy, dx) = (mat(dy, tokens, rows), mat_mut(dx, tokens, cols));
+        #[cfg(all(feature = "std", target_arch = "x86_64"))]
+        if tokens >= PACKED_ROWS
+            && let Some(kernel) = Avx512::detect()
+        {
+            return packed::multiply(kernel, dy, self, dx, out);
+        }
+        self.widen(scratch);
+        matmul(dy, mat(scratch, rows, cols), dx, out);
+    }
+
+    /// `γ·W₃` `[out, in]`.
+    fn widen(&self, wide: &mut Vec<f32>) {
+        let (rows, cols) = (self.out_dim(), self.in_dim());
+        wide.resize(rows * cols, 0.0);
+        let items: Vec<_> = wide.chunks_mut((ROWS * cols).max(1)).enumerate().collect();
         par::for_each(items, |(p, wide)| {
             for (r, wide) in wide.chunks_mut(cols).enumerate() {
                 for (group, wide) in self.panel(p, 0).chunks(LINES).zip(wide.chunks_mut(DEPTH)) {
                     for (wide, code) in wide.iter_mut().zip(&group[r / 16].0[r % 16 * DEPTH..]) {
-                        *wide = (*code as i32 - 1) as f32 * gamma;
+                        *wide = (*code as i32 - 1) as f32 * self.gamma();
                     }
                 }
             }
         });
-        matmul(mat(dy, tokens, rows), mat(scratch, rows, cols), mat_mut(dx, tokens, cols), out);
+    }
+}
+
+/// `γ·W₃` as the right-hand side: its rows are the output rows of the matrix.
+#[cfg(all(feature = "std", target_arch = "x86_64"))]
+impl Operand for TernaryMatrix {
+    fn dim(&self) -> (usize, usize) {
+        (self.out_dim(), self.in_dim())
+    }
+
+    #[inline(always)]
+    fn pack(&self, _: Avx512, rows: core::ops::Range<usize>, col: usize, panel: &mut [Row]) {
+        let cols = (self.in_dim() - col).min(WIDTH);
+        for (row, out) in rows.zip(panel) {
+            let groups = self.panel(row / ROWS, col / DEPTH).chunks(LINES);
+            for (group, out) in groups.zip(out.0.as_chunks_mut::<DEPTH>().0) {
+                let codes: [u8; DEPTH] = group[row % ROWS / 16].0.as_chunks().0[row % 16];
+                *out = codes.map(|code| (code as i32 - 1) as f32 * self.gamma());
+            }
+            // The padding of the codes would be -1.
+            out.0[cols..].fill(0.0);
+        }
+    }
+}
+
+/// `q · scale` `[tokens, in]`.
+struct Tokens<'a> {
+    q: &'a [i8],
+    scales: &'a [f32],
+    in_dim: usize,
+}
+
+#[cfg(all(feature = "std", target_arch = "x86_64"))]
+impl Operand for Tokens<'_> {
+    fn dim(&self) -> (usize, usize) {
+        (self.scales.len(), self.in_dim)
+    }
+
+    #[inline(always)]
+    fn pack(&self, _: Avx512, rows: core::ops::Range<usize>, col: usize, panel: &mut [Row]) {
+        for (t, out) in rows.zip(panel) {
+            let q = &self.q[t * self.in_dim..][..self.in_dim][col..];
+            match q.first_chunk::<WIDTH>() {
+                Some(q) => out.0 = q.map(|q| q as f32 * self.scales[t]),
+                None => {
+                    out.0[q.len()..].fill(0.0);
+                    out.0.iter_mut().zip(q).for_each(|(out, q)| *out = *q as f32 * self.scales[t]);
+                }
+            }
+        }
+    }
+}
+
+impl Tokens<'_> {
+    fn widen(&self, wide: &mut Vec<f32>) {
+        let in_dim = self.in_dim;
+        wide.resize(self.q.len(), 0.0);
+        let chunk = (WIDEN_ROWS * in_dim).max(1);
+        let items: Vec<_> =
+            wide.chunks_mut(chunk).zip(self.q.chunks(chunk)).zip(self.scales.chunks(WIDEN_ROWS)).collect();
+        par::for_each(items, |((wide, q), scales)| {
+            simd::vectorize(
+                #[inline(always)]
+                || {
+                    for ((wide, q), scale) in wide.chunks_mut(in_dim).zip(q.chunks(in_dim)).zip(scales) {
+                        for (wide, q) in wide.iter_mut().zip(q) {
+                            *wide = *q as f32 * scale;
+                        }
+                    }
+                },
+            );
+        });
     }
 }
 
 /// `dw` `[out, in]` `(=|+=) dyᵀ · (q · scale)`, with `dy` `[tokens, out]`, `q` `[tokens, in]`, `scales` `[tokens]`.
-/// `scratch` is overwritten.
+/// `scratch` may be overwritten.
 ///
 /// # Panics
 /// When a slice does not have its size.
@@ -51,17 +146,14 @@ pub fn weight_grad(
     scratch: &mut Vec<f32>,
 ) {
     assert!(q.len() == tokens * in_dim && scales.len() == tokens, "activations of {tokens} x {in_dim}");
-    scratch.resize(tokens * in_dim, 0.0);
-    let chunk = (WIDEN_ROWS * in_dim).max(1);
-    let items: Vec<_> = scratch.chunks_mut(chunk).zip(q.chunks(chunk)).zip(scales.chunks(WIDEN_ROWS)).collect();
-    par::for_each(items, |((wide, q), scales)| {
-        simd::vectorize(|| {
-            for ((wide, q), scale) in wide.chunks_mut(in_dim).zip(q.chunks(in_dim)).zip(scales) {
-                for (wide, q) in wide.iter_mut().zip(q) {
-                    *wide = *q as f32 * scale;
-                }
-            }
-        });
-    });
-    matmul(mat(dy, tokens, out_dim).reversed_axes(), mat(scratch, tokens, in_dim), mat_mut(dw, out_dim, in_dim), out);
+    let (dy, dw) = (mat(dy, tokens, out_dim).reversed_axes(), mat_mut(dw, out_dim, in_dim));
+    let activations = Tokens { q, scales, in_dim };
+    #[cfg(all(feature = "std", target_arch = "x86_64"))]
+    if packed::pays(&dy, false, in_dim)
+        && let Some(kernel) = Avx512::detect()
+    {
+        return packed::multiply(kernel, dy, &activations, dw, out);
+    }
+    activations.widen(scratch);
+    matmul(dy, mat(scratch, tokens, in_dim), dw, out);
 }

@@ -11,12 +11,16 @@ use crate::ops::matmul::mat_mut;
 use crate::par;
 use crate::simd::{self, Isa};
 
-/// Tokens of a tile when the work is cut by tokens: 16 blocks share a panel in the first-level cache.
+/// Tokens of a tile when the work is cut by tokens.
 const TILE_TOKENS: usize = 16 * TOKENS;
+/// Codes that all tokens of a tile meet before the next ones: half a megabyte stays in the second-level cache. Inside of
+/// that, a few tokens meet all codes, so that the output is written along its rows; the other way round, writing took
+/// longer than the products.
+const RESIDENT: usize = 1 << 19;
 /// Multiply-adds that make a tile of output rows worth a task of its own.
 const TILE_MACS: usize = 1 << 20;
 
-/// `W₃` and γ of a weight matrix `[out, in]`. One byte a weight, in the layout of [`kernel`]; rows are padded to 64 and
+/// `W₃` and γ of a weight matrix `[out, in]`. One byte a weight, in the layout of the `kernel` module; rows are padded to 64 and
 /// columns to 4, so that any size is fine.
 #[derive(Clone, Debug)]
 pub struct TernaryMatrix {
@@ -52,7 +56,12 @@ impl TernaryMatrix {
         let (in_dim, half) = (self.in_dim, self.gamma / 2.0);
         let panel_lines = self.panel_lines();
         let items: Vec<_> = w.chunks(ROWS * in_dim).zip(self.lines.chunks_mut(panel_lines)).collect();
-        par::for_each(items, |(w, panel)| simd::vectorize(|| pack_codes(w, in_dim, half, panel)));
+        par::for_each(items, |(w, panel)| {
+            simd::vectorize(
+                #[inline(always)]
+                || pack_codes(w, in_dim, half, panel),
+            )
+        });
     }
 
     /// Output rows.
@@ -113,7 +122,7 @@ impl TernaryMatrix {
     /// When a slice does not have its size.
     pub fn sums_with(&self, isa: Isa, q: &[i8], tokens: usize, out: &mut [i32]) -> Isa {
         let out = mat_mut(out, tokens, self.out_dim);
-        self.product(isa, q, out, |_, sum| sum)
+        self.product(isa, q, out, Integers)
     }
 
     /// `Ternary(x; W)`, `y` `[tokens, out]` `= (W₃ · q) · (γ · scale)`, with `q` `[tokens, in]` and `scales` `[tokens]`
@@ -124,24 +133,49 @@ impl TernaryMatrix {
     pub fn forward(&self, q: &[i8], scales: &[f32], tokens: usize, y: &mut [f32]) {
         assert_eq!(scales.len(), tokens, "scales");
         let y = mat_mut(y, tokens, self.out_dim);
-        let gamma = self.gamma;
-        // Below 2^24 in magnitude (see `ModelConfig::validate`), so that the conversion is exact.
-        self.product(Isa::detect(), q, y, |token, sum| sum as f32 * (gamma * scales[token]));
+        self.product(Isa::detect(), q, y, Scaled { gamma: self.gamma, scales });
     }
 
-    fn product<T: Copy + Send>(
-        &self,
-        isa: Isa,
-        q: &[i8],
-        out: ArrayViewMut2<T>,
-        finish: impl Fn(usize, i32) -> T + Sync + Send,
-    ) -> Isa {
+    fn product<T: Copy + Send>(&self, isa: Isa, q: &[i8], out: ArrayViewMut2<T>, finish: impl Finish<T>) -> Isa {
         assert_eq!(q.len(), out.nrows() * self.in_dim, "activations");
         kernel::dispatch(isa, Product { matrix: self, q, out, finish })
     }
 }
 
-/// `W₃ · q`, each sum passed through `finish(token, sum)`.
+/// How sums become outputs.
+trait Finish<T>: Sync {
+    /// One run of rows for token `token`: the sums are `biased - offset`.
+    fn finish(&self, token: usize, biased: &[i32], offset: i32, out: &mut [T]);
+}
+
+struct Integers;
+
+impl Finish<i32> for Integers {
+    #[inline(always)]
+    fn finish(&self, _: usize, biased: &[i32], offset: i32, out: &mut [i32]) {
+        for (out, sum) in out.iter_mut().zip(biased) {
+            *out = sum - offset;
+        }
+    }
+}
+
+struct Scaled<'a> {
+    gamma: f32,
+    scales: &'a [f32],
+}
+
+impl Finish<f32> for Scaled<'_> {
+    #[inline(always)]
+    fn finish(&self, token: usize, biased: &[i32], offset: i32, out: &mut [f32]) {
+        let scale = self.gamma * self.scales[token];
+        for (out, sum) in out.iter_mut().zip(biased) {
+            // Below 2^24 in magnitude (see `ModelConfig::validate`), so that the conversion is exact.
+            *out = (sum - offset) as f32 * scale;
+        }
+    }
+}
+
+/// `W₃ · q`, finished.
 struct Product<'a, T, F> {
     matrix: &'a TernaryMatrix,
     q: &'a [i8],
@@ -149,7 +183,7 @@ struct Product<'a, T, F> {
     finish: F,
 }
 
-impl<T: Copy + Send, F: Fn(usize, i32) -> T + Sync + Send> WithKernel for Product<'_, T, F> {
+impl<T: Copy + Send, F: Finish<T>> WithKernel for Product<'_, T, F> {
     fn run<K: Kernel>(mut self, kernel: K) {
         let (tokens, out_dim) = self.out.dim();
         if tokens == 0 || out_dim == 0 {
@@ -167,48 +201,56 @@ impl<T: Copy + Send, F: Fn(usize, i32) -> T + Sync + Send> WithKernel for Produc
         par::for_each(items, |(i, out)| {
             let (token, row) = if axis == Axis(0) { (i * step, 0) } else { (0, i * step) };
             let q = &q[token * matrix.in_dim..][..out.nrows() * matrix.in_dim];
-            tile(kernel, matrix, q, row, out, |t, sum| finish(token + t, sum));
+            tile(kernel, matrix, q, (token, row), out, finish);
         });
     }
 }
 
-/// One tile: tokens `q`, output rows from `first_row` (a multiple of [`ROWS`]) on.
+/// One tile: tokens `q`, from token `first.0` on, output rows from `first.1` (a multiple of [`ROWS`]) on.
 fn tile<K: Kernel, T: Copy>(
     kernel: K,
     matrix: &TernaryMatrix,
     q: &[i8],
-    first_row: usize,
+    first: (usize, usize),
     mut out: ArrayViewMut2<T>,
-    finish: impl Fn(usize, i32) -> T,
+    finish: &impl Finish<T>,
 ) {
     let in_dim = matrix.in_dim;
     let mut block: Block = [[0; ROWS]; TOKENS];
     let mut offsets = [0i32; TILE_TOKENS];
+    let resident = (RESIDENT / in_dim.max(1)).next_multiple_of(ROWS);
     // Tiles cut by rows may have any number of tokens, but few; the sums over them are made once a panel, then.
     for (part, mut out) in out.axis_chunks_iter_mut(Axis(0), TILE_TOKENS).enumerate() {
         let tokens = out.nrows();
         let q = &q[part * TILE_TOKENS * in_dim..][..tokens * in_dim];
-        simd::vectorize(|| {
-            for t in 0..tokens {
-                offsets[t] = q[t * in_dim..][..in_dim].iter().map(|v| *v as i32).sum();
-            }
-        });
-        for (p, mut out) in out.axis_chunks_iter_mut(Axis(1), ROWS).enumerate() {
-            let panel = matrix.panel(first_row / ROWS + p, 0);
-            for (b, mut out) in out.axis_chunks_iter_mut(Axis(0), TOKENS).enumerate() {
-                let first = b * TOKENS;
-                if in_dim > 0 {
-                    kernel.block(panel, &q[first * in_dim..][..out.nrows() * in_dim], in_dim, &mut block);
+        simd::vectorize(
+            #[inline(always)]
+            || {
+                for t in 0..tokens {
+                    offsets[t] = q[t * in_dim..][..in_dim].iter().map(|v| *v as i32).sum();
                 }
-                simd::vectorize(|| {
-                    for t in 0..out.nrows() {
-                        let mut row = out.row_mut(t);
-                        let row = row.as_slice_mut().expect("rows of the output are contiguous");
-                        for (y, sum) in row.iter_mut().zip(&block[t]) {
-                            *y = finish(part * TILE_TOKENS + first + t, sum - offsets[first + t]);
-                        }
+            },
+        );
+        for (r, mut out) in out.axis_chunks_iter_mut(Axis(1), resident).enumerate() {
+            let row = first.1 + r * resident;
+            for (b, mut out) in out.axis_chunks_iter_mut(Axis(0), TOKENS).enumerate() {
+                let token = b * TOKENS;
+                let q = &q[token * in_dim..][..out.nrows() * in_dim];
+                for (p, mut out) in out.axis_chunks_iter_mut(Axis(1), ROWS).enumerate() {
+                    if in_dim > 0 {
+                        kernel.block(matrix.panel(row / ROWS + p, 0), q, in_dim, &mut block);
                     }
-                });
+                    simd::vectorize(
+                        #[inline(always)]
+                        || {
+                            for (t, out) in out.rows_mut().into_iter().enumerate() {
+                                let out = out.into_slice().expect("rows of the output are contiguous");
+                                let token = token + t;
+                                finish.finish(first.0 + part * TILE_TOKENS + token, &block[t], offsets[token], out);
+                            }
+                        },
+                    );
+                }
             }
         }
     }

@@ -1,12 +1,12 @@
 //! The ternary projection (BitNet b1.58): `Ternary(x; W) = (W₃ · q) · (γ · amax/127)`.
 //!
 //! `q` is the int8 form of a token ([`quantize_row`]), `W₃` the ternary form of a matrix ([`TernaryMatrix`]). Their
-//! product is an integer, so every instruction set gives the same one; [`portable`] is the definition that the others
-//! are held against, and [`kernel::dispatch`] the only place that chooses. The gradients are those of the
+//! product is an integer, so every instruction set gives the same one; `portable` is the definition that the others
+//! are held against, and `kernel::dispatch` the only place that chooses. The gradients are those of the
 //! straight-through estimator: [`TernaryMatrix::input_grad`] and [`weight_grad`].
 
 mod grad;
-pub mod kernel;
+mod kernel;
 mod matrix;
 mod portable;
 mod quantize;

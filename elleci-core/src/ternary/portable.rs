@@ -13,12 +13,10 @@ impl Kernel for Portable {
             *sums = [0; _];
             for (group, q) in panel.chunks(LINES).zip(q.chunks(DEPTH)) {
                 let mut word = [0; DEPTH];
-                word[..q.len()].copy_from_slice(q);
-                for (line, sums) in group.iter().zip(sums.chunks_mut(16)) {
-                    for (codes, sum) in line.0.chunks(DEPTH).zip(sums) {
-                        for c in 0..DEPTH {
-                            *sum += codes[c] as i32 * word[c] as i32;
-                        }
+                word.iter_mut().zip(q).for_each(|(word, q)| *word = *q as i32);
+                for (line, sums) in group.iter().zip(sums.as_chunks_mut::<16>().0) {
+                    for (codes, sum) in line.0.as_chunks::<DEPTH>().0.iter().zip(sums) {
+                        *sum += (0..DEPTH).map(|c| codes[c] as i32 * word[c]).sum::<i32>();
                     }
                 }
             }

@@ -10,7 +10,7 @@ const FLOOR: f32 = 1e-5;
 /// Adding 1.5 · 2^23 leaves one unit in the last place: the sum is rounded to an integer, halves to even, and the
 /// integer stands in the low bits.
 const ROUND: f32 = 12_582_912.0;
-/// Lanes that the reductions keep apart, so that they vectorise. Part of the definition of [`absmean`]'s order.
+/// Lanes that [`absmean`] keeps apart, so that it vectorises: part of the definition of its order.
 const LANES: usize = 16;
 /// Weights in one partial sum of [`absmean`].
 const BLOCK: usize = 1 << 15;
@@ -25,17 +25,7 @@ const BLOCK: usize = 1 << 15;
 pub fn quantize_row(x: &[f32], q: &mut [i8]) -> f32 {
     // The bits of non-negative floats order like the floats, and an integer maximum has no NaN rules to obey, so that
     // it vectorises. NaN sorts above infinity: it reaches the scale.
-    let (head, tail) = x.as_chunks::<LANES>();
-    let mut lanes = [FLOOR.to_bits(); LANES];
-    for chunk in head {
-        for (m, v) in lanes.iter_mut().zip(chunk) {
-            *m = (*m).max(v.abs().to_bits());
-        }
-    }
-    for (m, v) in lanes.iter_mut().zip(tail) {
-        *m = (*m).max(v.abs().to_bits());
-    }
-    let amax = f32::from_bits(lanes.into_iter().fold(0, u32::max));
+    let amax = f32::from_bits(x.iter().fold(FLOOR.to_bits(), |amax, v| amax.max(v.abs().to_bits())));
     let scale = 127.0 / amax;
     // |x · scale| <= 127 · (1 + 2^-24)^2, which rounds to 127: the clamp has nothing to do.
     for (q, v) in q[..x.len()].iter_mut().zip(x) {
@@ -64,7 +54,12 @@ pub fn quantize_row_reference(x: &[f32], q: &mut [i8]) -> f32 {
 pub fn absmean(w: &[f32]) -> f32 {
     let mut partial = vec![0.0f64; w.len().div_ceil(BLOCK)];
     let items: Vec<_> = w.chunks(BLOCK).zip(partial.iter_mut()).collect();
-    par::for_each(items, |(w, sum)| *sum = simd::vectorize(|| abs_sum(w)));
+    par::for_each(items, |(w, sum)| {
+        *sum = simd::vectorize(
+            #[inline(always)]
+            || abs_sum(w),
+        )
+    });
     let mean = partial.iter().sum::<f64>() / w.len().max(1) as f64;
     // Not `max`: a NaN weight must not hide behind the floor.
     if (mean as f32) < FLOOR { FLOOR } else { mean as f32 }
@@ -108,7 +103,10 @@ mod tests {
 
     fn check(x: &[f32]) -> (Vec<i8>, f32) {
         let (mut fast, mut slow) = (vec![7; x.len()], vec![9; x.len()]);
-        let scale = simd::vectorize(|| quantize_row(x, &mut fast));
+        let scale = simd::vectorize(
+            #[inline(always)]
+            || quantize_row(x, &mut fast),
+        );
         let want = quantize_row_reference(x, &mut slow);
         assert_eq!(fast, slow, "{x:?}");
         assert!(scale.to_bits() == want.to_bits() || scale.is_nan() && want.is_nan(), "{scale} {want}");
