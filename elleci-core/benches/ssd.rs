@@ -1,6 +1,6 @@
 //! Times of the SSD recurrence and the short convolution at the shapes of the presets.
 //!
-//! `cargo bench -p elleci-core --bench ssd [-- THREADS]`. Best of several runs; GFLOP/s counts the multiplications and
+//! `cargo bench -p elleci-core --bench ssd [-- THREADS]`. GFLOP/s counts the multiplications and
 //! additions of the matrix products that the chunked form executes (the whole of every square, twice a multiply-add)
 //! and sets them against the peak of a loop of fused multiply-adds on the same threads.
 
@@ -11,16 +11,28 @@ use elleci_core::ops::conv::{ConvShape, conv_silu_backward, conv_silu_forward};
 use elleci_core::ops::ssd::{CHUNK, SsdScratch, SsdShape, ssd_backward, ssd_forward, ssd_step};
 use elleci_core::simd::Isa;
 
-/// Seconds of the fastest of `runs`.
-fn best(runs: usize, mut f: impl FnMut()) -> f64 {
+/// CPU time of this thread in seconds, from Linux; it leaves out what other programs take of a shared machine.
+fn cpu_seconds() -> Option<f64> {
+    let line = std::fs::read_to_string("/proc/thread-self/schedstat").ok()?;
+    line.split(' ').next()?.parse::<f64>().ok().map(|ns| ns * 1e-9)
+}
+
+/// Seconds of one call, the least of several batches: CPU time where one thread works and Linux tells, else wall.
+fn seconds(batch: usize, mut f: impl FnMut()) -> f64 {
     f();
-    (0..runs)
-        .map(|_| {
-            let start = Instant::now();
-            f();
-            start.elapsed().as_secs_f64()
-        })
-        .fold(f64::INFINITY, f64::min)
+    let mut least = f64::INFINITY;
+    for _ in 0..6 {
+        let (cpu, wall) = (cpu_seconds(), Instant::now());
+        (0..batch).for_each(|_| f());
+        let wall = wall.elapsed().as_secs_f64();
+        let spent = match (cpu, cpu_seconds()) {
+            // The kernel brings its count up to date every few milliseconds only.
+            (Some(before), Some(after)) if rayon::current_num_threads() == 1 && wall > 0.03 => after - before,
+            _ => wall,
+        };
+        least = least.min(spent / batch as f64);
+    }
+    least
 }
 
 /// Twelve independent chains of fused multiply-adds in registers.
@@ -44,7 +56,7 @@ impl pulp::WithSimd for Chains {
 fn peak(threads: usize) -> f64 {
     let flop = pulp::Arch::new().dispatch(Chains(1)) * 200_000;
     let work = || pulp::Arch::new().dispatch(Chains(200_000));
-    let seconds = best(20, || {
+    let seconds = seconds(30, || {
         rayon::scope(|scope| {
             for _ in 0..threads {
                 scope.spawn(|_| {
@@ -70,7 +82,7 @@ fn flops(s: SsdShape) -> (f64, f64) {
     ((2 * s.batch * forward) as f64, (2 * s.batch * backward) as f64)
 }
 
-fn ssd(name: &str, shape: SsdShape, peak: f64) {
+fn ssd(name: &str, shape: SsdShape, peak: f64, batch: usize) {
     let noise = |n: usize, low: f32, high: f32| -> Vec<f32> {
         (0..n as u32)
             .map(|i| low + (high - low) * (i.wrapping_mul(2_654_435_761) >> 8) as f32 / (1 << 24) as f32)
@@ -84,8 +96,8 @@ fn ssd(name: &str, shape: SsdShape, peak: f64) {
     let (mut dxbc, mut ddt) = (vec![0.0; xbc.len()], vec![0.0; dt.len()]);
     let (mut da, mut dd) = (vec![0.0; shape.heads], vec![0.0; shape.heads]);
     let mut scratch = SsdScratch::new();
-    let forward = best(15, || ssd_forward(shape, &xbc, &dt, &a, &d, &mut y, &mut states, &mut scratch));
-    let backward = best(10, || {
+    let forward = seconds(batch, || ssd_forward(shape, &xbc, &dt, &a, &d, &mut y, &mut states, &mut scratch));
+    let backward = seconds(batch, || {
         ssd_backward(shape, &xbc, &dt, &a, &d, &states, &dy, &mut dxbc, &mut ddt, &mut da, &mut dd, &mut scratch);
     });
     let (ff, fb) = flops(shape);
@@ -104,7 +116,7 @@ fn ssd(name: &str, shape: SsdShape, peak: f64) {
     let one = SsdShape { batch: 1, seq: 1, ..shape };
     let (mut state, mut y) = (vec![0.0; one.state_len()], vec![0.0; one.d_inner()]);
     let (xbc, dt) = (&xbc[..one.width()], &dt[..one.heads]);
-    let step = best(50, || ssd_step(one, xbc, dt, &a, &d, &mut state, &mut y));
+    let step = seconds(400, || ssd_step(one, xbc, dt, &a, &d, &mut state, &mut y));
     let bytes = 8.0 * one.state_len() as f64;
     println!("{name:24} {:9} {:8.3} ms {:7.1} GB/s of state", "step", step * 1e3, bytes / step / 1e9);
 
@@ -114,9 +126,9 @@ fn ssd(name: &str, shape: SsdShape, peak: f64) {
     let (mut out, mut dinput) = (vec![0.0; input.len()], vec![0.0; input.len()]);
     let (mut dweight, mut dbias) = (vec![0.0; weight.len()], vec![0.0; bias.len()]);
     let gb = 4e-9 * input.len() as f64;
-    let forward = best(15, || conv_silu_forward(conv, &input, &weight, &bias, &mut out));
+    let forward = seconds(batch, || conv_silu_forward(conv, &input, &weight, &bias, &mut out));
     println!("{name:24} {:9} {:8.3} ms {:7.1} GB/s", "conv fwd", forward * 1e3, 2.0 * gb / forward);
-    let backward = best(10, || {
+    let backward = seconds(batch, || {
         conv_silu_backward(conv, &input, &weight, &bias, &out, &mut dinput, &mut dweight, &mut dbias);
     });
     println!("{name:24} {:9} {:8.3} ms {:7.1} GB/s", "conv bwd", backward * 1e3, 3.0 * gb / backward);
@@ -129,8 +141,8 @@ fn main() {
         let peak = peak(threads);
         println!("{threads} threads, {}, FMA peak {:.1} GFLOP/s", Isa::detect().name(), peak / 1e9);
         let shape = |batch, seq, heads, d_state| SsdShape { batch, seq, heads, head_dim: 64, d_state };
-        ssd("nano 8x256", shape(8, 256, 8, 64), peak);
-        ssd("mini 4x256", shape(4, 256, 16, 64), peak);
-        ssd("elleci-1.5b 1x1024", shape(1, 1024, 64, 128), peak);
+        ssd("nano 8x256", shape(8, 256, 8, 64), peak, 12);
+        ssd("mini 4x256", shape(4, 256, 16, 64), peak, 12);
+        ssd("elleci-1.5b 1x1024", shape(1, 1024, 64, 128), peak, 2);
     });
 }

@@ -6,20 +6,24 @@
 //! ```
 //! Channels last: `[tokens, channels]`, `tokens = batch * seq`; `weight` is `[channels, K]` and tap 0 is the OLDEST.
 //!
-//! Work is cut into blocks of channels, each walking every sequence in order. So the tap gradients need no partial
-//! sums across threads, and the bits do not depend on how many there are.
+//! Work is cut into tiles of steps and channels; the tap gradients of the tiles are added in tile order, so that the
+//! bits do not depend on the number of threads.
 
 use alloc::vec;
 use alloc::vec::Vec;
+use core::ops::Range;
 use ndarray::{ArrayViewMut2, Axis};
+use pulp::{Simd, WithSimd};
 
-use crate::ops::activation::{silu, silu_grad};
+use crate::ops::lanes::{dispatch, load, silu, silu_grad, store, vectors, vectors_mut};
 use crate::ops::matmul::mat_mut;
 use crate::par;
-use crate::simd::vectorize;
 
-/// Channels of one task: four AVX-512 registers, so that a row's accumulators never leave the registers' reach.
-const BLOCK: usize = 64;
+/// Channels of one task, at most: a page of every row. Narrow blocks of long rows defeat the prefetchers, and a filter
+/// this short is all memory: 64 channels ran at a quarter of the speed.
+const BLOCK: usize = 1024;
+/// Steps of one task, at most.
+const SEGMENT: usize = 128;
 
 /// Sizes of one convolution.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,47 +51,92 @@ impl ConvShape {
     }
 }
 
-/// The filters of up to [`BLOCK`] channels, taps outermost.
-struct Filters<'a> {
-    first: usize,
-    taps: Vec<f32>, // [K, n]
-    bias: &'a [f32],
+/// The tile of a task: some steps of one sequence, some channels.
+#[derive(Clone)]
+struct Tile {
+    /// First token of the sequence.
+    sequence: usize,
+    steps: Range<usize>,
+    channels: Range<usize>,
 }
 
-impl<'a> Filters<'a> {
-    fn new(shape: ConvShape, block: usize, weight: &[f32], bias: &'a [f32]) -> Filters<'a> {
-        let first = block * BLOCK;
-        let bias = &bias[first..shape.channels.min(first + BLOCK)];
-        let mut taps = Vec::with_capacity(shape.taps * bias.len());
-        for k in 0..shape.taps {
-            taps.extend((0..bias.len()).map(|c| weight[(first + c) * shape.taps + k]));
+/// All tiles, and the part of `data` `[tokens, channels]` that belongs to each. The cut depends on the shape alone.
+fn tiles<'a>(shape: ConvShape, data: &'a mut [f32]) -> Vec<(Tile, ArrayViewMut2<'a, f32>)> {
+    let block = shape.channels.div_ceil(shape.channels.div_ceil(BLOCK).max(1)).next_multiple_of(16);
+    let mut rest = mat_mut(data, shape.tokens(), shape.channels);
+    let mut tiles = Vec::new();
+    for sequence in (0..shape.tokens()).step_by(shape.seq.max(1)) {
+        for first in (0..shape.seq).step_by(SEGMENT) {
+            let steps = first..shape.seq.min(first + SEGMENT);
+            let (mut rows, later) = rest.split_at(Axis(0), steps.len());
+            rest = later;
+            for first in (0..shape.channels).step_by(block) {
+                let channels = first..shape.channels.min(first + block);
+                let (now, next) = rows.split_at(Axis(1), channels.len());
+                rows = next;
+                tiles.push((Tile { sequence, steps: steps.clone(), channels }, now));
+            }
         }
-        Filters { first, taps, bias }
     }
+    tiles
+}
 
-    fn len(&self) -> usize {
-        self.bias.len()
+/// The filters of a tile's channels, taps outermost, rows padded with zeros to whole vectors.
+struct Filters {
+    row: usize,
+    taps: Vec<f32>, // [K, row]
+    bias: Vec<f32>, // [row]
+}
+
+impl Filters {
+    fn new(tile: &Tile, taps: usize, weight: &[f32], bias: &[f32]) -> Filters {
+        let row = tile.channels.len().next_multiple_of(16);
+        let mut filters = Filters { row, taps: vec![0.0; taps * row], bias: vec![0.0; row] };
+        for (i, c) in tile.channels.clone().enumerate() {
+            for k in 0..taps {
+                filters.taps[k * row + i] = weight[c * taps + k];
+            }
+            filters.bias[i] = bias[c];
+        }
+        filters
     }
 
     #[inline(always)]
-    fn tap(&self, k: usize) -> &[f32] {
-        &self.taps[k * self.len()..][..self.len()]
+    fn tap<S: Simd>(&self, k: usize) -> &[S::f32s] {
+        vectors::<S>(&self.taps[k * self.row..(k + 1) * self.row])
+    }
+}
+
+/// What a task reads.
+struct Inputs<'a> {
+    shape: ConvShape,
+    tile: Tile,
+    filters: Filters,
+    input: &'a [f32],
+}
+
+impl Inputs<'_> {
+    /// The tile's channels of `data` at step t of its sequence.
+    #[inline(always)]
+    fn row<'d>(&self, data: &'d [f32], t: usize) -> &'d [f32] {
+        &data[(self.tile.sequence + t) * self.shape.channels..][self.tile.channels.clone()]
     }
 
-    /// The inputs of this block at one token.
+    /// The first tap that step t has an input for.
     #[inline(always)]
-    fn row<'i>(&self, input: &'i [f32], channels: usize, token: usize) -> &'i [f32] {
-        &input[token * channels + self.first..][..self.len()]
+    fn first_tap(&self, t: usize) -> usize {
+        (self.shape.taps - 1).saturating_sub(t)
     }
 
-    /// `pre[t, ..]` of the sequence that starts at token `start`.
+    /// `pre[t, ..]`, in whole vectors.
     #[inline(always)]
-    fn pre_activation(&self, shape: ConvShape, input: &[f32], start: usize, t: usize, pre: &mut [f32]) {
-        pre.copy_from_slice(self.bias);
-        for k in (shape.taps - 1).saturating_sub(t)..shape.taps {
-            let row = self.row(input, shape.channels, start + t + k + 1 - shape.taps);
-            for ((pre, w), x) in pre.iter_mut().zip(self.tap(k)).zip(row) {
-                *pre += w * x;
+    fn pre_activation<S: Simd>(&self, simd: S, t: usize, pre: &mut [f32]) {
+        pre.copy_from_slice(&self.filters.bias);
+        let pre = vectors_mut::<S>(pre);
+        for k in self.first_tap(t)..self.shape.taps {
+            let (tap, row) = (self.filters.tap::<S>(k), self.row(self.input, t + k + 1 - self.shape.taps));
+            for (v, pre) in pre.iter_mut().enumerate() {
+                *pre = simd.mul_add_e_f32s(tap[v], load(simd, row, v), *pre);
             }
         }
     }
@@ -99,26 +148,31 @@ impl<'a> Filters<'a> {
 /// When a slice does not have the size that the shape gives it.
 pub fn conv_silu_forward(shape: ConvShape, input: &[f32], weight: &[f32], bias: &[f32], out: &mut [f32]) {
     shape.check(input, weight, bias);
-    let mut out = mat_mut(out, shape.tokens(), shape.channels);
-    let items: Vec<_> = out.axis_chunks_iter_mut(Axis(1), BLOCK).enumerate().collect();
-    par::for_each(items, |(block, mut out)| {
-        let filters = Filters::new(shape, block, weight, bias);
-        vectorize(
-            #[inline(always)]
-            || {
-                for start in (0..shape.tokens()).step_by(shape.seq.max(1)) {
-                    for t in 0..shape.seq {
-                        let mut buffer = [0.0; BLOCK];
-                        let pre = &mut buffer[..filters.len()];
-                        filters.pre_activation(shape, input, start, t, pre);
-                        for (out, pre) in row_mut(&mut out, start + t).iter_mut().zip(pre) {
-                            *out = silu(*pre);
-                        }
-                    }
-                }
-            },
-        );
+    par::for_each(tiles(shape, out), |(tile, out)| {
+        let filters = Filters::new(&tile, shape.taps, weight, bias);
+        let mut pre = vec![0.0; filters.row];
+        dispatch(Forward { inputs: Inputs { shape, tile, filters, input }, out, pre: &mut pre });
     });
+}
+
+struct Forward<'a> {
+    inputs: Inputs<'a>,
+    out: ArrayViewMut2<'a, f32>,
+    pre: &'a mut [f32],
+}
+
+impl WithSimd for Forward<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn with_simd<S: Simd>(mut self, simd: S) {
+        for (i, t) in self.inputs.tile.steps.clone().enumerate() {
+            self.inputs.pre_activation(simd, t, self.pre);
+            let out = row_mut(&mut self.out, i);
+            for (v, pre) in vectors::<S>(self.pre).iter().enumerate() {
+                store(simd, out, v, silu(simd, *pre));
+            }
+        }
+    }
 }
 
 /// Backward: writes `dinput`, ADDS to `dweight` and `dbias`. The pre-activation is computed again from `input`, which
@@ -139,67 +193,110 @@ pub fn conv_silu_backward(
 ) {
     shape.check(input, weight, bias);
     shape.check(dout, dweight, dbias);
-    let mut dinput = mat_mut(dinput, shape.tokens(), shape.channels);
-    let parts = dweight.chunks_mut(BLOCK * shape.taps).zip(dbias.chunks_mut(BLOCK));
-    let items: Vec<_> = dinput.axis_chunks_iter_mut(Axis(1), BLOCK).zip(parts).enumerate().collect();
-    par::for_each(items, |(block, (mut dinput, (dweight, dbias)))| {
-        let filters = Filters::new(shape, block, weight, bias);
-        let n = filters.len();
-        // Sums of one sequence, [K + 1, n] with the bias last; a second level of summation keeps long batches exact.
-        let mut sums = vec![0.0; (shape.taps + 1) * n];
-        for start in (0..shape.tokens()).step_by(shape.seq.max(1)) {
-            sums.fill(0.0);
-            vectorize(
-                #[inline(always)]
-                || backward_sequence(shape, &filters, input, dout, &mut dinput, &mut sums, start),
-            );
-            for c in 0..n {
-                for k in 0..shape.taps {
-                    dweight[c * shape.taps + k] += sums[k * n + c];
-                }
-                dbias[c] += sums[shape.taps * n + c];
-            }
-        }
+    let tiles = tiles(shape, dinput);
+    // Tap gradients of every tile, [K + 1, row] with the bias last, added up in tile order.
+    let widths: Vec<_> =
+        tiles.iter().map(|(tile, _)| (tile.channels.clone(), tile.channels.len().next_multiple_of(16))).collect();
+    let mut sums = vec![0.0; widths.iter().map(|(_, row)| row * (shape.taps + 1)).sum()];
+    let mut rest = &mut sums[..];
+    let mut items = Vec::with_capacity(tiles.len());
+    for ((tile, dinput), (_, row)) in tiles.into_iter().zip(&widths) {
+        let (now, later) = core::mem::take(&mut rest).split_at_mut(row * (shape.taps + 1));
+        rest = later;
+        items.push((tile, dinput, now));
+    }
+    par::for_each(items, |(tile, dinput, sums)| {
+        let filters = Filters::new(&tile, shape.taps, weight, bias);
+        let mut ring = vec![0.0; shape.taps * filters.row];
+        dispatch(Backward { inputs: Inputs { shape, tile, filters, input }, dout, dinput, sums, ring: &mut ring });
     });
+    let mut rest = &sums[..];
+    for (channels, row) in widths {
+        let (now, later) = rest.split_at(row * (shape.taps + 1));
+        rest = later;
+        for (i, c) in channels.enumerate() {
+            for k in 0..shape.taps {
+                dweight[c * shape.taps + k] += now[k * row + i];
+            }
+            dbias[c] += now[shape.taps * row + i];
+        }
+    }
 }
 
-#[inline(always)]
-fn backward_sequence(
-    shape: ConvShape,
-    filters: &Filters,
-    input: &[f32],
-    dout: &[f32],
-    dinput: &mut ArrayViewMut2<f32>,
-    sums: &mut [f32],
-    start: usize,
-) {
-    let n = filters.len();
-    let last = shape.taps - 1;
-    for t in 0..shape.seq {
-        let mut buffer = [0.0; BLOCK];
-        let dpre = &mut buffer[..n];
-        filters.pre_activation(shape, input, start, t, dpre);
-        for (d, dout) in dpre.iter_mut().zip(filters.row(dout, shape.channels, start + t)) {
-            *d = dout * silu_grad(*d);
-        }
-        // Step t is the first to touch dinput[t]: the newest tap stores, the older ones add.
-        for ((dx, w), d) in row_mut(dinput, start + t).iter_mut().zip(filters.tap(last)).zip(&*dpre) {
-            *dx = w * d;
-        }
-        for k in last.saturating_sub(t)..last {
-            let dx = row_mut(dinput, start + t + k - last);
-            for ((dx, w), d) in dx.iter_mut().zip(filters.tap(k)).zip(&*dpre) {
-                *dx += w * d;
+struct Backward<'a> {
+    inputs: Inputs<'a>,
+    dout: &'a [f32],
+    dinput: ArrayViewMut2<'a, f32>,
+    /// `[K + 1, row]`
+    sums: &'a mut [f32],
+    /// Gradients of the last K pre-activations, `[K, row]`, step t in row t mod K.
+    ring: &'a mut [f32],
+}
+
+impl WithSimd for Backward<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn with_simd<S: Simd>(mut self, simd: S) {
+        let (shape, steps) = (self.inputs.shape, self.inputs.tile.steps.clone());
+        // An input reaches K - 1 steps ahead, beyond the tile too.
+        let end = shape.seq.min(steps.end + shape.taps - 1);
+        for t in steps.start..end {
+            self.pre_activation_gradient(simd, t);
+            if t < steps.end {
+                self.tap_gradients(simd, t);
+            }
+            if t + 1 >= steps.start + shape.taps {
+                self.input_gradient(simd, t + 1 - shape.taps, end);
             }
         }
-        for k in last.saturating_sub(t)..shape.taps {
-            let row = filters.row(input, shape.channels, start + t + k - last);
-            for ((sum, x), d) in sums[k * n..][..n].iter_mut().zip(row).zip(&*dpre) {
-                *sum += x * d;
+        // The last steps of a sequence, which fewer than K steps read.
+        for t in steps.start.max((end + 1).saturating_sub(shape.taps))..steps.end {
+            self.input_gradient(simd, t, end);
+        }
+    }
+}
+
+impl Backward<'_> {
+    #[inline(always)]
+    fn pre_activation_gradient<S: Simd>(&mut self, simd: S, t: usize) {
+        let row = self.inputs.filters.row;
+        let dpre = &mut self.ring[t % self.inputs.shape.taps * row..][..row];
+        self.inputs.pre_activation(simd, t, dpre);
+        let dout = self.inputs.row(self.dout, t);
+        for (v, dpre) in vectors_mut::<S>(dpre).iter_mut().enumerate() {
+            *dpre = simd.mul_f32s(load(simd, dout, v), silu_grad(simd, *dpre));
+        }
+    }
+
+    #[inline(always)]
+    fn tap_gradients<S: Simd>(&mut self, simd: S, t: usize) {
+        let (taps, row) = (self.inputs.shape.taps, self.inputs.filters.row);
+        let dpre = vectors::<S>(&self.ring[t % taps * row..][..row]);
+        let (by_tap, bias) = self.sums.split_at_mut(taps * row);
+        for k in self.inputs.first_tap(t)..taps {
+            let x = self.inputs.row(self.inputs.input, t + k + 1 - taps);
+            let sums = vectors_mut::<S>(&mut by_tap[k * row..(k + 1) * row]);
+            for (v, (sum, dpre)) in sums.iter_mut().zip(dpre).enumerate() {
+                *sum = simd.mul_add_e_f32s(load(simd, x, v), *dpre, *sum);
             }
         }
-        for (sum, d) in sums[shape.taps * n..].iter_mut().zip(&*dpre) {
-            *sum += d;
+        for (sum, dpre) in vectors_mut::<S>(bias).iter_mut().zip(dpre) {
+            *sum = simd.add_f32s(*sum, *dpre);
+        }
+    }
+
+    /// `dinput[t]` from the steps t .. t + K that exist (before `end`), all in the ring.
+    #[inline(always)]
+    fn input_gradient<S: Simd>(&mut self, simd: S, t: usize, end: usize) {
+        let (taps, row) = (self.inputs.shape.taps, self.inputs.filters.row);
+        let dinput = row_mut(&mut self.dinput, t - self.inputs.tile.steps.start);
+        for v in 0..row / S::F32_LANES {
+            let mut sum = simd.splat_f32s(0.0);
+            for s in t..end.min(t + taps) {
+                let dpre = vectors::<S>(&self.ring[s % taps * row..][..row])[v];
+                sum = simd.mul_add_e_f32s(self.inputs.filters.tap::<S>(t + taps - 1 - s)[v], dpre, sum);
+            }
+            store(simd, dinput, v, sum);
         }
     }
 }
@@ -220,17 +317,39 @@ pub fn conv_silu_step(state: &mut [f32], input: &[f32], weight: &[f32], bias: &[
     assert!(taps >= 1, "conv step: no taps");
     let sizes = (weight.len(), state.len(), input.len(), out.len());
     assert_eq!(sizes, (channels * taps, channels * (taps - 1), channels, channels), "conv step");
-    for c in 0..channels {
-        let w = &weight[c * taps..][..taps];
-        let mut pre = bias[c];
-        for k in 0..taps - 1 {
-            pre += w[k] * state[k * channels + c];
-        }
-        out[c] = silu(pre + w[taps - 1] * input[c]);
-    }
+    dispatch(Step { state, input, weight, bias, taps, out });
     if taps > 1 {
         state.copy_within(channels.., 0);
         state[(taps - 2) * channels..].copy_from_slice(input);
+    }
+}
+
+struct Step<'a> {
+    state: &'a [f32],
+    input: &'a [f32],
+    weight: &'a [f32],
+    bias: &'a [f32],
+    taps: usize,
+    out: &'a mut [f32],
+}
+
+impl WithSimd for Step<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let channels = self.bias.len();
+        for v in 0..channels.div_ceil(S::F32_LANES) {
+            let mut pre = load(simd, self.bias, v);
+            let (first, mut w) = (v * S::F32_LANES, [0.0; 16]);
+            for k in 0..self.taps {
+                for (c, w) in (first..channels).zip(&mut w[..S::F32_LANES]) {
+                    *w = self.weight[c * self.taps + k];
+                }
+                let row = if k + 1 < self.taps { &self.state[k * channels..][..channels] } else { self.input };
+                pre = simd.mul_add_e_f32s(load(simd, &w, 0), load(simd, row, v), pre);
+            }
+            store(simd, self.out, v, silu(simd, pre));
+        }
     }
 }
 
@@ -325,33 +444,46 @@ mod tests {
 
     const U: f64 = 1.0 / (1 << 24) as f64;
 
+    /// Holds both passes against the definition.
+    fn check(shape: ConvShape, seed: u32) {
+        let ConvShape { channels, taps, .. } = shape;
+        let n = shape.tokens() * channels;
+        let (x, dy) = (noise(n, seed), noise(n, seed ^ 1));
+        let (w, b) = (noise(channels * taps, seed ^ 2), noise(channels, seed ^ 3));
+        let mut y = vec![f32::NAN; n];
+        conv_silu_forward(shape, &x, &w, &b, &mut y);
+        // All operands are below 1: |pre| <= K + 1 with an error of K + 1 roundings, 2 U (K + 1)^2; silu' <= 1.1;
+        // silu itself 3 ulp of at most K + 1, i.e. 6 U (K + 1).
+        let k1 = (taps + 1) as f64;
+        let bound = U * (2.2 * k1 * k1 + 6.0 * k1);
+        close(&y, &reference::forward(shape, &wide(&x), &wide(&w), &wide(&b)), bound);
+
+        let (mut dx, mut dw, mut db) = (vec![f32::NAN; n], vec![1.0; w.len()], vec![1.0; b.len()]);
+        conv_silu_backward(shape, &x, &w, &b, &dy, &mut dx, &mut dw, &mut db);
+        let (dx64, mut dw64, mut db64) = reference::backward(shape, &wide(&x), &wide(&w), &wide(&b), &wide(&dy));
+        dw64.iter_mut().chain(&mut db64).for_each(|g| *g += 1.0);
+        // dpre: |silu''| <= 0.5 times the error of pre, plus 8 U for silu' and 2 U for the product. A sum of n
+        // such terms with |w|, |x| <= 1 inherits n of it and rounds n values of at most 1.1 n.
+        let dpre = U * (k1 * k1 + 10.0);
+        let sum = |n: f64| n * dpre + 2.2 * U * n * (n + 1.0);
+        close(&dx, &dx64, sum(taps as f64));
+        close(&dw, &dw64, sum(shape.tokens() as f64 + 1.0));
+        close(&db, &db64, sum(shape.tokens() as f64 + 1.0));
+    }
+
+    /// Several segments and blocks, the last of each shorter, and filters longer than a short sequence.
+    #[test]
+    fn tiles_of_uneven_size() {
+        check(ConvShape { batch: 2, seq: 259, channels: 1100, taps: 4 }, 5);
+        check(ConvShape { batch: 3, seq: 129, channels: 17, taps: 9 }, 6);
+        check(ConvShape { batch: 2, seq: 3, channels: 17, taps: 9 }, 7);
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(48))]
         #[test]
         fn matches_the_definition(batch in 1usize..4, seq in 1usize..40, channels in 1usize..150, taps in 1usize..7, seed: u32) {
-            let shape = ConvShape { batch, seq, channels, taps };
-            let n = shape.tokens() * channels;
-            let (x, dy) = (noise(n, seed), noise(n, seed ^ 1));
-            let (w, b) = (noise(channels * taps, seed ^ 2), noise(channels, seed ^ 3));
-            let mut y = vec![f32::NAN; n];
-            conv_silu_forward(shape, &x, &w, &b, &mut y);
-            // All operands are below 1: |pre| <= K + 1 with an error of K + 1 roundings, 2 U (K + 1)^2; silu' <= 1.1;
-            // silu itself 3 ulp of at most K + 1, i.e. 6 U (K + 1).
-            let k1 = (taps + 1) as f64;
-            let bound = U * (2.2 * k1 * k1 + 6.0 * k1);
-            close(&y, &reference::forward(shape, &wide(&x), &wide(&w), &wide(&b)), bound);
-
-            let (mut dx, mut dw, mut db) = (vec![f32::NAN; n], vec![1.0; w.len()], vec![1.0; b.len()]);
-            conv_silu_backward(shape, &x, &w, &b, &dy, &mut dx, &mut dw, &mut db);
-            let (dx64, mut dw64, mut db64) = reference::backward(shape, &wide(&x), &wide(&w), &wide(&b), &wide(&dy));
-            dw64.iter_mut().chain(&mut db64).for_each(|g| *g += 1.0);
-            // dpre: |silu''| <= 0.5 times the error of pre, plus 8 U for silu' and 2 U for the product. A sum of n
-            // such terms with |w|, |x| <= 1 inherits n of it and rounds n values of at most 1.1 n.
-            let dpre = U * (k1 * k1 + 10.0);
-            let sum = |n: f64| n * dpre + 2.2 * U * n * (n + 1.0);
-            close(&dx, &dx64, sum(taps as f64));
-            close(&dw, &dw64, sum(shape.tokens() as f64 + 1.0));
-            close(&db, &db64, sum(shape.tokens() as f64 + 1.0));
+            check(ConvShape { batch, seq, channels, taps }, seed);
         }
 
         #[test]

@@ -24,6 +24,9 @@ pub(crate) fn dispatch<Op: WithSimd>(op: Op) -> Op::Output {
             return Simd::vectorize(v3, op);
         }
     }
+    #[cfg(all(feature = "std", not(target_arch = "x86_64")))]
+    return pulp::Arch::new().dispatch(op);
+    #[cfg(any(not(feature = "std"), target_arch = "x86_64"))]
     Simd::vectorize(pulp::Scalar::new(), op)
 }
 
@@ -73,6 +76,47 @@ pub(crate) fn exp_nonpositive<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
     let bits = simd.sub_u32s(simd.transmute_u32s_f32s(shifted), simd.splat_u32s(ROUND_MAGIC.to_bits() - 126));
     let scale = simd.transmute_f32s_u32s(simd.wrapping_dyn_shl_u32s(bits, simd.splat_u32s(23)));
     simd.mul_f32s(simd.add_f32s(y, y), scale)
+}
+
+/// `sigmoid(x)` and `1 - sigmoid(x)`, each within 3 ulp: from one exponential that cannot overflow.
+#[inline(always)]
+fn sigmoids<S: Simd>(simd: S, x: S::f32s) -> (S::f32s, S::f32s) {
+    let e = exp_nonpositive(simd, simd.min_f32s(simd.neg_f32s(x), x));
+    let large = simd.div_f32s(simd.splat_f32s(1.0), simd.add_f32s(simd.splat_f32s(1.0), e));
+    let small = simd.mul_f32s(e, large);
+    let negative = simd.less_than_f32s(x, simd.splat_f32s(0.0));
+    (simd.select_f32s(negative, small, large), simd.select_f32s(negative, large, small))
+}
+
+/// [`silu`](super::activation::silu), within 4 ulp.
+#[inline(always)]
+pub(crate) fn silu<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
+    simd.mul_f32s(x, sigmoids(simd, x).0)
+}
+
+/// [`silu_grad`](super::activation::silu_grad).
+#[inline(always)]
+pub(crate) fn silu_grad<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
+    let (s, rest) = sigmoids(simd, x);
+    simd.mul_f32s(s, simd.mul_add_e_f32s(x, rest, simd.splat_f32s(1.0)))
+}
+
+/// Vector v of a row; zeros beyond the row's end, where v may lie altogether.
+#[inline(always)]
+pub(crate) fn load<S: Simd>(simd: S, row: &[f32], v: usize) -> S::f32s {
+    let rest = &row[row.len().min(v * S::F32_LANES)..];
+    S::as_simd_f32s(rest).0.first().copied().unwrap_or_else(|| simd.partial_load_f32s(rest))
+}
+
+/// Writes vector v of a row, as far as the row goes.
+#[inline(always)]
+pub(crate) fn store<S: Simd>(simd: S, row: &mut [f32], v: usize, value: S::f32s) {
+    let first = row.len().min(v * S::F32_LANES);
+    let rest = &mut row[first..];
+    match rest.len() >= S::F32_LANES {
+        true => S::as_mut_simd_f32s(rest).0[0] = value,
+        false => simd.partial_store_f32s(rest, value),
+    }
 }
 
 /// `TRIANGLE[15 - r..][..16]` is 1 in the lanes 0..=r and 0 after, for r < 16.

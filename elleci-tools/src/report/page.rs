@@ -3,18 +3,7 @@
 use std::fmt::Write;
 
 use super::format::{escape, thousands};
-use super::metrics::EvalRecord;
-
-/// Text that the model wrote during training.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Sample {
-    /// Optimiser steps made.
-    pub step: u64,
-    /// What it was given.
-    pub prompt: String,
-    /// What it continued with.
-    pub text: String,
-}
+use super::metrics::{EvalRecord, Sample};
 
 /// The contents of a page.
 #[derive(Clone, Debug, Default)]
@@ -25,7 +14,7 @@ pub struct Page<'a> {
     pub subtitle: &'a str,
     /// The figures that matter, large: (what, value).
     pub figures: &'a [(String, String)],
-    /// SVG documents of [`super::Plot::svg`].
+    /// SVG documents of [`Plot::svg`](super::Plot::svg).
     pub plots: &'a [String],
     /// Evaluations, oldest first.
     pub evals: &'a [EvalRecord],
@@ -132,7 +121,7 @@ h1{margin:0;font-size:28px;line-height:1.2}
 h2{margin:36px 0 10px;font-size:19px}
 p{margin:0 0 10px}
 .sub{margin:6px 0 22px;color:var(--muted)}
-.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:10px;margin:0 0 20px}
+.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(128px,1fr));gap:10px;margin:0 0 20px}
 .figures div,figure,.sample,.scroll,.facts,pre{background:var(--paper);border:1px solid var(--rule);border-radius:8px}
 .figures div{padding:10px 14px}
 dt{color:var(--muted);font-size:13px}

@@ -21,19 +21,23 @@ pub struct Peak {
     pub isa: Isa,
 }
 
-/// Rounds of the measurement; the best counts, because other load only ever slows one down.
-const ROUNDS: usize = 4;
-/// Length of a round. Four of them stay below half a second.
-const ROUND: Duration = Duration::from_millis(80);
+/// Rounds of the measurement. The best counts, because other load only ever slows one down, and many short ones find a gap in it.
+const ROUNDS: usize = 30;
+/// Length of a round.
+const ROUND: Duration = Duration::from_millis(10);
+/// No round starts later than this, on a machine so busy that threads wait for each other.
+const LONGEST: Duration = Duration::from_millis(450);
 /// Multiply-adds of every chain between two looks at the clock.
-const REPEATS: usize = 20_000;
+const REPEATS: usize = 10_000;
 
 impl Peak {
-    /// Measures with `threads` threads (at least one), in about a third of a second.
+    /// Measures with `threads` threads (at least one), in about a third of a second, and at most half of one.
     pub fn measure(threads: usize) -> Peak {
         let threads = threads.max(1);
         let isa = Isa::detect();
-        let gflops = (0..ROUNDS).map(|_| round(threads, isa)).fold(0.0, f64::max);
+        let start = Instant::now();
+        let in_time = |n: &usize| *n < 1 || start.elapsed() < LONGEST;
+        let gflops = (0..ROUNDS).take_while(in_time).map(|_| round(threads, isa)).fold(0.0, f64::max);
         Peak { gflops, threads, isa }
     }
 

@@ -36,6 +36,17 @@ pub enum Side {
     Right,
 }
 
+/// Where an axis begins and ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fit {
+    /// At its data.
+    Data,
+    /// At the ticks around its data.
+    Ticks,
+    /// At 0, and at the tick above its data: lengths can be compared.
+    Zero,
+}
+
 /// One curve.
 #[derive(Clone, Debug)]
 pub struct Series {
@@ -60,6 +71,8 @@ pub struct Plot {
     pub x_label: String,
     /// Of the left axis.
     pub left_label: String,
+    /// Where the vertical axes begin and end.
+    pub fit: Fit,
     /// Of the right axis, drawn if a series reads on it.
     pub right_label: String,
     /// Drawn in this order.
@@ -73,7 +86,7 @@ impl Plot {
         let loss = of_steps(|s| s.loss);
         let evals = records.iter().filter_map(|r| match r {
             Record::Eval(e) => Some((e.step as f64, e.loss)),
-            Record::Step(_) => None,
+            Record::Step(_) | Record::Sample(_) => None,
         });
         let series = |name: &str, points, mark, side, colour| Series { name: name.into(), points, mark, side, colour };
         Plot {
@@ -81,6 +94,7 @@ impl Plot {
             x_label: "optimiser steps".into(),
             left_label: "loss (nats a token)".into(),
             right_label: "learning rate".into(),
+            fit: Fit::Ticks,
             series: vec![
                 series("learning rate", of_steps(|s| s.lr), Mark::Dashed, Side::Right, 2),
                 series("loss", loss.clone(), Mark::Pale, Side::Left, 0),
@@ -90,7 +104,7 @@ impl Plot {
         }
     }
 
-    /// Gradient norm, and tokens a second on the second axis.
+    /// Gradient norm, and tokens a second (smoothed) on the second axis.
     pub fn health(title: &str, records: &[Record]) -> Plot {
         let norm = steps(records, |s| s.grad_norm);
         let series = |name: &str, points, mark, side, colour| Series { name: name.into(), points, mark, side, colour };
@@ -99,8 +113,9 @@ impl Plot {
             x_label: "optimiser steps".into(),
             left_label: "gradient norm".into(),
             right_label: "tokens a second".into(),
+            fit: Fit::Zero,
             series: vec![
-                series("tokens a second", steps(records, |s| s.tokens_per_s), Mark::Dashed, Side::Right, 2),
+                series("tokens a second", smooth(&steps(records, |s| s.tokens_per_s)), Mark::Dashed, Side::Right, 2),
                 series("gradient norm", norm.clone(), Mark::Pale, Side::Left, 3),
                 series("gradient norm, smoothed", smooth(&norm), Mark::Line, Side::Left, 3),
             ],
@@ -133,6 +148,7 @@ impl Plot {
             x_label: "optimiser steps".into(),
             left_label: "bits a byte".into(),
             right_label: String::new(),
+            fit: Fit::Ticks,
             series,
         }
     }
@@ -158,10 +174,10 @@ impl Plot {
             );
             return out;
         }
-        let x = Axis::over(clean.iter().flat_map(|s| s.points.iter().map(|p| p.0)), 8, Fit::Tight);
+        let x = Axis::over(clean.iter().flat_map(|s| s.points.iter().map(|p| p.0)), 8, Fit::Data);
         let of_side = |side: Side| {
             let values = clean.iter().filter(move |s| s.side == side).flat_map(|s| s.points.iter().map(|p| p.1));
-            Axis::over(values, 6, Fit::Ticks)
+            Axis::over(values, 6, self.fit)
         };
         let (y, y2) = (of_side(Side::Left), of_side(Side::Right));
         self.grid(&mut out, &area, (&x, &y, has_right.then_some(&y2)));
@@ -219,21 +235,25 @@ impl Plot {
 fn steps(records: &[Record], value: fn(&super::StepRecord) -> f64) -> Vec<(f64, f64)> {
     let point = |r: &Record| match r {
         Record::Step(s) => Some((s.step as f64, value(s))),
-        Record::Eval(_) => None,
+        Record::Eval(_) | Record::Sample(_) => None,
     };
     records.iter().filter_map(point).collect()
 }
 
-/// An exponential mean over about a fiftieth of the points, unbiased at its start.
+/// The mean over a hundredth of the points on either side. Near the start the window shrinks on both sides, so that the curve keeps
+/// to the steep fall of a run's first steps; near the end only on the right, so that its last value is not one step's.
 pub fn smooth(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
-    let keep = 1.0 - 1.0 / (points.len() as f64 / 50.0).max(1.0);
-    let (mut sum, mut weight) = (0.0, 0.0);
-    let finite = points.iter().filter(|p| p.1.is_finite());
-    let mean = |&(x, y): &(f64, f64)| {
-        (sum, weight) = (keep * sum + y, keep * weight + 1.0);
-        (x, sum / weight)
+    let finite: Vec<_> = points.iter().filter(|p| p.1.is_finite()).collect();
+    let mut sums = vec![0.0];
+    for p in &finite {
+        sums.push(sums[sums.len() - 1] + p.1);
+    }
+    let mean = |i: usize| {
+        let left = i.min(finite.len() / 100);
+        let right = left.min(finite.len() - 1 - i);
+        (finite[i].0, (sums[i + right + 1] - sums[i - left]) / (left + right + 1) as f64)
     };
-    finite.map(mean).collect()
+    (0..finite.len()).map(mean).collect()
 }
 
 fn finite(series: &Series) -> Series {
@@ -259,12 +279,8 @@ impl Area {
     }
 }
 
-/// Whether an axis ends at its data or at the ticks around it.
-#[derive(Clone, Copy, PartialEq)]
-enum Fit {
-    Tight,
-    Ticks,
-}
+/// An axis whose lowest value is below this share of its highest starts at 0.
+const ZERO_WITHIN: f64 = 0.2;
 
 struct Axis {
     low: f64,
@@ -283,10 +299,13 @@ impl Axis {
             let around = if high == 0.0 { 1.0 } else { 0.1 * high.abs() };
             (low, high) = (low - around, high + around);
         }
+        if low > 0.0 && (fit == Fit::Zero || low < ZERO_WITHIN * high) {
+            low = 0.0;
+        }
         let raw = (high - low) / most_ticks as f64;
         let unit = 10f64.powf(raw.log10().floor());
         let step = unit * [1.0, 2.0, 5.0].into_iter().find(|m| raw <= m * unit).unwrap_or(10.0);
-        if fit == Fit::Ticks {
+        if fit != Fit::Data {
             (low, high) = ((low / step).floor() * step, (high / step).ceil() * step);
         }
         Axis { low, high, step }
@@ -372,16 +391,10 @@ fn legend(out: &mut String, series: &[Series]) {
         let (middle, y) = (x + 10.0, 44.0);
         match s.mark {
             Mark::Points => _ = write!(out, r#"<circle class="f{colour}" cx="{middle}" cy="{y}" r="3.5"/>"#),
-            mark => {
-                let class = if mark == Mark::Pale {
-                    "pale"
-                } else if mark == Mark::Dashed {
-                    "dashed"
-                } else {
-                    "line"
-                };
-                _ = write!(out, r#"<path class="{class} c{colour}" d="M{x} {y}h20"/>"#);
-            }
+            Mark::Line => _ = write!(out, r#"<path class="line c{colour}" d="M{x} {y}h20"/>"#),
+            Mark::Dashed => _ = write!(out, r#"<path class="dashed c{colour}" d="M{x} {y}h20"/>"#),
+            // As a band, which is what raw values look like.
+            Mark::Pale => _ = write!(out, r#"<path class="pale c{colour}" style="stroke-width:6" d="M{x} {y}h20"/>"#),
         }
         _ = write!(out, r#"<text x="{}" y="{}">{}</text>"#, x + 26.0, y + 4.0, escape(&s.name));
         // 6.4 units a character at this size, on average.
@@ -389,22 +402,24 @@ fn legend(out: &mut String, series: &[Series]) {
     }
 }
 
-/// The palette is Okabe and Ito's, told apart by colour-blind readers too, a little lighter in the dark.
+/// The palette is Okabe and Ito's, told apart by colour-blind readers too, a little lighter in the dark. Plain rules and no CSS
+/// variables, which SVG renderers outside of browsers do not know.
 const STYLE: &str = concat!(
-    "<style>.plot{--paper:#fff;--ink:#1f2328;--muted:#57606a;--grid:#e4e7eb;",
-    "--c0:#0072b2;--c1:#d55e00;--c2:#009e73;--c3:#9a5ba5;--c4:#b8860b;--c5:#56606b;",
-    "font:12px system-ui,-apple-system,'Segoe UI',Roboto,'DejaVu Sans',sans-serif}",
-    "@media (prefers-color-scheme:dark){.plot{--paper:#161b22;--ink:#e6edf3;--muted:#9aa4af;--grid:#2b323b;",
-    "--c0:#58a6e8;--c1:#f0883e;--c2:#3fc79a;--c3:#c58fd0;--c4:#d9b24c;--c5:#9aa4af}}",
-    ".plot .paper{fill:var(--paper)}.plot text{fill:var(--muted)}",
-    ".plot .title{fill:var(--ink);font-size:16px;font-weight:600}",
-    ".plot path{fill:none;stroke-linejoin:round}.plot .grid{stroke:var(--grid)}.plot .axis{stroke:var(--muted)}",
+    "<style>.plot{font:12px system-ui,-apple-system,'Segoe UI',Roboto,'DejaVu Sans',sans-serif}",
+    ".plot .paper{fill:#fff}.plot text{fill:#57606a}.plot .title{fill:#1f2328;font-size:16px;font-weight:600}",
+    ".plot path{fill:none;stroke-linejoin:round}.plot .grid{stroke:#e4e7eb}.plot .axis{stroke:#57606a}",
     ".plot .line{stroke-width:2}.plot .pale{stroke-width:1;opacity:.35}.plot .thin{stroke-width:1.2}",
     ".plot .dashed{stroke-width:1.3;stroke-dasharray:5 4;opacity:.85}",
-    ".plot .c0{stroke:var(--c0)}.plot .c1{stroke:var(--c1)}.plot .c2{stroke:var(--c2)}",
-    ".plot .c3{stroke:var(--c3)}.plot .c4{stroke:var(--c4)}.plot .c5{stroke:var(--c5)}",
-    ".plot .f0{fill:var(--c0)}.plot .f1{fill:var(--c1)}.plot .f2{fill:var(--c2)}",
-    ".plot .f3{fill:var(--c3)}.plot .f4{fill:var(--c4)}.plot .f5{fill:var(--c5)}</style>",
+    ".plot .c0{stroke:#0072b2}.plot .c1{stroke:#d55e00}.plot .c2{stroke:#009e73}",
+    ".plot .c3{stroke:#9a5ba5}.plot .c4{stroke:#b8860b}.plot .c5{stroke:#56606b}",
+    ".plot .f0{fill:#0072b2}.plot .f1{fill:#d55e00}.plot .f2{fill:#009e73}",
+    ".plot .f3{fill:#9a5ba5}.plot .f4{fill:#b8860b}.plot .f5{fill:#56606b}",
+    "@media (prefers-color-scheme:dark){.plot .paper{fill:#161b22}.plot text{fill:#9aa4af}.plot .title{fill:#e6edf3}",
+    ".plot .grid{stroke:#2b323b}.plot .axis{stroke:#9aa4af}.plot .pale{opacity:.5}",
+    ".plot .c0{stroke:#58a6e8}.plot .c1{stroke:#f0883e}.plot .c2{stroke:#3fc79a}",
+    ".plot .c3{stroke:#c58fd0}.plot .c4{stroke:#d9b24c}.plot .c5{stroke:#9aa4af}",
+    ".plot .f0{fill:#58a6e8}.plot .f1{fill:#f0883e}.plot .f2{fill:#3fc79a}",
+    ".plot .f3{fill:#c58fd0}.plot .f4{fill:#d9b24c}.plot .f5{fill:#9aa4af}}</style>",
 );
 
 #[cfg(test)]
@@ -416,7 +431,14 @@ mod tests {
     }
 
     fn plot(series: Vec<Series>) -> Plot {
-        Plot { title: "t".into(), x_label: "x".into(), left_label: "y".into(), right_label: "z".into(), series }
+        Plot {
+            title: "t".into(),
+            x_label: "x".into(),
+            left_label: "y".into(),
+            right_label: "z".into(),
+            fit: Fit::Ticks,
+            series,
+        }
     }
 
     /// Elements open and close in pairs, attributes are quoted, text holds no bare `<` or `&`.
@@ -457,6 +479,9 @@ mod tests {
             assert_eq!(labels.join(" "), want);
             assert!(axis.low <= low && axis.high >= high);
         }
+        assert_eq!(Axis::over([4850.0, 5100.0].into_iter(), 6, Fit::Zero).low, 0.0);
+        assert_eq!(Axis::over([100.0, 5000.0].into_iter(), 6, Fit::Data).low, 0.0, "near 0");
+        assert_eq!(Axis::over([4000.0, 5000.0].into_iter(), 6, Fit::Data).low, 4000.0);
     }
 
     #[test]
@@ -502,8 +527,10 @@ mod tests {
         let smoothed = smooth(&flat);
         assert_eq!(smoothed.len(), 490);
         assert!(smoothed.iter().all(|p| (p.1 - 2.0).abs() < 1e-12));
-        // 100 points: a mean over two, 1/2 each after the first: (1*0.5 + 4) / 1.5 = 3.
-        let ramp: Vec<_> = [1.0, 4.0].into_iter().chain([0.0; 98]).enumerate().map(|(i, y)| (i as f64, y)).collect();
-        assert_eq!(smooth(&ramp)[..2], [(0.0, 1.0), (1.0, 3.0)]);
+        // 200 points: two on either side; one beside the second point, none beside the first, none right of the last.
+        let value = |i: usize| [9.0, 1.0, 2.0, 6.0, 7.0].get(i).copied().unwrap_or(if i == 199 { 3.0 } else { 0.0 });
+        let smoothed = smooth(&(0..200).map(|i| (i as f64, value(i))).collect::<Vec<_>>());
+        let heights: Vec<f64> = [0, 1, 2, 198, 199].map(|i: usize| smoothed[i].1).to_vec();
+        assert_eq!(heights, [9.0, 4.0, 5.0, 0.75, 1.0]);
     }
 }

@@ -1,6 +1,6 @@
 //! Progress on standard error: a bar where a person watches, else a line every so many steps.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
@@ -37,7 +37,7 @@ impl Progress {
     fn to(goal: Goal, made: u64, log_every: u64, terminal: bool) -> Progress {
         let bar = terminal.then(|| {
             let bar = ProgressBar::with_draw_target(Some(goal.steps), ProgressDrawTarget::stderr_with_hz(8));
-            let style = ProgressStyle::with_template("{bar:24.cyan/blue} {percent:>3}% {wide_msg}");
+            let style = ProgressStyle::with_template("{bar:12.cyan/blue} {pos}/{len} | {wide_msg}");
             bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("━╸ "));
             bar.set_position(made);
             bar
@@ -52,16 +52,17 @@ impl Progress {
             let speed = self.speed.unwrap_or(record.tokens_per_s);
             self.speed = Some(speed * SPEED_KEEP + record.tokens_per_s * (1.0 - SPEED_KEEP));
         }
-        let text = line(record, self.goal, self.eta(record));
+        let eta = self.eta(record);
         if let Some(bar) = &self.bar {
             bar.set_position(record.step);
-            bar.set_message(text);
+            bar.set_message(message(record, eta));
             return None;
         }
+        let text = line(record, self.goal, eta);
         let due = self.log_every > 0
             && (first || record.step.is_multiple_of(self.log_every) || record.step == self.goal.steps);
         due.then(|| {
-            eprintln!("{text}");
+            print(&text);
             text
         })
     }
@@ -75,8 +76,8 @@ impl Progress {
     /// Prints a line above the bar.
     pub fn note(&self, text: &str) {
         match &self.bar {
-            Some(bar) => bar.suspend(|| eprintln!("{text}")),
-            None => eprintln!("{text}"),
+            Some(bar) => bar.suspend(|| print(text)),
+            None => print(text),
         }
     }
 
@@ -86,6 +87,11 @@ impl Progress {
             bar.abandon();
         }
     }
+}
+
+/// A run goes on when nobody listens any more, where `eprintln` would panic.
+fn print(text: &str) {
+    _ = writeln!(std::io::stderr(), "{text}");
 }
 
 /// `step 120/1000 | loss 4.321 | lr 1.5e-3 | norm 0.82 | 412 ms | 4.97k tok/s | 38% MFU | eta 6m10s`
@@ -102,6 +108,20 @@ pub fn line(r: &StepRecord, goal: Goal, eta_seconds: f64) -> String {
         si(r.tokens_per_s),
         r.mfu * 100.0,
         duration(eta_seconds),
+    )
+}
+
+/// What stands beside the bar: the same, the most wanted first, because a terminal of 80 columns cuts the rest.
+fn message(r: &StepRecord, eta_seconds: f64) -> String {
+    format!(
+        "loss {:.3} | {} tok/s | {:.0}% MFU | eta {} | lr {} | norm {:.2} | {} ms",
+        r.loss,
+        si(r.tokens_per_s),
+        r.mfu * 100.0,
+        duration(eta_seconds),
+        sci(r.lr),
+        r.grad_norm,
+        si(r.ms),
     )
 }
 
@@ -131,6 +151,8 @@ mod tests {
     fn the_line_is_the_documented_one() {
         let want = "step 120/1000 | loss 4.321 | lr 1.5e-3 | norm 0.82 | 412 ms | 4.97k tok/s | 38% MFU | eta 6m10s";
         assert_eq!(line(&record(120), GOAL, 370.0), want);
+        let beside_bar = message(&record(120), 370.0);
+        assert!(beside_bar.starts_with("loss 4.321 | 4.97k tok/s | 38% MFU | eta 6m10s | lr 1.5e-3"), "{beside_bar}");
         let skipped = StepRecord { skipped: 2, loss: f64::NAN, ..record(120) };
         assert_eq!(line(&skipped, GOAL, f64::NAN).split(" | ").nth(1), Some("loss NaN"));
         assert!(line(&skipped, GOAL, f64::NAN).ends_with("eta ? | 2 skipped"));

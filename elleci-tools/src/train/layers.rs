@@ -85,14 +85,27 @@ pub fn load(preset: Option<&str>, layers: &[Layer]) -> anyhow::Result<RunConfig>
         (None, Some((origin, v))) => return Err(usage(format!("{origin}: `preset` is {v}; it must be a string"))),
         (None, None) => "nano",
     };
-    let mut merged = preset_table(preset)?;
-    let schema = merged.clone();
+    let base = preset_table(preset)?;
+    over(base, &format!("preset {preset}"), preset, layers)
+}
+
+/// As [`load`], from the configuration of a run that goes on instead of a preset.
+///
+/// # Errors
+/// As [`load`].
+pub fn load_over(saved: &RunConfig, layers: &[Layer]) -> anyhow::Result<RunConfig> {
+    let base = Table::try_from(saved).context("the saved configuration")?;
+    over(base, "the configuration of the run", &saved.preset, layers)
+}
+
+fn over(base: Table, base_origin: &str, preset: &str, layers: &[Layer]) -> anyhow::Result<RunConfig> {
+    let mut merged = base.clone();
     for layer in layers {
-        known_keys(&layer.table, &schema, "", &layer.origin)?;
+        known_keys(&layer.table, &base, "", &layer.origin)?;
         merge(&mut merged, &layer.table);
     }
     merged.insert("preset".into(), preset.into());
-    let origin = |key: &str| origin_of(key, layers).map_or_else(|| format!("preset {preset}"), str::to_string);
+    let origin = |key: &str| origin_of(key, layers).unwrap_or(base_origin).to_string();
     let config: RunConfig = serde_path_to_error::deserialize(Value::Table(merged))
         .map_err(|e| usage(format!("{}: `{}`: {}", origin(&e.path().to_string()), e.path(), e.inner())))?;
     config.validate(origin)?;

@@ -2,15 +2,20 @@
 
 pub mod backend;
 pub mod batches;
+pub mod bundled;
+pub mod cli;
 pub mod config;
+pub mod device;
+pub mod dry_run;
 pub mod eval;
 pub mod layers;
 pub mod log;
 pub mod plan;
 pub mod record;
-pub mod samples;
-
 mod run;
+pub mod samples;
+pub mod session;
+pub mod step;
 #[cfg(test)]
 mod tests;
 
@@ -21,10 +26,11 @@ use elleci_core::optim::norm::clip_factor;
 
 use crate::checkpoint::Store;
 use crate::exit::Interrupted;
+use crate::report::{Peak, StepRecord};
 use backend::Backend;
 use batches::Feed;
 use config::RunConfig;
-use log::{Log, StepRecord};
+use log::Log;
 use plan::Plan;
 use record::Recorder;
 use samples::Text;
@@ -62,8 +68,10 @@ pub struct Run<'a> {
     pub recorder: Option<Recorder>,
     /// Where the run stands.
     pub progress: Progress,
-    /// Operations of a second at the machine's measured peak, where it is known.
-    pub peak_flops: Option<f64>,
+    /// The machine's measured peak, where it is known.
+    pub peak: Option<Peak>,
+    /// The machine, for the page of the run: (what, value).
+    pub machine: Vec<(String, String)>,
     /// Set by a signal: the step that runs is the last.
     pub stop: &'a AtomicBool,
 }
@@ -113,19 +121,19 @@ impl Run<'_> {
             }
 
             let seconds = started.elapsed().as_secs_f64();
+            let rate = data.tokens as f64 / seconds;
             let record = StepRecord {
                 step: self.progress.step + 1,
-                steps: self.plan.steps(),
+                tokens: self.progress.tokens + data.tokens,
                 loss,
-                grad_norm: norm,
                 lr: step.rates.lr,
-                seq: step.shape.seq_len,
-                phase: step.phase,
-                tokens: data.tokens,
-                total_tokens: self.progress.tokens + data.tokens,
-                seconds,
-                mfu: self.utilisation(step.shape.seq_len, data.tokens as f64 / seconds),
-                skipped: !finite,
+                grad_norm: norm,
+                phase: step.phase + 1,
+                seq_len: step.shape.seq_len,
+                skipped: self.progress.skipped,
+                ms: seconds * 1e3,
+                tokens_per_s: rate,
+                mfu: self.utilisation(step.shape.seq_len, rate),
             };
             self.progress.step += 1;
             self.progress.tokens += data.tokens;

@@ -41,7 +41,7 @@ impl Run<'_> {
         let path = store.save(&mut state, groups)?;
         store.prune(self.config.training.keep_last)?;
         self.log.note(&format!("saved {}", path.display()));
-        Ok(())
+        self.log.page(&self.config, &self.machine, self.progress.step >= self.plan.steps())
     }
 
     /// Continues from a checkpoint.
@@ -74,7 +74,7 @@ impl Run<'_> {
         let shares = self.plan.run_weights();
         let evaluation = evaluate(self.backend.as_mut(), self.feed.as_ref(), &shares, shape)?;
         if let Some(e) = &evaluation {
-            self.log.evaluation(self.progress.step, prefix, e)?;
+            self.log.evaluation((self.progress.step, self.progress.tokens), prefix, e)?;
         }
         Ok(evaluation)
     }
@@ -96,9 +96,10 @@ impl Run<'_> {
         Ok(texts)
     }
 
-    /// Share of the machine's measured peak at a rate of tokens.
-    pub(super) fn utilisation(&self, seq: usize, tokens_per_second: f64) -> Option<f64> {
-        Some(work_per_token(&self.config.model, seq).flops() * tokens_per_second / self.peak_flops?)
+    /// Share of the machine's measured peak at a rate of tokens; not a number where there is none.
+    pub(super) fn utilisation(&self, seq: usize, tokens_per_second: f64) -> f64 {
+        let flops = work_per_token(&self.config.model, seq).flops() * tokens_per_second;
+        self.peak.map_or(f64::NAN, |peak| peak.utilisation(flops, 1.0))
     }
 
     /// What an interrupted run says.

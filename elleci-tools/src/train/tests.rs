@@ -206,10 +206,11 @@ fn run<'a>(dir: Option<&Path>, settings: &[&str], stop: &'a AtomicBool) -> Run<'
         feed: Box::new(feed),
         text: None,
         store: dir.map(|d| Store::open(&d.join("checkpoints")).unwrap()),
-        log: dir.map_or_else(Log::to_stderr, |d| Log::open(d, 0).unwrap()),
+        log: dir.map_or_else(|| Log::to_stderr(None), |d| Log::open(d, None, 0).unwrap()),
         recorder: None,
         progress: Progress::default(),
-        peak_flops: None,
+        peak: None,
+        machine: Vec::new(),
         stop,
         config,
     }
@@ -307,13 +308,13 @@ fn a_resumed_log_has_every_step_once() {
     std::fs::write(&path, text).unwrap();
     let mut second = run(None, &[], &GO);
     second.resume(&latest(dir.path())).unwrap();
-    second.log = Log::open(dir.path(), second.progress.step).unwrap();
+    second.log = Log::open(dir.path(), None, second.progress.step).unwrap();
     second.train(30).unwrap();
     let steps: Vec<u64> = std::fs::read_to_string(&path)
         .unwrap()
         .lines()
         .map(|l| serde_json::from_str::<serde_json::Value>(l).unwrap())
-        .filter(|v| v.get("train/loss").is_some())
+        .filter(|v| v["kind"] == "step")
         .map(|v| v["step"].as_u64().unwrap())
         .collect();
     assert_eq!(steps, (1..=30).collect::<Vec<_>>());

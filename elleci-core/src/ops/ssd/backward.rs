@@ -5,9 +5,10 @@ use ndarray::{ArrayView2, ArrayViewMut2, Axis, s};
 
 use super::chunked::*;
 use super::kernels::{ColumnsDot, DyRow, Inside, RowDots};
+use super::product::{PANEL, Product};
 use super::{CHUNK, SsdScratch, SsdShape};
 use crate::ops::lanes::dispatch;
-use crate::ops::matmul::{Out, mat, mat_mut, matmul_serial};
+use crate::ops::matmul::{Out, mat, mat_mut};
 use crate::par;
 use crate::simd::vectorize;
 
@@ -133,6 +134,8 @@ struct Group<'a> {
     product: &'a mut [f32],
     /// The gradient of the state that leaves the chunk `[d_state, channels]`.
     r: &'a mut [f32],
+    /// For products.
+    panel: &'a mut [f32],
 }
 
 impl<'a> Group<'a> {
@@ -154,6 +157,7 @@ impl<'a> Group<'a> {
             weighted: part(CHUNK * channels),
             product: part(CHUNK * channels),
             r: part(n_dim * channels),
+            panel: part(PANEL),
         };
         // Parts of these are read before they are written, by whole vectors in a short chunk: finite, then ignored.
         group.m.fill(0.0);
@@ -188,12 +192,9 @@ impl<'a> Group<'a> {
 
         // Across chunks: what the state that leaves and the state that enters have to do with this chunk.
         if !last {
-            matmul_serial(
-                b,
-                mat(self.r, n_dim, channels),
-                mat_mut(&mut self.product[..len * channels], len, channels),
-                Out::Store,
-            );
+            let (r, br) = (mat(self.r, n_dim, channels), mat_mut(&mut self.product[..len * channels], len, channels));
+            let a = inputs.b_left(span, false);
+            dispatch(Product { a, b: r, c: br, out: Out::Store, panel: self.panel });
         }
         vectorize(
             #[inline(always)]
@@ -206,33 +207,39 @@ impl<'a> Group<'a> {
             self.dy_row(inputs, span, i, &dy[i * shape.d_inner()..], last, row_mut(&mut dx, i), sums.dd);
         }
         if !last {
-            let weighted = mat(&self.weighted[..len * channels], len, channels);
-            matmul_serial(weighted, mat(self.r, n_dim, channels).t(), db.view_mut(), Out::Add);
+            let (a, r) = (dense(self.weighted, len, channels, channels), mat(self.r, n_dim, channels));
+            dispatch(Product { a, b: r.reversed_axes(), c: db.view_mut(), out: Out::Add, panel: self.panel });
         }
         if let Some(entry) = entry {
-            matmul_serial(mat(&self.e_dy[..len * channels], len, channels), entry.t(), dc.view_mut(), Out::Add);
+            let a = dense(self.e_dy, len, channels, channels);
+            dispatch(Product { a, b: entry.reversed_axes(), c: dc.view_mut(), out: Out::Add, panel: self.panel });
             let product = &mut self.product[..len * channels];
-            matmul_serial(c, entry, mat_mut(product, len, channels), Out::Store);
+            let (a, ch) = (inputs.c_left(span, false), mat_mut(product, len, channels));
+            dispatch(Product { a, b: entry, c: ch, out: Out::Store, panel: self.panel });
             dispatch(RowDots { a: self.e_dy, b: product, len, p_dim, channels, out: self.read });
         } else {
             self.read.fill(0.0);
         }
 
         // Inside the chunk, head by head.
-        matmul_serial(c, b.t(), view_mut(self.g, len, len, CHUNK), Out::Store);
+        let (a, g) = (inputs.c_left(span, false), view_mut(self.g, len, len, CHUNK));
+        dispatch(Product { a, b: b.reversed_axes(), c: g, out: Out::Store, panel: self.panel });
         self.dg.fill(0.0);
         for h in 0..span.heads {
+            let (x, dm) = (inputs.x_head(span, h).reversed_axes(), view_mut(self.dm, len, len, CHUNK));
+            let a = dense(&dy[h * p_dim..], len, p_dim, shape.d_inner());
+            dispatch(Product { a, b: x, c: dm, out: Out::Store, panel: self.panel });
             let dy = view(&dy[h * p_dim..], len, p_dim, shape.d_inner());
-            matmul_serial(dy, inputs.x_head(span, h).t(), view_mut(self.dm, len, len, CHUNK), Out::Store);
             self.inside_chunk(span, h);
             let whole = entry.filter(|_| !last).map_or(0.0, |entry| self.whole_decay(span, h, entry, p_dim));
             self.exponents(inputs, span, h, whole, &mut ddt, sums.da);
             let dx = dx.slice_mut(s![.., h * p_dim..(h + 1) * p_dim]);
-            matmul_serial(view(self.m, len, len, CHUNK).t(), dy, dx, Out::Add);
+            let a = triangle(self.m, len, true);
+            dispatch(Product { a, b: dy, c: dx, out: Out::Add, panel: self.panel });
         }
-        let dg = view(self.dg, len, len, CHUNK);
-        matmul_serial(dg, b, dc, Out::Add);
-        matmul_serial(dg.t(), c, db, Out::Add);
+        let (dg, dgt) = (triangle(self.dg, len, false), triangle(self.dg, len, true));
+        dispatch(Product { a: dg, b, c: dc, out: Out::Add, panel: self.panel });
+        dispatch(Product { a: dgt, b: c, c: db, out: Out::Add, panel: self.panel });
 
         if entry.is_some() {
             if !last {
@@ -250,7 +257,8 @@ impl<'a> Group<'a> {
             }
             let out = if last { Out::Store } else { Out::Add };
             let e_dy = mat(&self.e_dy[..len * channels], len, channels);
-            matmul_serial(c.t(), e_dy, mat_mut(self.r, n_dim, channels), out);
+            let (a, r) = (inputs.c_left(span, true), mat_mut(self.r, n_dim, channels));
+            dispatch(Product { a, b: e_dy, c: r, out, panel: self.panel });
         }
     }
 

@@ -29,6 +29,7 @@ use ndarray::{ArrayView2, ArrayViewMut2, Axis, ShapeBuilder};
 
 use pulp::Simd;
 
+use super::product::{Left, PANEL, Part};
 use super::{CHUNK, SsdShape};
 use crate::ops::activation::exp;
 use crate::ops::lanes::TRIANGLE;
@@ -45,9 +46,9 @@ pub(super) fn task_scratch_len(shape: &SsdShape, pass: Pass) -> usize {
     let heads = shape.group_heads();
     let channels = heads * shape.head_dim;
     match pass {
-        Pass::Forward => 4 * heads * CHUNK + 2 * CHUNK * CHUNK + CHUNK * channels,
+        Pass::Forward => PANEL + 4 * heads * CHUNK + 2 * CHUNK * CHUNK + CHUNK * channels,
         Pass::Backward => {
-            let group = 7 * heads * CHUNK + CHUNK + 4 * CHUNK * CHUNK + (3 * CHUNK + shape.d_state) * channels;
+            let group = PANEL + 7 * heads * CHUNK + CHUNK + 4 * CHUNK * CHUNK + (3 * CHUNK + shape.d_state) * channels;
             group + shape.seq * 2 * shape.d_state + 2 * shape.task_heads()
         }
     }
@@ -55,6 +56,17 @@ pub(super) fn task_scratch_len(shape: &SsdShape, pass: Pass) -> usize {
 
 pub(super) fn scratch_len(shape: &SsdShape, pass: Pass) -> usize {
     shape.batch * shape.heads.div_ceil(shape.task_heads()) * task_scratch_len(shape, pass)
+}
+
+/// `[rows, depth]` with rows `stride` apart as the left side of a product.
+pub(super) fn dense(data: &[f32], rows: usize, depth: usize, stride: usize) -> Left<'_> {
+    Left { data, rows, depth, stride, transposed: false, part: Part::All }
+}
+
+/// A lower triangular `[len, len]`, rows [`CHUNK`] apart, or its transpose, as the left side of a product.
+pub(super) fn triangle(data: &[f32], len: usize, transposed: bool) -> Left<'_> {
+    let part = if transposed { Part::Upper } else { Part::Lower };
+    Left { data, rows: len, depth: len, stride: CHUNK, transposed, part }
 }
 
 /// Cuts `n` elements off the front of a buffer.
@@ -111,6 +123,22 @@ impl<'a> Inputs<'a> {
 
     pub(super) fn c(&self, span: Span) -> ArrayView2<'a, f32> {
         self.columns(span, self.shape.d_inner() + self.shape.d_state, self.shape.d_state)
+    }
+
+    /// B `[len, d_state]`, or transposed, as the left side of a product.
+    pub(super) fn b_left(&self, span: Span, transposed: bool) -> Left<'a> {
+        self.left(span, self.shape.d_inner(), transposed)
+    }
+
+    /// As [`Inputs::b_left`], for C.
+    pub(super) fn c_left(&self, span: Span, transposed: bool) -> Left<'a> {
+        self.left(span, self.shape.d_inner() + self.shape.d_state, transposed)
+    }
+
+    fn left(&self, span: Span, first: usize, transposed: bool) -> Left<'a> {
+        let (stride, n_dim) = (self.shape.width(), self.shape.d_state);
+        let (rows, depth) = if transposed { (n_dim, span.len) } else { (span.len, n_dim) };
+        Left { data: &self.xbc[span.token * stride + first..], rows, depth, stride, transposed, part: Part::All }
     }
 
     pub(super) fn columns(&self, span: Span, first: usize, cols: usize) -> ArrayView2<'a, f32> {

@@ -6,9 +6,10 @@ use ndarray::{ArrayView2, ArrayViewMut2, Axis, s};
 use pulp::{Simd, WithSimd};
 
 use super::chunked::*;
+use super::product::{PANEL, Product};
 use super::{CHUNK, SsdScratch, SsdShape};
 use crate::ops::lanes::{dispatch, exp_nonpositive, vectors, vectors_mut};
-use crate::ops::matmul::{Out, mat, mat_mut, matmul_serial};
+use crate::ops::matmul::{Out, mat, mat_mut};
 use crate::par;
 use crate::simd::vectorize;
 
@@ -104,6 +105,7 @@ fn forward_group(
     let mut decays = Decays::new(&mut scratch, shape.group_heads());
     let (g, m) = (take(&mut scratch, CHUNK * CHUNK), take(&mut scratch, CHUNK * CHUNK));
     let weighted = take(&mut scratch, CHUNK * channels);
+    let panel = take(&mut scratch, PANEL);
     m.fill(0.0);
     g.fill(0.0);
     let first = span(0).task_head * p_dim;
@@ -115,12 +117,12 @@ fn forward_group(
     let mut y = y.slice_mut(columns);
     for chunk in 0..shape.chunks() {
         let span = span(chunk);
-        let (b, c) = (inputs.b(span), inputs.c(span));
         let mut y = y.slice_mut(s![span.step..span.step + span.len, ..]);
         let entry = states.entry(chunk, shape.d_state, channels);
         let carried = entry.is_some();
         if let Some(entry) = entry {
-            matmul_serial(c, entry, y.view_mut(), Out::Store);
+            let a = inputs.c_left(span, false);
+            dispatch(Product { a, b: entry, c: y.view_mut(), out: Out::Store, panel });
         }
         vectorize(
             #[inline(always)]
@@ -130,15 +132,17 @@ fn forward_group(
                 scale_x(inputs, span, &decays, weighted);
             },
         );
-        matmul_serial(c, b.t(), view_mut(g, span.len, span.len, CHUNK), Out::Store);
+        let (a, g_view) = (inputs.c_left(span, false), view_mut(g, span.len, span.len, CHUNK));
+        dispatch(Product { a, b: inputs.b(span).reversed_axes(), c: g_view, out: Out::Store, panel });
         for h in 0..span.heads {
             let row = h * CHUNK..(h + 1) * CHUNK;
             dispatch(Mix { len: span.len, cum: &decays.cum[row.clone()], dt: &decays.dt[row], g, m });
             let y = y.slice_mut(s![.., h * p_dim..(h + 1) * p_dim]);
-            matmul_serial(view(m, span.len, span.len, CHUNK), inputs.x_head(span, h), y, Out::Add);
+            let a = triangle(m, span.len, false);
+            dispatch(Product { a, b: inputs.x_head(span, h), c: y, out: Out::Add, panel });
         }
         let weighted = mat(&weighted[..span.len * channels], span.len, channels);
-        states.advance(inputs, span, &decays, b, weighted);
+        states.advance(inputs, span, &decays, weighted, panel);
     }
 }
 
@@ -152,7 +156,7 @@ impl States<'_> {
     }
 
     /// `next = exp(cum_last) entry + B^T weighted`.
-    fn advance(&mut self, inputs: &Inputs, span: Span, decays: &Decays, b: ArrayView2<f32>, weighted: ArrayView2<f32>) {
+    fn advance(&mut self, inputs: &Inputs, span: Span, decays: &Decays, weighted: ArrayView2<f32>, panel: &mut [f32]) {
         let (n_dim, p_dim) = (inputs.shape.d_state, inputs.shape.head_dim);
         let (channels, chunk) = (inputs.channels(span), span.step / CHUNK);
         let (next, out) = match self {
@@ -196,7 +200,7 @@ impl States<'_> {
                 (state.view_mut(), Out::Add)
             }
         };
-        matmul_serial(b.t(), weighted, next, out);
+        dispatch(Product { a: inputs.b_left(span, true), b: weighted, c: next, out, panel });
     }
 }
 

@@ -15,10 +15,12 @@ mod backward;
 mod chunked;
 mod forward;
 mod kernels;
+mod product;
 pub mod reference;
 mod step;
 #[cfg(test)]
 mod tests;
+mod transpose;
 
 use alloc::vec::Vec;
 

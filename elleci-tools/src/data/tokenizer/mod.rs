@@ -9,7 +9,7 @@ mod train;
 
 pub use bpe::{Cache, Encoder};
 pub use pretokenize::{Pieces, pieces};
-pub use train::{TrainOptions, WORDS, default_word_count, train_tokenizer};
+pub use train::{TrainOptions, WORDS, default_word_count, train_tokenizer, words};
 
 use super::shards::{MAX_VOCAB, sha256_hex};
 use anyhow::{Context, Result, anyhow, bail, ensure};

@@ -1,0 +1,291 @@
+//! From a command line to a finished run: what to resume, where data and weights come from, what is left at the end.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::{Context, bail, ensure};
+use elleci_core::init::initialise;
+use elleci_core::model::Model;
+use elleci_core::optim::AdamWConfig;
+use elleci_core::params::Params;
+
+use super::backend::{CpuBackend, Group};
+use super::batches::{Feed, ShardFeed};
+use super::bundled;
+use super::cli::TrainArgs;
+use super::config::RunConfig;
+use super::device::Device;
+use super::log::{Log, first_and_last_loss, write_text};
+use super::plan::{Plan, checkpointing, precision, same_model};
+use super::record::Recorder;
+use super::samples::Text;
+use super::step::load_model;
+use super::{Progress, Run, dry_run, layers};
+use crate::checkpoint::{Checkpoint, STATE_FILE, Store};
+use crate::data::tokenizer::Tokenizer;
+use crate::exit::usage;
+use crate::hf;
+use crate::report::format::thousands;
+use crate::report::progress::Goal;
+use crate::report::Peak;
+
+const CHECKPOINTS: &str = "checkpoints";
+const FINAL: &str = "final";
+
+/// Runs plain training, or a dry run.
+///
+/// # Errors
+/// Whatever stops the run, with its exit code as [`crate::exit::finish`] has it.
+pub fn run(args: &TrainArgs) -> anyhow::Result<()> {
+    let layers = args.layers()?;
+    if args.dry_run {
+        return dry_run::run(args, layers::load(args.preset.as_deref(), &layers)?);
+    }
+    let (out, resumed) = find(args, &layers)?;
+    let config = match &resumed {
+        // What is not said again stays as it was.
+        Some(checkpoint) if args.preset.is_none() && args.config.is_none() => {
+            layers::load_over(&checkpoint.state.config, &layers)?
+        }
+        _ => layers::load(args.preset.as_deref(), &layers)?,
+    };
+    let device = Device::choose(&config.training.device, config.training.threads)?;
+    eprintln!("elleci-train {} | {}", env!("CARGO_PKG_VERSION"), device.announcement);
+    if let Some(checkpoint) = &resumed
+        && is_finished(&out, &checkpoint.state.step, &config)
+    {
+        return Ok(say_finished(&out, &checkpoint.state));
+    }
+    fs::create_dir_all(&out).with_context(|| format!("creating {}", out.display()))?;
+    let _lock = lock(&out)?;
+    let stop = stop_on_signals()?;
+    device.install(|| train(args, config, &out, resumed.as_ref(), &device, stop))
+}
+
+/// Where the run goes, and the checkpoint that it goes on from.
+fn find(args: &TrainArgs, layers: &[layers::Layer]) -> anyhow::Result<(PathBuf, Option<Checkpoint>)> {
+    let report = |message: String| eprintln!("warning: {message}");
+    let given = args.out.clone();
+    let preset = || layers::load(args.preset.as_deref(), layers).map(|c| PathBuf::from("runs").join(c.preset));
+    match args.resume.as_str() {
+        "auto" => {
+            let out = given.map_or_else(preset, Ok)?;
+            let found = Store::latest(&out.join(CHECKPOINTS), report)?;
+            Ok((out, found))
+        }
+        "never" => {
+            let out = given.map_or_else(preset, Ok)?;
+            if !Store::list(&out.join(CHECKPOINTS))?.is_empty() {
+                return Err(usage(format!(
+                    "--resume never: {} holds a run; give another --out, or let it go on with --resume auto",
+                    out.display()
+                )));
+            }
+            Ok((out, None))
+        }
+        dir => {
+            let dir = PathBuf::from(dir);
+            let (run, checkpoint) = open_resume(&dir, report)?;
+            let out = given.unwrap_or_else(|| run.clone());
+            let newer = Store::list(&out.join(CHECKPOINTS))?.into_iter().find(|(s, _)| *s > checkpoint.state.step);
+            if let Some((step, _)) = newer {
+                return Err(usage(format!(
+                    "--resume {}: {} already has a checkpoint of step {step}; give another --out to branch off",
+                    dir.display(),
+                    out.display()
+                )));
+            }
+            Ok((out, Some(checkpoint)))
+        }
+    }
+}
+
+/// A checkpoint, or the newest of a run, with the folder of its run.
+fn open_resume(dir: &Path, report: impl FnMut(String)) -> anyhow::Result<(PathBuf, Checkpoint)> {
+    if dir.join(STATE_FILE).is_file() {
+        let run = dir.canonicalize()?.parent().and_then(Path::parent).map(Path::to_path_buf);
+        return Ok((run.unwrap_or_else(|| dir.to_path_buf()), Checkpoint::open(dir)?));
+    }
+    if !dir.is_dir() {
+        return Err(usage(format!("--resume {}: there is no such directory", dir.display())));
+    }
+    match Store::latest(&dir.join(CHECKPOINTS), report)? {
+        Some(checkpoint) => Ok((dir.to_path_buf(), checkpoint)),
+        None => Err(usage(format!("--resume {}: neither a checkpoint nor a run with checkpoints", dir.display()))),
+    }
+}
+
+fn is_finished(out: &Path, step: &u64, config: &RunConfig) -> bool {
+    *step >= config.training.steps && out.join(FINAL).join("config.json").is_file()
+}
+
+fn say_finished(out: &Path, state: &crate::checkpoint::State) {
+    let (at, steps) = (out.display(), thousands(state.step));
+    eprintln!(
+        "{at} holds a finished run of {steps} steps; its model is {at}/{FINAL}. Nothing was changed. To go on:\n  \
+         elleci-train --resume {at} --steps {}    the same run, longer\n  \
+         elleci-train --out DIR                   another run",
+        state.step * 2
+    );
+}
+
+/// One process at a time writes to a run.
+fn lock(out: &Path) -> anyhow::Result<File> {
+    let path = out.join(".lock");
+    let file = File::create(&path).with_context(|| format!("creating {}", path.display()))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(fs::TryLockError::WouldBlock) => bail!("{} is being trained by another process", out.display()),
+        Err(fs::TryLockError::Error(e)) => Err(e).with_context(|| format!("locking {}", path.display())),
+    }
+}
+
+/// The first Ctrl-C or termination signal lets the step that runs finish; the second ends the process.
+fn stop_on_signals() -> anyhow::Result<&'static AtomicBool> {
+    static STOP: AtomicBool = AtomicBool::new(false);
+    ctrlc::set_handler(|| {
+        if STOP.swap(true, Ordering::Relaxed) {
+            std::process::exit(130);
+        }
+        eprintln!("\nfinishing this step, then saving; once more to stop at once");
+    })
+    .context("installing the signal handler")?;
+    Ok(&STOP)
+}
+
+struct LoadedText(Tokenizer);
+
+impl Text for LoadedText {
+    fn encode(&self, text: &str) -> anyhow::Result<Vec<u32>> {
+        Ok(self.0.encode(text))
+    }
+
+    fn decode(&self, tokens: &[u32]) -> anyhow::Result<String> {
+        Ok(self.0.decode(tokens))
+    }
+
+    fn end_of_text(&self) -> u32 {
+        crate::data::tokenizer::END_OF_TEXT_ID
+    }
+}
+
+fn train(
+    args: &TrainArgs,
+    mut config: RunConfig,
+    out: &Path,
+    resumed: Option<&Checkpoint>,
+    device: &Device,
+    stop: &AtomicBool,
+) -> anyhow::Result<()> {
+    bundled::prepare_where_needed(&mut config, out)?;
+    let feed = ShardFeed::open(&config)?;
+    let tokenizer = feed.tokenizer_file(&config);
+    if !config.data.tokenizer.as_os_str().is_empty() {
+        check_tokenizer(&config.data.tokenizer, &feed)?;
+    }
+    let plan = Plan::new(&config, &feed.sources());
+    let backend = cpu_backend(&config, args.init.as_deref(), resumed.is_some())?;
+    let peak = Peak::measure(device.threads);
+    let machine = vec![
+        ("Device".to_string(), device.announcement.clone()),
+        ("Measured peak".to_string(), format!("{:.0} GFLOP/s (float32)", peak.gflops)),
+    ];
+    let mut run = Run {
+        text: tokenizer.as_deref().map(load_text).transpose()?,
+        store: Some(Store::open(&out.join(CHECKPOINTS))?),
+        log: Log::to_stderr(None),
+        recorder: args.record_batches.as_deref().map(Recorder::create).transpose()?,
+        progress: Progress::default(),
+        backend: Box::new(backend),
+        feed: Box::new(feed),
+        peak: Some(peak),
+        machine,
+        stop,
+        plan,
+        config,
+    };
+    if let Some(checkpoint) = resumed {
+        run.resume(checkpoint)?;
+        eprintln!("resuming from {}", checkpoint.dir.display());
+    }
+    write_text(&out.join("config.toml"), &toml::to_string(&run.config)?)?;
+    let goal = Goal { steps: run.plan.steps(), tokens: run.plan.total_tokens() };
+    run.log = Log::open(out, Some(goal), run.progress.step)?;
+    announce(&run);
+    run.train(run.plan.steps())?;
+    finish(&mut run, out, tokenizer.as_deref())
+}
+
+fn load_text(path: &Path) -> anyhow::Result<Box<dyn Text>> {
+    Ok(Box::new(LoadedText(Tokenizer::load(path)?)))
+}
+
+/// A tokenizer that was named must be the one that made the shards.
+fn check_tokenizer(path: &Path, feed: &ShardFeed) -> anyhow::Result<()> {
+    let (found, expected) = (Tokenizer::load(path)?.sha256().to_string(), feed.tokenizer().hash);
+    ensure!(
+        found == expected,
+        "data.tokenizer {} (hash {found}) did not make this data (hash {expected}); prepare the data with it, or leave \
+         data.tokenizer empty",
+        path.display()
+    );
+    Ok(())
+}
+
+/// The CPU backend with fresh weights, or those of `--init`. Where a checkpoint follows, fresh weights need not be drawn.
+pub(super) fn cpu_backend(config: &RunConfig, init: Option<&Path>, resumed: bool) -> anyhow::Result<CpuBackend> {
+    let params = match init {
+        _ if resumed => Params::zeros(elleci_core::params::ParamLayout::new(&config.model)),
+        None => initialise(&config.model, config.training.seed),
+        Some(path) => {
+            let (model, params) = load_model(path).with_context(|| format!("--init {}", path.display()))?;
+            if let Some((key, theirs, ours)) = same_model(&model, &config.model) {
+                return Err(usage(format!(
+                    "--init {}: its `{key}` is {theirs}, this run has {ours}; set model.{key}={theirs}",
+                    path.display()
+                )));
+            }
+            params
+        }
+    };
+    let o = &config.optimizer;
+    let adamw = AdamWConfig { beta1: o.betas[0], beta2: o.betas[1], eps: o.eps };
+    Ok(CpuBackend::new(Model::new(config.model.clone(), params)?, adamw, precision(config), checkpointing(config)))
+}
+
+fn announce(run: &Run<'_>) {
+    let layout = elleci_core::params::ParamLayout::new(&run.config.model);
+    let (all, ternary) = (thousands(layout.len() as u64), thousands(layout.ternary_elems() as u64));
+    run.log.note(&format!(
+        "{}: {all} parameters, {ternary} of them ternary | {} steps, {} tokens",
+        run.config.preset,
+        thousands(run.plan.steps()),
+        thousands(run.plan.total_tokens())
+    ));
+}
+
+/// The models and what to say about them.
+fn finish(run: &mut Run<'_>, out: &Path, tokenizer: Option<&Path>) -> anyhow::Result<()> {
+    let model = hf::write(&out.join(FINAL), &run.config.model, run.backend.export(Group::Weights)?, tokenizer)?;
+    let shown = run.sample()?;
+    if run.backend.adopt_average()? {
+        run.evaluate("swa")?;
+        let average = run.backend.export(Group::Weights)?;
+        hf::write(&out.join("final-swa"), &run.config.model, average, tokenizer)?;
+    }
+    run.log.page(&run.config, &run.machine, true)?;
+    run.log.finish();
+    let skipped = run.progress.skipped;
+    if skipped > 0 {
+        eprintln!("{skipped} steps were skipped: their loss or gradient norm was not finite");
+    }
+    if let Some((first, last)) = first_and_last_loss(out) {
+        println!("loss {first:.3} -> {last:.3} (first step, mean of the last ten)");
+    }
+    println!("model {}", model.display());
+    if let Some(text) = shown.first() {
+        println!("sample: {text}");
+    }
+    Ok(())
+}
