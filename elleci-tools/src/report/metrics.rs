@@ -81,6 +81,17 @@ pub struct SourceEval {
     pub bpb: f64,
 }
 
+/// Text that the model wrote during training.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Sample {
+    /// Optimiser steps made.
+    pub step: u64,
+    /// What it was given.
+    pub prompt: String,
+    /// What it continued with.
+    pub text: String,
+}
+
 /// A line of `metrics.jsonl`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "lowercase")]
@@ -89,6 +100,8 @@ pub enum Record {
     Step(StepRecord),
     /// An evaluation.
     Eval(EvalRecord),
+    /// A sample.
+    Sample(Sample),
 }
 
 /// JSON has no NaN: a number that is not finite is `null` there and empty in CSV, and NaN when read.
@@ -147,6 +160,14 @@ impl Metrics {
     pub fn step(&mut self, record: &StepRecord) -> Result<()> {
         self.steps.rows([record])?;
         self.jsonl.json(&Record::Step(record.clone()))
+    }
+
+    /// Adds a sample (to `metrics.jsonl` alone).
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn sample(&mut self, sample: &Sample) -> Result<()> {
+        self.jsonl.json(&Record::Sample(sample.clone()))
     }
 
     /// Adds an evaluation.
@@ -302,13 +323,18 @@ mod tests {
         EvalRecord { step, tokens: step * 2048, loss: 3.1, bpb: 1.6, sources }
     }
 
-    /// Steps of a range with an evaluation after every third.
+    fn sample(step: u64) -> Sample {
+        Sample { step, prompt: "La città".into(), text: " è\n\"qui\"".into() }
+    }
+
+    /// Steps of a range with an evaluation and a sample after every third.
     fn write(dir: &Path, steps: std::ops::RangeInclusive<u64>) {
         let mut metrics = Metrics::open(dir).unwrap();
         for s in steps {
             metrics.step(&step(s)).unwrap();
             if s.is_multiple_of(3) {
                 metrics.eval(&eval(s)).unwrap();
+                metrics.sample(&sample(s)).unwrap();
             }
         }
     }
@@ -346,9 +372,15 @@ mod tests {
         (skipped.loss, skipped.grad_norm) = (f64::NAN, f64::INFINITY);
         Metrics::open(dir.path()).unwrap().step(&skipped).unwrap();
         let records = read(dir.path()).unwrap();
-        let expected = [Record::Step(step(1)), Record::Step(step(2)), Record::Step(step(3)), Record::Eval(eval(3))];
-        assert_eq!(records[..4], expected);
-        let Record::Step(back) = &records[4] else { panic!("a step was written") };
+        let expected = [
+            Record::Step(step(1)),
+            Record::Step(step(2)),
+            Record::Step(step(3)),
+            Record::Eval(eval(3)),
+            Record::Sample(sample(3)),
+        ];
+        assert_eq!(records[..5], expected);
+        let Record::Step(back) = &records[5] else { panic!("a step was written") };
         assert!(back.loss.is_nan() && back.grad_norm.is_nan() && back.lr == 1.5e-3);
     }
 

@@ -4,15 +4,18 @@
 
 pub mod events;
 pub mod format;
+pub mod machine;
 pub mod metrics;
 pub mod page;
 pub mod peak;
 pub mod plot;
 pub mod progress;
+pub mod run;
 
 pub use events::EventWriter;
-pub use metrics::{EvalRecord, Metrics, Record, SourceEval, StepRecord};
-pub use page::{Page, Sample};
+pub use metrics::{EvalRecord, Metrics, Record, Sample, SourceEval, StepRecord};
+pub use page::Page;
 pub use peak::Peak;
 pub use plot::Plot;
 pub use progress::{Goal, Progress};
+pub use run::{RunFacts, write_report};

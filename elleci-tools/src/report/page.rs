@@ -3,18 +3,7 @@
 use std::fmt::Write;
 
 use super::format::{escape, thousands};
-use super::metrics::EvalRecord;
-
-/// Text that the model wrote during training.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Sample {
-    /// Optimiser steps made.
-    pub step: u64,
-    /// What it was given.
-    pub prompt: String,
-    /// What it continued with.
-    pub text: String,
-}
+use super::metrics::{EvalRecord, Sample};
 
 /// The contents of a page.
 #[derive(Clone, Debug, Default)]

@@ -86,7 +86,7 @@ impl Plot {
         let loss = of_steps(|s| s.loss);
         let evals = records.iter().filter_map(|r| match r {
             Record::Eval(e) => Some((e.step as f64, e.loss)),
-            Record::Step(_) => None,
+            Record::Step(_) | Record::Sample(_) => None,
         });
         let series = |name: &str, points, mark, side, colour| Series { name: name.into(), points, mark, side, colour };
         Plot {
@@ -235,7 +235,7 @@ impl Plot {
 fn steps(records: &[Record], value: fn(&super::StepRecord) -> f64) -> Vec<(f64, f64)> {
     let point = |r: &Record| match r {
         Record::Step(s) => Some((s.step as f64, value(s))),
-        Record::Eval(_) => None,
+        Record::Eval(_) | Record::Sample(_) => None,
     };
     records.iter().filter_map(point).collect()
 }
