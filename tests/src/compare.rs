@@ -24,6 +24,8 @@ use std::collections::BTreeMap;
 
 use tch::{Kind, Tensor};
 
+use crate::ops::Scan;
+
 /// See the module text.
 pub const NOISE_FACTOR: f64 = 16.0;
 /// Four units in the last place of float32, relative to the largest element.
@@ -44,7 +46,8 @@ pub enum Evaluation {
     Perturbed(u64),
 }
 
-const NOISE_RUNS: [Evaluation; 6] = [
+/// Those that show the rounding noise.
+pub const NOISE_RUNS: [Evaluation; 6] = [
     Evaluation::Single(false),
     Evaluation::Single(true),
     Evaluation::Perturbed(1),
@@ -89,6 +92,19 @@ fn largest_difference(a: impl IntoIterator<Item = f64>, b: &[f64]) -> (f64, usiz
     worst
 }
 
+impl Evaluation {
+    /// The element type and the scan. The truth follows the recurrence as it is defined; in float64 the chunked scan is
+    /// the same function (tests/oracle.rs) and many times faster.
+    pub fn mode(self) -> (Kind, Scan) {
+        match self {
+            Evaluation::Truth => (Kind::Double, Scan::Sequential),
+            Evaluation::Single(false) => (Kind::Float, Scan::Sequential),
+            Evaluation::Single(true) => (Kind::Float, Scan::Chunked(16)),
+            Evaluation::Perturbed(_) => (Kind::Double, Scan::Chunked(16)),
+        }
+    }
+}
+
 impl Reference {
     /// The largest absolute element.
     pub fn scale(&self) -> f64 {
@@ -124,11 +140,11 @@ impl Reference {
         Ok(())
     }
 
-    /// Whether [`Reference::check`] can tell a wrong formula from a right one: the tolerance is at most [`BLUNT`] of the
-    /// largest element. It is not where the elements are what cancellation left over, such as the gradient through
+    /// Whether [`Reference::check`] can tell a wrong formula from a right one: all that it allows is at most [`BLUNT`] of
+    /// the largest element. It is not where the elements are what cancellation left over, such as the gradient through
     /// a norm of a single channel.
-    pub fn is_sharp(&self) -> bool {
-        self.tolerance() <= BLUNT * self.scale()
+    pub fn is_sharp(&self, slack: f64) -> bool {
+        self.tolerance() + slack <= BLUNT * self.scale()
     }
 }
 
@@ -148,7 +164,9 @@ impl Tally {
     }
 }
 
-/// Checks every named tensor.
+/// Checks every named tensor. Gradients are allowed one unit in the last place of the largest element of any gradient
+/// on top: a gradient that is the difference of equal terms (a query's, where one key is visible) is exactly 0 in LibTorch when both
+/// terms were rounded alike, and a unit or so of the terms' last place when they were not.
 ///
 /// # Errors
 /// All that failed, a line each.
@@ -158,11 +176,15 @@ pub fn check_all(
     tally: &mut Tally,
 ) -> Result<(), String> {
     let mut failures = Vec::new();
+    let is_gradient = |name: &str| name != "logits" && name != "loss";
+    let gradients = references.iter().filter(|(name, _)| is_gradient(name));
+    let largest = gradients.fold(0.0, |m, (_, r)| r.scale().max(m));
     for (name, reference) in references {
+        let slack = if is_gradient(name) { f64::from(f32::EPSILON) * largest } else { 0.0 };
         tally.total += 1;
-        tally.sharp += usize::from(reference.is_sharp());
+        tally.sharp += usize::from(reference.is_sharp(slack));
         match found.get(name) {
-            Some(values) => failures.extend(reference.check(name, values, 0.0).err()),
+            Some(values) => failures.extend(reference.check(name, values, slack).err()),
             None => failures.push(format!("{name}: not computed")),
         }
     }

@@ -2,15 +2,12 @@
 
 use std::collections::BTreeMap;
 
+use crate::arbitrary::BatchData;
+use crate::compare::{Evaluation, Noise, ROUNDOFF, Reference, references};
+use crate::oracle::{CodeReport, Codes, Oracle};
 use elleci_core::config::ModelConfig;
 use elleci_core::model::{Batch, Checkpointing, Model, Workspace};
 use elleci_core::params::{ParamKind, ParamLayout, Params};
-use tch::Kind;
-
-use crate::arbitrary::BatchData;
-use crate::compare::{Evaluation, Noise, ROUNDOFF, Reference, references};
-use crate::ops::Scan;
-use crate::oracle::{CodeReport, Codes, Oracle};
 
 /// Logits, loss, gradients and integer codes of one batch.
 #[derive(Debug)]
@@ -68,11 +65,7 @@ pub fn oracle_references(
     let batch = data.to_oracle(config.vocab_size);
     let mut report = CodeReport::default();
     let references = references(|evaluation| {
-        let (kind, scan) = match evaluation {
-            Evaluation::Truth | Evaluation::Perturbed(_) => (Kind::Double, Scan::Sequential),
-            Evaluation::Single(false) => (Kind::Float, Scan::Sequential),
-            Evaluation::Single(true) => (Kind::Float, Scan::Chunked(16)),
-        };
+        let (kind, scan) = evaluation.mode();
         let mut oracle = Oracle::new(config, params, kind, scan, codes);
         if let Evaluation::Perturbed(seed) = evaluation {
             oracle.perturb(ROUNDOFF, seed);

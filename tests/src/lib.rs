@@ -8,3 +8,5 @@ pub mod compare;
 pub mod core_run;
 pub mod ops;
 pub mod oracle;
+pub mod train;
+pub mod vjp;

@@ -75,7 +75,17 @@ impl<'a> Oracle<'a> {
             let leaf = Tensor::from_slice(&params.data()[p.range.clone()]).view(shape.as_slice()).to_kind(kind);
             (p.name.clone(), leaf.set_requires_grad(true))
         });
-        let params = named.collect();
+        Oracle::with_leaves(config, named.collect(), kind, scan, codes)
+    }
+
+    /// The oracle at weights that are already autograd leaves of type `kind`, by parameter name.
+    pub fn with_leaves(
+        config: &ModelConfig,
+        params: BTreeMap<String, Tensor>,
+        kind: Kind,
+        scan: Scan,
+        codes: Option<&'a Codes>,
+    ) -> Oracle<'a> {
         Oracle { config: config.clone(), kind, scan, codes, report: RefCell::default(), params }
     }
 
@@ -210,11 +220,16 @@ impl<'a> Oracle<'a> {
         ops::linear(&self.norm(&h, "final_norm.weight"), self.param(head))
     }
 
-    /// Logits `[tokens, vocab]`, the loss `sum(w * CE)`, and the gradient of `scale * loss` by name.
-    pub fn run(&self, batch: &OracleBatch, scale: f64) -> Run {
-        let logits = self.logits(&batch.tokens);
-        let logits = logits.view([-1, self.config.vocab_size as i64]);
+    /// Logits `[tokens, vocab]` and the loss `sum(w * CE)`, with their graph.
+    pub fn loss(&self, batch: &OracleBatch) -> (Tensor, Tensor) {
+        let logits = self.logits(&batch.tokens).view([-1, self.config.vocab_size as i64]);
         let loss = ops::weighted_cross_entropy(&logits, &batch.targets, &batch.weights.to_kind(self.kind));
+        (logits, loss)
+    }
+
+    /// Logits, the loss, and the gradient of `scale * loss` by name.
+    pub fn run(&self, batch: &OracleBatch, scale: f64) -> Run {
+        let (logits, loss) = self.loss(batch);
         (&loss * scale).backward();
         let grads = self.params.iter().map(|(name, p)| {
             let grad = p.grad();

@@ -6,8 +6,11 @@ use ::parquet::file::writer::SerializedFileWriter;
 use ::parquet::schema::types::Type;
 use std::io::Write;
 
+/// Documents, and rejected rows with their reasons.
+type Contents = (Vec<Document>, Vec<(u64, String)>);
+
 /// Everything in one file: documents, and reasons of rejected rows with their numbers.
-fn read_file(path: &Path, options: &ReadOptions) -> Result<(Vec<Document>, Vec<(u64, String)>)> {
+fn read_file(path: &Path, options: &ReadOptions) -> Result<Contents> {
     let (inputs, _) = find_inputs(&[path.to_path_buf()])?;
     let (mut documents, mut rejected) = (Vec::new(), Vec::new());
     let position = Arc::new(AtomicU64::new(0));
@@ -28,7 +31,7 @@ fn with_file<T>(name: &str, bytes: &[u8], f: impl Fn(&Path) -> T) -> T {
     f(&path)
 }
 
-fn read_bytes(name: &str, bytes: &[u8]) -> Result<(Vec<Document>, Vec<(u64, String)>)> {
+fn read_bytes(name: &str, bytes: &[u8]) -> Result<Contents> {
     with_file(name, bytes, |p| read_file(p, &ReadOptions::default()))
 }
 

@@ -1,0 +1,106 @@
+#!/bin/sh
+# Checks everything, cheapest first, and sets up what that needs (LibTorch included: see libtorch.sh).
+#
+#   scripts/check.sh                  all stages
+#   scripts/check.sh fmt lint         only these
+#
+# Stages: fmt lint nostd test isa parity doc
+#
+# ELLECI_CHECK_ISA   instruction-set levels to run the core's tests under ("portable avx2 avx512"); the default is every
+#                    level below this machine's own. A level that is named here and cannot run is a failure.
+#
+# Needs Rust, a C++ compiler and python3 with pip. About 15 minutes from a clean clone on two cores, of which LibTorch's
+# wrapper takes 5, once.
+set -eu
+cd "$(dirname "$0")/.."
+
+stages="fmt lint nostd test isa parity doc"
+for stage in "$@"; do
+    case " $stages " in
+    *" $stage "*) ;;
+    *) echo "check.sh: unknown stage '$stage'; the stages are: $stages" >&2; exit 2 ;;
+    esac
+done
+
+need() {
+    command -v "$1" >/dev/null && return
+    echo "check.sh: $1 is missing (Debian: apt install $2)" >&2
+    exit 1
+}
+
+need cargo "cargo, or better https://rustup.rs"
+need cc build-essential
+need g++ build-essential
+need python3 "python3 python3-pip"
+
+# One profile and one target directory for every stage, so that nothing is built twice.
+target=$(cargo metadata --format-version 1 --no-deps | python3 -c 'import json, sys; print(json.load(sys.stdin)["target_directory"])')
+export CARGO_TARGET_DIR="$target"
+
+libtorch() {
+    LIBTORCH=$(scripts/libtorch.sh)
+    export LIBTORCH
+}
+
+stage_fmt() {
+    cargo fmt --all --check
+    cargo fmt --manifest-path tests/no-std/Cargo.toml --check
+}
+
+stage_lint() {
+    cargo clippy --release --all-targets --locked -- -D warnings
+}
+
+# A static library without the standard library, linked into a C program that runs it against the ordinary build.
+stage_nostd() {
+    cargo build --release --locked --manifest-path tests/no-std/Cargo.toml
+    cc -O1 -Wall -Wextra -Werror -o "$target/no-std-probe" tests/no-std/main.c "$target/release/libelleci_no_std.a" -lm
+    expected=$(cargo run --release --quiet -p elleci-core --example probe)
+    # shellcheck disable=SC2086  # four arguments
+    "$target/no-std-probe" $expected
+}
+
+stage_test() {
+    cargo test --release --locked
+}
+
+# tests/isa.rs of the core fails where the level asked for is not the one that runs.
+stage_isa() {
+    levels=${ELLECI_CHECK_ISA:-$(cargo run --release --quiet -p elleci-core --example isa)}
+    for level in $levels; do
+        echo "-- ELLECI_ISA=$level"
+        ELLECI_ISA=$level cargo test --release --locked --quiet -p elleci-core
+    done
+}
+
+stage_parity() {
+    libtorch
+    cargo clippy --release --all-targets --locked -p elleci-tests -- -D warnings
+    cargo test --release --locked -p elleci-tests
+}
+
+stage_doc() {
+    libtorch
+    RUSTDOCFLAGS="-D warnings" cargo doc --release --locked --no-deps --workspace
+}
+
+# A stage runs in a shell of its own: inside `if` or `||`, `set -e` would not stop it at its first failure.
+run() {
+    echo "== $1"
+    began=$(date +%s)
+    set +e
+    (set -e; "stage_$1")
+    status=$?
+    set -e
+    if [ $status -ne 0 ]; then
+        echo "check.sh: FAILED at stage $1"
+        exit 1
+    fi
+    echo "== $1 passed in $(($(date +%s) - began)) s"
+}
+
+start=$(date +%s)
+for stage in ${*:-$stages}; do
+    run "$stage"
+done
+echo "check.sh: ok (${*:-$stages}) in $(($(date +%s) - start)) s"
