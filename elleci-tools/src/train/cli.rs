@@ -72,7 +72,7 @@ pub struct TrainArgs {
     /// Weights to start from: a Hugging Face folder, a checkpoint, or a run (its newest)
     #[arg(long, value_name = "HF_DIR|CKPT")]
     pub init: Option<PathBuf>,
-    /// cpu, or cuda[:N] where built in (training.device)
+    /// cpu; cuda or cuda:N where built in (training.device)
     #[arg(long, value_name = "DEVICE")]
     pub device: Option<String>,
     /// Worker threads (training.threads) [default: all]
@@ -103,7 +103,7 @@ pub struct StepArgs {
     /// Folder to write to
     #[arg(short, long, value_name = "DIR")]
     pub out: PathBuf,
-    /// cpu, or cuda[:N] where built in
+    /// cpu; cuda or cuda:N where built in
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     pub device: String,
     /// Worker threads [default: all]

@@ -50,7 +50,7 @@ pub struct TrainingConfig {
     pub seed: u64,
     /// Worker threads; 0 = all that the machine has.
     pub threads: usize,
-    /// `cpu`, or `cuda[:N]` where built in.
+    /// `cpu`, or `cuda` and `cuda:N` where built in.
     pub device: String,
     /// Steps between evaluations; 0 = at the end only.
     pub eval_interval: u64,

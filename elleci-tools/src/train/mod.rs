@@ -1,4 +1,4 @@
-//! The trainer: one straight loop over a [`Backend`](backend::Backend) and a [`Feed`](batches::Feed).
+//! The trainer: one straight loop over a [`Backend`] and a [`Feed`].
 
 pub mod backend;
 pub mod batches;
