@@ -61,6 +61,7 @@ stage_nostd() {
 }
 
 stage_test() {
+    python3 fixtures/generate.py --check
     cargo test --release --locked
 }
 
