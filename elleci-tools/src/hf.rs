@@ -35,8 +35,7 @@ pub fn read_config(dir: &Path) -> anyhow::Result<ModelConfig> {
         None => bail!("{}: `model_type` is missing; it must be \"elleci\"", at()),
     }
     let known = serde_json::to_value(ModelConfig::preset("nano")?)?;
-    let mut ours: Map<String, Value> =
-        all.into_iter().filter(|(key, _)| known.get(key.as_str()).is_some()).collect();
+    let mut ours: Map<String, Value> = all.into_iter().filter(|(key, _)| known.get(key.as_str()).is_some()).collect();
     ours.entry("tie_embeddings").or_insert(json!(false));
     let config: ModelConfig = serde_path_to_error::deserialize(Value::Object(ours))
         .map_err(|e| anyhow::anyhow!("{}: {}", at(), e.to_string().trim_start_matches(".: ")))?;
@@ -105,7 +104,11 @@ fn weight_files(dir: &Path) -> anyhow::Result<Vec<TensorFile>> {
     let open = |(shard, tensors): (&str, Vec<&str>)| {
         let file = TensorFile::open(&dir.join(shard))?;
         for tensor in tensors {
-            ensure!(file.entries().contains_key(tensor), "{}: `{tensor}` is not in {shard}, as {INDEX} says", dir.display());
+            ensure!(
+                file.entries().contains_key(tensor),
+                "{}: `{tensor}` is not in {shard}, as {INDEX} says",
+                dir.display()
+            );
         }
         Ok(file)
     };

@@ -67,18 +67,10 @@ fn cross_entropy<const GRAD: bool>(logits: &mut [f32], targets: &[u32], weights:
 /// `Σ exp(x − max)` with the partial sums of [`rows::sum`], so that both forms of the loss give the same bits.
 #[inline(always)]
 fn sum_exp(row: &[f32], max: f32) -> f32 {
-    let mut buffer = [0.0f32; 512];
-    // 512 is a multiple of the lanes, so adding block sums would change the order: keep the lanes across blocks.
-    let mut lanes = [0.0f32; 16];
-    for block in row.chunks(buffer.len()) {
-        let buffer = &mut buffer[..block.len()];
-        for (b, &x) in buffer.iter_mut().zip(block) {
-            *b = exp(x - max);
-        }
-        for chunk in buffer.chunks(16) {
-            for (lane, &b) in lanes.iter_mut().zip(chunk) {
-                *lane += b;
-            }
+    let mut lanes = [0.0f32; rows::LANES];
+    for block in row.chunks(rows::LANES) {
+        for (lane, &x) in lanes.iter_mut().zip(block) {
+            *lane += exp(x - max);
         }
     }
     rows::sum(&lanes)

@@ -128,14 +128,8 @@ pub fn rmsnorm_backward_row(
     for i in 0..width {
         dgain[i] += dn[i] * x[i] * rstd;
     }
-    let mut lanes = [0.0f32; 16];
-    for start in (0..width).step_by(16) {
-        for i in start..(start + 16).min(width) {
-            lanes[i - start] += gain[i] * dn[i] * x[i];
-        }
-    }
     // Σ s·x̂ / width, and one more rstd from x̂
-    let mean = rows::sum(&lanes) * rstd * rstd / width as f32;
+    let mean = rows::dot3(gain, dn, x) * rstd * rstd / width as f32;
     match out {
         Out::Store => {
             for i in 0..width {

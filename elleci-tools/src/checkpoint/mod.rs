@@ -20,6 +20,8 @@ use tensors::{HashedFile, Tensor, TensorFile, digest};
 
 /// The file of a checkpoint that holds everything but tensors.
 pub const STATE_FILE: &str = "state.json";
+/// The folder of a run that holds its checkpoints.
+pub const CHECKPOINTS: &str = "checkpoints";
 
 /// The checkpoints of a run.
 pub struct Store {
@@ -310,7 +312,9 @@ mod tests {
         let store = Store::open(dir.path()).unwrap();
         save(&store, 1);
         let failing = Tensor {
-            bytes: tensors::Bytes::Later(Box::new(|| Err(std::io::Error::from(std::io::ErrorKind::StorageFull).into()))),
+            bytes: tensors::Bytes::Later(Box::new(
+                || Err(std::io::Error::from(std::io::ErrorKind::StorageFull).into()),
+            )),
             ..Tensor::f32("w", &[1], &[])
         };
         let error = store.save(&mut State::sample(2), vec![("model.safetensors", vec![failing])]).unwrap_err();

@@ -1,5 +1,6 @@
 //! The command line of `elleci-data`.
 
+use super::fetch;
 use super::prepare::{self, PrepareOptions, Progress, Summary};
 use super::shards::{ShardOptions, ShardSet, Split, Verify};
 use super::sources::{self, Document, ReadOptions, Rejected, Schema, TextSplit};
@@ -28,6 +29,7 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Fetch(FetchArgs),
     Tokenizer(TokenizerArgs),
     Prepare(PrepareArgs),
     Stats(StatsArgs),
@@ -54,6 +56,39 @@ impl InputArgs {
     fn read_options(&self) -> ReadOptions {
         ReadOptions { schema: self.schema, text_split: self.text_split, languages: self.languages.clone() }
     }
+}
+
+/// Get corpora.
+///
+/// Without --demo: the corpora of the reference run, from the Hugging Face hub, as OUT/CORPUS/*.parquet. Files lie in the
+/// hub's cache (HF_HOME says where; HF_ENDPOINT names a mirror). Run again to go on with what broke off.
+///
+/// With --demo: some 15 MB of real Italian and English text from Debian packages (manuals, help pages, aphorisms), by
+/// `apt-get download` and pinned checksums, as OUT/it/*.jsonl and OUT/en/*.jsonl. Its licences are copyleft for the most part:
+/// train on it, do not pass it on as yours.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  elleci-data fetch --demo --out corpus
+  elleci-data fetch --only wikipedia --only oasst --out corpus
+  HF_ENDPOINT=https://mirror.example elleci-data fetch --only cosmopedia --limit-files 4 --out corpus")]
+struct FetchArgs {
+    /// The Debian packages.
+    #[arg(long)]
+    demo: bool,
+    /// Take packages whose checksum is not the pinned one (Debian has moved on); results then differ.
+    #[arg(long, requires = "demo")]
+    any_version: bool,
+    /// Only this corpus (repeatable) [default: all].
+    #[cfg(feature = "hub")]
+    #[arg(long, value_enum, conflicts_with = "demo")]
+    only: Vec<fetch::hub::Corpus>,
+    /// At most this many files of each corpus.
+    #[cfg(feature = "hub")]
+    #[arg(long, value_name = "N", conflicts_with = "demo", value_parser = clap::value_parser!(u32).range(1..))]
+    limit_files: Option<u32>,
+    /// Where to put the text.
+    #[arg(short, long, default_value = "corpus")]
+    out: PathBuf,
 }
 
 /// Train the byte-level BPE tokenizer on a mix of corpora.
@@ -150,10 +185,29 @@ struct StatsArgs {
 /// Whatever the verb reports; the caller prints it and exits with 1.
 pub fn run(cli: Cli) -> Result<()> {
     match cli.command {
+        Command::Fetch(args) => run_fetch(&args),
         Command::Tokenizer(args) => run_tokenizer(&args),
         Command::Prepare(args) => run_prepare(&args),
         Command::Stats(args) => run_stats(&args),
     }
+}
+
+fn run_fetch(args: &FetchArgs) -> Result<()> {
+    if args.demo {
+        let report = fetch::demo::fetch(&args.out, args.any_version)?;
+        print!("{}", report.table());
+        return Ok(());
+    }
+    #[cfg(feature = "hub")]
+    {
+        let corpora = if args.only.is_empty() { &fetch::hub::Corpus::ALL[..] } else { &args.only };
+        for path in fetch::hub::fetch(&args.out, corpora, args.limit_files.map(|n| n as usize))? {
+            println!("{}", path.display());
+        }
+        Ok(())
+    }
+    #[cfg(not(feature = "hub"))]
+    bail!("this build has no Hugging Face client (feature `hub`); use --demo, or build with the default features")
 }
 
 fn run_tokenizer(args: &TokenizerArgs) -> Result<()> {
@@ -306,7 +360,8 @@ fn report_rejected(rejected: &Rejected, ignored_files: u64) {
     }
 }
 
-fn bar(total: u64) -> ProgressBar {
+/// A progress bar over bytes; invisible unless standard error is a terminal.
+pub(crate) fn bar(total: u64) -> ProgressBar {
     let bar = ProgressBar::new(total);
     let template = "{bar:30} {percent:>3}%  {bytes}/{total_bytes}  {bytes_per_sec}  ETA {eta}  {msg}";
     if let Ok(style) = ProgressStyle::with_template(template) {

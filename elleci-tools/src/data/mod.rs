@@ -2,6 +2,7 @@
 
 pub mod chatml;
 pub mod cli;
+pub mod fetch;
 pub mod files;
 pub mod mixture;
 pub mod permutation;

@@ -100,7 +100,12 @@ pub trait Feed {
     fn sources(&self) -> Vec<String>;
 
     /// Micro-batches of the held-out text of a source, each with the bytes of text that its targets stand for.
-    fn held_out(&self, source: usize, rows: usize, seq: usize) -> Box<dyn Iterator<Item = anyhow::Result<(MicroBatch, u64)>> + '_>;
+    fn held_out(
+        &self,
+        source: usize,
+        rows: usize,
+        seq: usize,
+    ) -> Box<dyn Iterator<Item = anyhow::Result<(MicroBatch, u64)>> + '_>;
 }
 
 /// Prepared shards.
@@ -204,7 +209,12 @@ impl Feed for ShardFeed {
         self.mixture.names().map(str::to_string).collect()
     }
 
-    fn held_out(&self, source: usize, rows: usize, seq: usize) -> Box<dyn Iterator<Item = anyhow::Result<(MicroBatch, u64)>> + '_> {
+    fn held_out(
+        &self,
+        source: usize,
+        rows: usize,
+        seq: usize,
+    ) -> Box<dyn Iterator<Item = anyhow::Result<(MicroBatch, u64)>> + '_> {
         let mut examples = self.mixture.validation(source, seq);
         Box::new(std::iter::from_fn(move || {
             let (mut batch, mut bytes) = (MicroBatch::with_capacity(rows, seq), 0);
@@ -270,7 +280,12 @@ impl Feed for RandomFeed {
         self.sources.clone()
     }
 
-    fn held_out(&self, _: usize, _: usize, _: usize) -> Box<dyn Iterator<Item = anyhow::Result<(MicroBatch, u64)>> + '_> {
+    fn held_out(
+        &self,
+        _: usize,
+        _: usize,
+        _: usize,
+    ) -> Box<dyn Iterator<Item = anyhow::Result<(MicroBatch, u64)>> + '_> {
         Box::new(std::iter::empty())
     }
 }

@@ -69,10 +69,10 @@ pub struct TrainArgs {
     /// Folder of the run [default: runs/PRESET]
     #[arg(short, long, value_name = "DIR")]
     pub out: Option<PathBuf>,
-    /// Weights to start from: a Hugging Face folder or a checkpoint
+    /// Weights to start from: a Hugging Face folder, a checkpoint, or a run (its newest)
     #[arg(long, value_name = "HF_DIR|CKPT")]
     pub init: Option<PathBuf>,
-    /// cpu, or cuda[:N] where built in (training.device)
+    /// cpu; cuda or cuda:N where built in (training.device)
     #[arg(long, value_name = "DEVICE")]
     pub device: Option<String>,
     /// Worker threads (training.threads) [default: all]
@@ -88,9 +88,11 @@ pub struct TrainArgs {
 
 /// `elleci-train step`.
 #[derive(Debug, Args)]
-#[command(after_help = "The batch holds `tokens` and `targets`, int64 [B, T]; target -100 is ignored. The loss is the mean over the others.
+#[command(
+    after_help = "The batch holds `tokens` and `targets`, int64 [B, T]; target -100 is ignored. The loss is the mean over the others.
 OUT gets io.safetensors (tokens, targets, logits [B, T, vocab], loss) and grads.safetensors (by parameter name);
-standard output gets one JSON object with the loss.")]
+standard output gets one JSON object with the loss."
+)]
 pub struct StepArgs {
     /// Model: a Hugging Face folder or a checkpoint
     #[arg(long, value_name = "HF_DIR|CKPT")]
@@ -101,7 +103,7 @@ pub struct StepArgs {
     /// Folder to write to
     #[arg(short, long, value_name = "DIR")]
     pub out: PathBuf,
-    /// cpu, or cuda[:N] where built in
+    /// cpu; cuda or cuda:N where built in
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     pub device: String,
     /// Worker threads [default: all]

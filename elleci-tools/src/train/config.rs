@@ -50,7 +50,7 @@ pub struct TrainingConfig {
     pub seed: u64,
     /// Worker threads; 0 = all that the machine has.
     pub threads: usize,
-    /// `cpu`, or `cuda[:N]` where built in.
+    /// `cpu`, or `cuda` and `cuda:N` where built in.
     pub device: String,
     /// Steps between evaluations; 0 = at the end only.
     pub eval_interval: u64,
@@ -216,9 +216,10 @@ impl RunConfig {
         if let Err(e) = self.model.validate() {
             return Err(usage(format!("{}: [model] {e}", origin("model"))));
         }
-        self.training_fits().and_then(|()| self.optimizer_fits()).and_then(|()| self.data_fits()).map_err(|m| {
-            usage(format!("{}: `{}` is {}; {}", origin(&m.key), m.key, m.value, m.remedy))
-        })
+        self.training_fits()
+            .and_then(|()| self.optimizer_fits())
+            .and_then(|()| self.data_fits())
+            .map_err(|m| usage(format!("{}: `{}` is {}; {}", origin(&m.key), m.key, m.value, m.remedy)))
     }
 
     fn training_fits(&self) -> Result<(), Misfit> {
@@ -226,7 +227,12 @@ impl RunConfig {
         expect(t.steps > 0, "training.steps", t.steps, "it must be at least 1")?;
         expect(t.batch > 0, "training.batch", t.batch, "it must be at least 1")?;
         expect(t.accumulation > 0, "training.accumulation", t.accumulation, "it must be at least 1")?;
-        expect(t.clip >= 0.0 && t.clip.is_finite(), "training.clip", t.clip, "it must be 0 (off) or a positive number")?;
+        expect(
+            t.clip >= 0.0 && t.clip.is_finite(),
+            "training.clip",
+            t.clip,
+            "it must be 0 (off) or a positive number",
+        )?;
         expect(t.threads <= 4096, "training.threads", t.threads, "at most 4096 are supported")?;
         self.checkpointing()?;
         shares("training.sequence", t.sequence.iter().map(|s| s.until))?;
@@ -236,7 +242,7 @@ impl RunConfig {
                 let max = self.model.max_seq_len;
                 return misfit(key, stage.length, format!("it must be 1..={max}, the value of `model.max_seq_len`"));
             }
-            if t.tokens_per_step % stage.length != 0 {
+            if !t.tokens_per_step.is_multiple_of(stage.length) {
                 let remedy = format!("it must be a multiple of {key} ({})", stage.length);
                 return misfit("training.tokens_per_step", t.tokens_per_step, remedy);
             }
@@ -254,7 +260,12 @@ impl RunConfig {
         }
         expect(positive(o.eps), "optimizer.eps", o.eps, "it must be a positive number")?;
         let decay = o.weight_decay;
-        expect(decay >= 0.0 && decay.is_finite(), "optimizer.weight_decay", decay, "it must be 0 or a positive number")?;
+        expect(
+            decay >= 0.0 && decay.is_finite(),
+            "optimizer.weight_decay",
+            decay,
+            "it must be 0 or a positive number",
+        )?;
         let s = &o.schedule;
         expect(share(s.warmup), "optimizer.schedule.warmup", s.warmup, "it is a share of the steps: 0 to 1")?;
         expect(share(s.cooldown), "optimizer.schedule.cooldown", s.cooldown, "it is a share of the steps: 0 to 1")?;
@@ -299,8 +310,12 @@ impl RunConfig {
             ("none", _) => Ok(0),
             ("layer", _) => Ok(1),
             (_, Ok(k)) if k > 0 => Ok(k),
-            _ => misfit("training.checkpointing", format!("`{value}`"), "write \"none\", \"layer\" or a number of layers")
-                .map(|()| 0),
+            _ => misfit(
+                "training.checkpointing",
+                format!("`{value}`"),
+                "write \"none\", \"layer\" or a number of layers",
+            )
+            .map(|()| 0),
         }
     }
 
@@ -319,5 +334,10 @@ fn shares(key: &str, untils: impl Iterator<Item = f64>) -> Result<(), Misfit> {
         }
         last = until;
     }
-    expect(last == 1.0, key, if last == 0.0 { "empty".into() } else { last.to_string() }, "the last `until` must be 1.0")
+    expect(
+        last == 1.0,
+        key,
+        if last == 0.0 { "empty".into() } else { last.to_string() },
+        "the last `until` must be 1.0",
+    )
 }

@@ -17,9 +17,8 @@ use super::log::Log;
 use super::plan::{Plan, checkpointing, largest_micro_batch, precision};
 use super::session::cpu_backend;
 use super::{Progress, Run};
-use crate::report::Peak;
 use crate::report::format::{duration, si, thousands};
-use crate::report::progress::Goal;
+use crate::report::{Goal, Peak};
 
 /// Steps timed unless `--steps` says otherwise.
 const STEPS: u64 = 20;
@@ -40,10 +39,10 @@ pub fn run(args: &TrainArgs, mut config: RunConfig) -> anyhow::Result<()> {
     let (need, free) = (memory.total() as u64, available_memory());
     if need > free {
         println!(
-            "\nNot stepping: a step needs {} and this machine has {} free. Smaller: --set training.batch=N, \
-             --set training.checkpointing=layer, --set optimizer.states=8bit, or a shorter training.sequence.",
+            "\nNot stepping: a step needs {} and this machine has {} free. Smaller: {}.",
             bytes(need),
-            bytes(free)
+            bytes(free),
+            smaller(&config)
         );
         return Ok(());
     }
@@ -96,6 +95,11 @@ fn time_steps(args: &TrainArgs, config: &RunConfig, peak: Peak, steps: u64) -> a
     Ok(rates[rates.len() / 2])
 }
 
+/// Bytes that a run needs at most.
+pub fn planned_bytes(config: &RunConfig, schedule: &Plan) -> u64 {
+    memory_of(config, schedule, checkpointing(config), precision(config)).total() as u64
+}
+
 fn memory_of(config: &RunConfig, schedule: &Plan, kept: Checkpointing, states: StatePrecision) -> MemoryPlan {
     let (batch, seq) = largest_micro_batch(config, schedule);
     let average = config.swa.start < 1.0;
@@ -107,6 +111,21 @@ fn total_flops(config: &RunConfig, schedule: &Plan) -> f64 {
         work_per_token(&config.model, shape.seq_len).flops() * (shape.tokens() as u64 * steps) as f64
     };
     schedule.stages().into_iter().map(of).sum()
+}
+
+/// What would make a step smaller and is not in place yet.
+fn smaller(config: &RunConfig) -> String {
+    let mut ways = vec!["--set training.batch=N (with training.accumulation, for as many sequences a step)"];
+    if checkpointing(config) != Checkpointing::EveryLayer {
+        ways.push("--set training.checkpointing=layer");
+    }
+    if precision(config) != StatePrecision::Block8 {
+        ways.push("--set optimizer.states=8bit");
+    }
+    if config.swa.start < 1.0 {
+        ways.push("--set swa.start=1.0 (no running mean)");
+    }
+    ways.join(", ")
 }
 
 /// Bytes in decimal units.
@@ -124,20 +143,23 @@ fn describe(config: &RunConfig, schedule: &Plan, memory: &MemoryPlan, peak: Peak
     let (steps, tokens) = (schedule.steps(), schedule.total_tokens());
     line("Run", format!("{} steps, {} tokens", thousands(steps), thousands(tokens)));
     for (shape, steps) in schedule.stages() {
-        let micro = shape.micro_batches;
-        line("", format!("{} steps of {} x {} tokens, in {micro} micro-batches", thousands(steps), shape.sequences, shape.seq_len));
+        let (steps, sequences, seq) = (thousands(steps), shape.sequences, shape.seq_len);
+        line("", format!("{steps} steps of {sequences} x {seq} tokens, micro-batches of {} x {seq}", shape.rows(0)));
     }
+    let mut label = "Arithmetic";
     for (shape, _) in schedule.stages() {
         let work = work_per_token(model, shape.seq_len);
-        let (int8, float) = (si(2.0 * work.int8_macs), si(2.0 * work.float_macs));
-        line("Arithmetic", format!("{} FLOPs a token at {} tokens ({int8} int8, {float} float32)", si(work.flops()), shape.seq_len));
+        let (all, int8, float) = (si(work.flops()), si(2.0 * work.int8_macs), si(2.0 * work.float_macs));
+        line(label, format!("{all} FLOPs a token in sequences of {} ({int8} int8, {float} float32)", shape.seq_len));
+        label = "";
     }
     let flops = total_flops(config, schedule);
     let least = duration(flops / (peak.gflops * 1e9));
-    line("", format!("{} FLOPs in all: {least} at this machine's float32 peak of {:.0} GFLOP/s", si(flops), peak.gflops));
+    line("", format!("{flops:.2e} FLOPs in all: {least} at this machine's float32 peak of {:.0} GFLOP/s", peak.gflops));
     let (rows, seq) = largest_micro_batch(config, schedule);
     line("Memory", format!("of a step of {rows} x {seq} tokens:"));
-    let mut part = |what: &str, n: usize, note: String| _ = writeln!(out, "  {what:<30}{:>10}  {note}", bytes(n as u64));
+    let mut part =
+        |what: &str, n: usize, note: String| _ = writeln!(out, "  {what:<30}{:>10}  {note}", bytes(n as u64));
     let other = |kept, states| memory_of(config, schedule, kept, states);
     part("weights (float32)", memory.weights, String::new());
     part("ternary forms", memory.ternary, String::new());
@@ -148,12 +170,16 @@ fn describe(config: &RunConfig, schedule: &Plan, memory: &MemoryPlan, peak: Peak
     let states_note = format!("float32 {}, 8-bit {}", bytes(wide.optimizer as u64), bytes(narrow.optimizer as u64));
     part("optimizer states", memory.optimizer, states_note);
     let (none, every) = (other(Checkpointing::None, states), other(Checkpointing::EveryLayer, states));
-    let kept_note =
-        format!("all kept {}, checkpointed every layer {}", bytes(none.activations as u64), bytes(every.activations as u64));
+    let kept_note = format!(
+        "all kept {}, checkpointed every layer {}",
+        bytes(none.activations as u64),
+        bytes(every.activations as u64)
+    );
     part("activations", memory.activations, kept_note);
     part("scratch", memory.scratch, String::new());
     part("running mean of the weights", memory.average, String::new());
-    part("total", memory.total(), format!("{} free on this machine", bytes(available_memory())));
+    let wide_note = format!("with float32 states {}", bytes(wide.total() as u64));
+    part("total", memory.total(), format!("{wide_note}; {} free on this machine", bytes(available_memory())));
     let (token, state) = cache_bytes(config);
     let note = format!("caches of one sampled text: {token} bytes a token, {} whatever its length", bytes(state));
     _ = writeln!(out, "  {note}");

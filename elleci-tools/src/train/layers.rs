@@ -146,7 +146,9 @@ fn known_keys(table: &Table, schema: &Table, path: &str, origin: &str) -> anyhow
         match (value, known) {
             (Value::Table(_), Value::Table(_)) if free_keys(&full) => {}
             (Value::Table(inner), Value::Table(schema)) => known_keys(inner, schema, &full, origin)?,
-            (_, Value::Table(_)) => return Err(usage(format!("{origin}: `{full}` is {value}; it is a section of keys"))),
+            (_, Value::Table(_)) => {
+                return Err(usage(format!("{origin}: `{full}` is {value}; it is a section of keys")));
+            }
             _ => {}
         }
     }

@@ -1,4 +1,4 @@
-//! The trainer: one straight loop over a [`Backend`](backend::Backend) and a [`Feed`](batches::Feed).
+//! The trainer: one straight loop over a [`Backend`] and a [`Feed`].
 
 pub mod backend;
 pub mod batches;
@@ -144,7 +144,7 @@ impl Run<'_> {
 
             let stop = self.stop.load(Ordering::Relaxed);
             let last = self.progress.step == until;
-            let due = |interval: u64| !stop && (last || (interval > 0 && self.progress.step % interval == 0));
+            let due = |interval: u64| !stop && (last || (interval > 0 && self.progress.step.is_multiple_of(interval)));
             let training = &self.config.training;
             let (eval, sample) = (due(training.eval_interval), due(training.sample_interval));
             let save = stop || due(training.save_interval);

@@ -79,21 +79,31 @@ impl Run<'_> {
         Ok(evaluation)
     }
 
-    /// Continues every prompt and logs the texts; returns them.
+    /// Continues every prompt; returns prompts with texts. Nothing, where no tokenizer is known.
     ///
     /// # Errors
     /// When the tokenizer refuses, or a fault of the device.
-    pub fn sample(&mut self) -> anyhow::Result<Vec<String>> {
+    pub fn continue_prompts(&mut self) -> anyhow::Result<Vec<(String, String)>> {
         let Some(text) = &self.text else { return Ok(Vec::new()) };
         let (seed, step) = (self.config.training.seed, self.progress.step);
         let mut texts = Vec::new();
         for (i, prompt) in self.config.training.prompts.iter().enumerate() {
             let draw = (seed, (step << 8) + i as u64);
             let continued = sample(self.backend.as_mut(), text.as_ref(), prompt, Sampling::default(), draw)?;
-            self.log.sample(step, prompt, &continued)?;
-            texts.push(continued);
+            texts.push((prompt.clone(), continued));
         }
         Ok(texts)
+    }
+
+    /// Continues every prompt and logs the texts.
+    ///
+    /// # Errors
+    /// As [`Run::continue_prompts`], and whatever the file system reports.
+    pub fn sample(&mut self) -> anyhow::Result<()> {
+        for (prompt, text) in self.continue_prompts()? {
+            self.log.sample(self.progress.step, &prompt, &text)?;
+        }
+        Ok(())
     }
 
     /// Share of the machine's measured peak at a rate of tokens; not a number where there is none.

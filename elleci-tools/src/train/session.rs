@@ -15,23 +15,23 @@ use super::batches::{Feed, ShardFeed};
 use super::bundled;
 use super::cli::TrainArgs;
 use super::config::RunConfig;
-use super::device::Device;
+use super::device::{Device, available_memory};
 use super::log::{Log, first_and_last_loss, write_text};
 use super::plan::{Plan, checkpointing, precision, same_model};
 use super::record::Recorder;
 use super::samples::Text;
 use super::step::load_model;
 use super::{Progress, Run, dry_run, layers};
-use crate::checkpoint::{Checkpoint, STATE_FILE, Store};
+use crate::checkpoint::tensors::digest;
+use crate::checkpoint::{CHECKPOINTS, Checkpoint, STATE_FILE, State, Store};
 use crate::data::tokenizer::Tokenizer;
 use crate::exit::usage;
 use crate::hf;
 use crate::report::format::thousands;
-use crate::report::progress::Goal;
-use crate::report::Peak;
+use crate::report::{Goal, Peak};
 
-const CHECKPOINTS: &str = "checkpoints";
 const FINAL: &str = "final";
+const FINAL_AVERAGE: &str = "final-swa";
 
 /// Runs plain training, or a dry run.
 ///
@@ -53,9 +53,10 @@ pub fn run(args: &TrainArgs) -> anyhow::Result<()> {
     let device = Device::choose(&config.training.device, config.training.threads)?;
     eprintln!("elleci-train {} | {}", env!("CARGO_PKG_VERSION"), device.announcement);
     if let Some(checkpoint) = &resumed
-        && is_finished(&out, &checkpoint.state.step, &config)
+        && is_finished(&out, &checkpoint.state, &config)
     {
-        return Ok(say_finished(&out, &checkpoint.state));
+        say_finished(&out, &checkpoint.state);
+        return Ok(());
     }
     fs::create_dir_all(&out).with_context(|| format!("creating {}", out.display()))?;
     let _lock = lock(&out)?;
@@ -116,11 +117,13 @@ fn open_resume(dir: &Path, report: impl FnMut(String)) -> anyhow::Result<(PathBu
     }
 }
 
-fn is_finished(out: &Path, step: &u64, config: &RunConfig) -> bool {
-    *step >= config.training.steps && out.join(FINAL).join("config.json").is_file()
+/// Whether all steps are done and the exported model is that of the last checkpoint: both files are written alike.
+fn is_finished(out: &Path, state: &State, config: &RunConfig) -> bool {
+    let exported = digest(&out.join(FINAL).join(Group::Weights.file())).ok();
+    state.step >= config.training.steps && exported.as_ref() == state.files.get(Group::Weights.file())
 }
 
-fn say_finished(out: &Path, state: &crate::checkpoint::State) {
+fn say_finished(out: &Path, state: &State) {
     let (at, steps) = (out.display(), thousands(state.step));
     eprintln!(
         "{at} holds a finished run of {steps} steps; its model is {at}/{FINAL}. Nothing was changed. To go on:\n  \
@@ -172,25 +175,29 @@ impl Text for LoadedText {
 
 fn train(
     args: &TrainArgs,
-    mut config: RunConfig,
+    config: RunConfig,
     out: &Path,
     resumed: Option<&Checkpoint>,
     device: &Device,
     stop: &AtomicBool,
 ) -> anyhow::Result<()> {
-    bundled::prepare_where_needed(&mut config, out)?;
-    let feed = ShardFeed::open(&config)?;
-    let tokenizer = feed.tokenizer_file(&config);
+    let mut located = config.clone();
+    if bundled::applies(&config) {
+        located.data.dir = bundled::prepare_in(out, config.model.vocab_size)?;
+    }
+    let feed = ShardFeed::open(&located)?;
+    let tokenizer = feed.tokenizer_file(&located);
     if !config.data.tokenizer.as_os_str().is_empty() {
         check_tokenizer(&config.data.tokenizer, &feed)?;
     }
     let plan = Plan::new(&config, &feed.sources());
+    let (need, free) = (dry_run::planned_bytes(&config, &plan), available_memory());
+    if need > free {
+        eprintln!("warning: a step needs {need} bytes of memory and {free} are free; --dry-run tells what takes them");
+    }
     let backend = cpu_backend(&config, args.init.as_deref(), resumed.is_some())?;
     let peak = Peak::measure(device.threads);
-    let machine = vec![
-        ("Device".to_string(), device.announcement.clone()),
-        ("Measured peak".to_string(), format!("{:.0} GFLOP/s (float32)", peak.gflops)),
-    ];
+    let machine = crate::report::machine::facts(&peak);
     let mut run = Run {
         text: tokenizer.as_deref().map(load_text).transpose()?,
         store: Some(Store::open(&out.join(CHECKPOINTS))?),
@@ -205,9 +212,19 @@ fn train(
         plan,
         config,
     };
+    if run.text.is_none() {
+        eprintln!("warning: no tokenizer.json beside the data: no samples, and the exported model will have none");
+    }
     if let Some(checkpoint) = resumed {
         run.resume(checkpoint)?;
         eprintln!("resuming from {}", checkpoint.dir.display());
+        if args.init.is_some() {
+            eprintln!("--init is not used: the run goes on from its own weights (another --out starts another run)");
+        }
+        let (then, now) = (checkpoint.state.config.training.steps, run.plan.steps());
+        if then != now {
+            eprintln!("the run now has {now} steps instead of {then}: schedules follow the new number from here on");
+        }
     }
     write_text(&out.join("config.toml"), &toml::to_string(&run.config)?)?;
     let goal = Goal { steps: run.plan.steps(), tokens: run.plan.total_tokens() };
@@ -267,12 +284,15 @@ fn announce(run: &Run<'_>) {
 
 /// The models and what to say about them.
 fn finish(run: &mut Run<'_>, out: &Path, tokenizer: Option<&Path>) -> anyhow::Result<()> {
+    if run.backend.counters().averaged > 0 {
+        let average = run.backend.export(Group::Average)?;
+        hf::write(&out.join(FINAL_AVERAGE), &run.config.model, average, tokenizer)?;
+    }
+    // Last: it is what tells a finished run.
     let model = hf::write(&out.join(FINAL), &run.config.model, run.backend.export(Group::Weights)?, tokenizer)?;
-    let shown = run.sample()?;
+    let texts = run.continue_prompts()?;
     if run.backend.adopt_average()? {
         run.evaluate("swa")?;
-        let average = run.backend.export(Group::Weights)?;
-        hf::write(&out.join("final-swa"), &run.config.model, average, tokenizer)?;
     }
     run.log.page(&run.config, &run.machine, true)?;
     run.log.finish();
@@ -284,7 +304,7 @@ fn finish(run: &mut Run<'_>, out: &Path, tokenizer: Option<&Path>) -> anyhow::Re
         println!("loss {first:.3} -> {last:.3} (first step, mean of the last ten)");
     }
     println!("model {}", model.display());
-    if let Some(text) = shown.first() {
+    for (_, text) in texts {
         println!("sample: {text}");
     }
     Ok(())

@@ -13,21 +13,26 @@ use super::backend::{Group, param_tensors, read_params};
 use super::cli::StepArgs;
 use super::device::Device;
 use crate::checkpoint::tensors::{self, Bytes, Tensor, TensorFile};
-use crate::checkpoint::{Checkpoint, STATE_FILE, write_atomic};
+use crate::checkpoint::{CHECKPOINTS, Checkpoint, STATE_FILE, Store, write_atomic};
 use crate::hf;
 
 /// The target that does not count.
 const IGNORED: i64 = -100;
 
-/// Shape and weights of a model: of a Hugging Face folder, or of a checkpoint.
+/// Shape and weights of a model: of a Hugging Face folder, of a checkpoint, or of the newest checkpoint of a run.
 ///
 /// # Errors
 /// Whatever is missing or damaged there.
 pub fn load_model(path: &Path) -> anyhow::Result<(ModelConfig, Params)> {
-    if !path.join(STATE_FILE).is_file() {
+    let run = path.join(CHECKPOINTS);
+    let checkpoint = if path.join(STATE_FILE).is_file() {
+        Checkpoint::open(path)?
+    } else if run.is_dir() {
+        let newest = Store::latest(&run, |message| eprintln!("warning: {message}"))?;
+        newest.with_context(|| format!("{} holds no checkpoint yet", run.display()))?
+    } else {
         return hf::read(path);
-    }
-    let checkpoint = Checkpoint::open(path)?;
+    };
     let config = checkpoint.state.config.model.clone();
     let mut params = Params::zeros(ParamLayout::new(&config));
     read_params(&mut params, &checkpoint.tensors(Group::Weights.file())?)?;
@@ -103,7 +108,11 @@ fn compute(config: ModelConfig, params: Params, io: &Io, out: &Path) -> anyhow::
         integers("tokens", &io.tokens),
         integers("targets", &io.targets),
         Tensor::f32("logits", &[rows, seq, model.config().vocab_size], &logits),
-        Tensor { dtype: Dtype::F64, bytes: Bytes::Ready(loss.to_le_bytes().to_vec().into()), ..Tensor::f32("loss", &[], &[]) },
+        Tensor {
+            dtype: Dtype::F64,
+            bytes: Bytes::Ready(loss.to_le_bytes().to_vec().into()),
+            ..Tensor::f32("loss", &[], &[])
+        },
     ];
     write_atomic(&out.join("io.safetensors"), |path| tensors::write(path, results).map(|_| ()))?;
     write_atomic(&out.join("grads.safetensors"), |path| tensors::write(path, param_tensors(&grads)).map(|_| ()))?;

@@ -19,7 +19,7 @@ fn document(i: u32) -> (Vec<u32>, Option<Vec<bool>>) {
     let len = (i * 7) % 41;
     let mut tokens: Vec<u32> = (0..len).map(|j| 4 + (i * 31 + j * 17) % 296).collect();
     tokens.push(0);
-    let mask = (i % 3 == 0).then(|| (0..tokens.len()).map(|j| (j + i as usize) % 4 != 0).collect());
+    let mask = i.is_multiple_of(3).then(|| (0..tokens.len()).map(|j| !(j + i as usize).is_multiple_of(4)).collect());
     (tokens, mask)
 }
 

@@ -155,16 +155,11 @@ mod tests {
         // Bytes 'a'..'e' as tokens, and every pair of early tokens merges with a scrambled rank.
         let bytes = std::array::from_fn(|b| b as u32);
         for seed in 0..50u64 {
-            let mut pairs = Vec::new();
-            let mut next = 256;
-            for i in 0..60 {
-                let pick = |k: u64| match mix64(seed * 1000 + i * 2 + k) % (5 + i) {
-                    small @ 0..5 => 97 + small as u32,
-                    merged => 256 + (merged - 5) as u32,
-                };
-                pairs.push((pick(0), pick(1), next));
-                next += 1;
-            }
+            let pick = |i: u64, k: u64| match mix64(seed * 1000 + i * 2 + k) % (5 + i) {
+                small @ 0..5 => 97 + small as u32,
+                merged => 256 + (merged - 5) as u32,
+            };
+            let pairs = (0..60).map(|i| (pick(i, 0), pick(i, 1), 256 + i as u32));
             let encoder = Encoder::new(bytes, pairs);
             for len in [1, 2, 3, 10, 100, 300] {
                 let piece: Vec<u8> = (0..len).map(|i| b'a' + (mix64(seed * 77 + i) % 5) as u8).collect();

@@ -63,7 +63,8 @@ fn listed_words_are_single_tokens_in_both_forms() {
     assert!(list.len() >= 200);
     assert_eq!(list.iter().collect::<std::collections::HashSet<_>>().len(), list.len(), "no word twice");
     let t = trained(4096);
-    assert_eq!(t.config().single_token_words, list[..128]);
+    assert_eq!(t.config().single_token_words[..128], list[..128]);
+    assert_eq!(t.config().single_token_words[128..], ["system", "user", "assistant"]);
     for word in &list[..128] {
         for form in [word.to_string(), format!(" {word}")] {
             assert_eq!(t.encode(&form).len(), 1, "{form:?}");

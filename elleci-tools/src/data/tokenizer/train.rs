@@ -12,6 +12,7 @@ use tokenizers::models::bpe::{BPE, BpeTrainer, Vocab};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::{AddedToken, Trainer};
 
+use crate::data::chatml::Role;
 use crate::data::shards::{MAX_VOCAB, sha256_hex};
 
 /// The commonest Italian words, commonest first.
@@ -32,9 +33,12 @@ pub struct TrainOptions {
 }
 
 impl TrainOptions {
-    /// `tokens` padded to `vocab_size`, with the first [`default_word_count`] of the common Italian words.
+    /// `tokens` padded to `vocab_size`, with the first [`default_word_count`] of the common Italian words and the roles
+    /// of ChatML, which stand in every turn of a dialogue.
     pub fn new(tokens: usize, vocab_size: usize) -> TrainOptions {
-        let words = words(WORDS).take(default_word_count(tokens)).map(str::to_string).collect();
+        let roles = [Role::System, Role::User, Role::Assistant].map(Role::name);
+        let italian = words(WORDS).take(default_word_count(tokens));
+        let words = italian.chain(roles).map(str::to_string).collect();
         TrainOptions { tokens, vocab_size, words }
     }
 }

@@ -1,0 +1,220 @@
+//! `elleci-train` as a whole: what it leaves, what it refuses, and how it says so.
+
+use crate::scene::{Scene, VOCAB, write_shards};
+use elleci_tools::checkpoint::tensors::{Bytes, Tensor, TensorFile, write};
+use elleci_tools::{data, hf};
+use safetensors::Dtype;
+
+#[test]
+fn a_run_leaves_models_checkpoints_and_logs_and_is_not_done_twice() {
+    let scene = Scene::new();
+    let (out, err) = scene.expect(scene.command("run", &["--record-batches", "batches"]), 0);
+    assert!(out.contains("loss ") && out.contains("model run/final"), "{out}");
+    assert!(err.contains("device cpu | 1 thread (as asked"), "{err}");
+    let (config, params) = hf::read(&scene.path("run/final")).unwrap();
+    assert_eq!(config.vocab_size, VOCAB);
+    assert!(params.data().iter().all(|v| v.is_finite()));
+    let (_, average) = hf::read(&scene.path("run/final-swa")).unwrap();
+    assert_ne!(average.data(), params.data());
+    assert_eq!(scene.checkpoints("run"), ["step-00000018", "step-00000021", "step-00000024"]);
+    for name in ["config.toml", "metrics.jsonl", "metrics.csv", "evals.csv", "report.html", "loss.svg"] {
+        assert!(scene.path("run").join(name).is_file(), "{name}");
+    }
+    let losses = scene.losses("run");
+    assert_eq!(losses.len(), 24);
+    let (first, last) = (f64::from_bits(losses[0].1), f64::from_bits(losses[23].1));
+    assert!(last < first, "{first} -> {last}");
+
+    // The recorded stream: two micro-batches of 4 x 16 at first, of 4 x 32 from the middle on.
+    for (step, seq) in [(1, 16), (12, 16), (13, 32), (24, 32)] {
+        let file = TensorFile::open(&scene.path(&format!("batches/batch-{step:08}.safetensors"))).unwrap();
+        for micro in 0..2 {
+            let (shape, tokens) = file.read_integers(&format!("micro.{micro}.tokens")).unwrap();
+            assert_eq!(shape, [4, seq]);
+            let (_, targets) = file.read_integers(&format!("micro.{micro}.targets")).unwrap();
+            assert_eq!(tokens[1..seq], targets[..seq - 1]);
+        }
+        assert_eq!(file.entries()["lr"].shape, [4]);
+    }
+
+    let (out, err) = scene.expect(scene.command("run", &[]), 0);
+    assert!(out.is_empty() && err.contains("finished run of 24 steps") && err.contains("--out"), "{out}{err}");
+    let (_, err) = scene.expect(scene.command("run", &["--resume", "never"]), 2);
+    assert!(err.contains("--resume never"), "{err}");
+    // Longer, without saying anything again but where the data is.
+    scene.expect(scene.bare(&["--resume", "run", "--steps", "27"]), 0);
+    assert_eq!(scene.losses("run").len(), 27);
+    assert_eq!(scene.losses("run")[..24], losses);
+}
+
+#[test]
+fn the_same_losses_at_one_and_two_threads() {
+    let scene = Scene::new();
+    for threads in ["1", "2"] {
+        scene.expect(scene.command(threads, &["--threads", threads]), 0);
+    }
+    assert_eq!(scene.losses("1"), scene.losses("2"));
+}
+
+#[test]
+fn a_model_starts_from_another_ones_weights() {
+    let scene = Scene::new();
+    scene.expect(scene.command("run", &[]), 0);
+    for init in ["run/final", "run/checkpoints/step-00000024"] {
+        let out = format!("from-{}", init.len());
+        scene.expect(scene.command(&out, &["--init", init, "--steps", "2"]), 0);
+        let (fresh, trained) = (f64::from_bits(scene.losses("run")[0].1), f64::from_bits(scene.losses(&out)[0].1));
+        assert!(trained < fresh, "{init}: {trained}, fresh {fresh}");
+    }
+    let (_, err) = scene.expect(scene.command("other", &["--init", "run/final", "--set", "model.d_state=16"]), 2);
+    assert!(err.contains("`d_state` is 8") && err.contains("has 16"), "{err}");
+    let (_, err) = scene.expect(scene.command("other", &["--init", "nowhere"]), 1);
+    assert!(err.contains("nowhere"), "{err}");
+}
+
+#[test]
+fn another_configuration_is_not_resumed() {
+    let scene = Scene::new();
+    scene.expect(scene.command("run", &["--steps", "3"]), 0);
+    for (set, key) in [
+        ("optimizer.peak_lr=0.5", "optimizer.peak_lr"),
+        ("training.batch=2", "training.batch"),
+        ("model.d_state=16", "model.d_state"),
+        ("data.phases=[{until=1.0,weights={one=1.0}}]", "data.phases"),
+    ] {
+        let (_, err) = scene.expect(scene.command("run", &["--steps", "6", "--set", set]), 2);
+        assert!(err.contains("cannot resume") && err.contains(key), "{err}");
+    }
+    // Other shards of the same sources, and another vocabulary.
+    std::fs::remove_dir_all(scene.path("data/one")).unwrap();
+    write_shards(&scene.path("data/one"), VOCAB, 5);
+    let (_, err) = scene.expect(scene.command("run", &["--steps", "6"]), 1);
+    assert!(err.contains("`one`") || err.contains("source one") || err.contains("one"), "{err}");
+    for source in ["one", "two"] {
+        std::fs::remove_dir_all(scene.path("data").join(source)).unwrap();
+        write_shards(&scene.path("data").join(source), 70, 5);
+    }
+    let (_, err) = scene.expect(scene.command("run", &["--steps", "6"]), 1);
+    assert!(err.contains("70") && err.contains("model.vocab_size") && err.contains("64"), "{err}");
+    assert_eq!(scene.checkpoints("run"), ["step-00000003"]);
+}
+
+#[test]
+fn wrong_usage_is_named_with_exit_code_2() {
+    let scene = Scene::new();
+    std::fs::write(scene.path("typo.toml"), "[training]\nstpes = 3\n").unwrap();
+    std::fs::write(scene.path("broken.toml"), "[training\n").unwrap();
+    for (args, parts) in [
+        (&["--config", "typo.toml"][..], &["typo.toml", "training.stpes", "`steps`"][..]),
+        (&["--config", "broken.toml"], &["broken.toml", "TOML"]),
+        (&["--config", "absent.toml"], &["absent.toml"]),
+        (&["--preset", "nona"], &["nona", "`nano`"]),
+        (&["--set", "model.d_rope=7"], &["--set model.d_rope=7", "d_rope", "even"]),
+        (&["--set", "training.batch=zero"], &["training.batch", "zero"]),
+        (&["--set", "novalue"], &["key=value"]),
+        (&["--steps", "0"], &["--steps"]),
+        (&["--device", "cuda"], &["cuda", "--device cpu"]),
+        (&["--device", "tpu"], &["tpu"]),
+        (&["--resume", "nowhere"], &["nowhere"]),
+        (&["--preset", "mini"], &["--data", "cosmopedia", "elleci-data prepare"]),
+        (&["--bogus"], &["--bogus"]),
+    ] {
+        let (_, err) = scene.expect(scene.bare(args), 2);
+        for part in parts {
+            assert!(err.contains(part), "{args:?}: `{part}` is not in: {err}");
+        }
+    }
+}
+
+#[test]
+fn faulty_data_is_named_with_exit_code_1() {
+    let scene = Scene::new();
+    let bare = ["--config", "run.toml", "--out", "run", "--data", "absent"];
+    let (_, err) = scene.expect(scene.bare(&bare), 1);
+    assert!(err.contains("absent/one") && err.contains("elleci-data prepare"), "{err}");
+    std::fs::write(scene.path("tokenizer.json"), "{}").unwrap();
+    let (_, err) = scene.expect(scene.command("run", &["--set", "data.tokenizer=tokenizer.json"]), 1);
+    assert!(err.contains("tokenizer.json"), "{err}");
+    let shard = std::fs::read_dir(scene.path("data/one")).unwrap().map(|e| e.unwrap().path());
+    let shard = shard.filter(|p| p.extension().is_some_and(|e| e == "bin")).max_by_key(|p| p.metadata().unwrap().len());
+    let mut bytes = std::fs::read(shard.as_ref().unwrap()).unwrap();
+    bytes[40] ^= 1;
+    std::fs::write(shard.as_ref().unwrap(), bytes).unwrap();
+    let (_, err) = scene.expect(scene.command("run", &[]), 1);
+    assert!(err.contains("data/one"), "{err}");
+    assert!(data::shards::ShardSet::open(&scene.path("data/two")).is_ok());
+}
+
+#[test]
+fn a_dry_run_plans_and_times_and_writes_nothing() {
+    let scene = Scene::new();
+    let (out, err) = scene.expect(scene.command("run", &["--dry-run", "--steps", "4"]), 0);
+    for part in
+        ["24 steps", "weights (float32)", "optimizer states", "activations", "checkpointed every layer", "4 steps"]
+    {
+        assert!(out.contains(part), "{part}: {out}");
+    }
+    assert!(err.contains("step 4/4"), "{err}");
+    assert!(!scene.path("run").exists());
+    let (out, err) = scene.expect(scene.bare(&["--preset", "nano", "--dry-run", "--steps", "1"]), 0);
+    assert!(out.contains("5,937,672 parameters") && err.contains("random tokens"), "{out}{err}");
+    // No machine holds this.
+    let huge = ["--preset", "elleci-1.5b", "--dry-run", "--set", "training.batch=65536"];
+    let (out, _) = scene.expect(scene.bare(&huge), 0);
+    assert!(out.contains("1,494,416,256 parameters") && out.contains("Not stepping"), "{out}");
+}
+
+#[test]
+fn one_step_for_another_framework() {
+    let scene = Scene::new();
+    scene.expect(scene.command("run", &["--steps", "1"]), 0);
+    let integers = |name: &str, values: &[i64]| Tensor {
+        name: name.into(),
+        dtype: Dtype::I64,
+        shape: vec![2, 3],
+        bytes: Bytes::Ready(values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>().into()),
+    };
+    let batch = |file: &str, tokens: &[i64], targets: &[i64]| {
+        write(&scene.path(file), vec![integers("tokens", tokens), integers("targets", targets)]).unwrap();
+    };
+    batch("io.safetensors", &[1, 2, 3, 4, 5, 6], &[2, 3, -100, 5, 6, 7]);
+    let step = |batch: &str, out: &str| scene.bare(&["step", "--init", "run/final", "--batch", batch, "--out", out]);
+    let (out, _) = scene.expect(step("io.safetensors", "grads"), 0);
+    let printed: serde_json::Value = serde_json::from_str(&out).unwrap();
+    let file = TensorFile::open(&scene.path("grads/io.safetensors")).unwrap();
+    let mut logits = vec![0.0; 6 * VOCAB];
+    file.read_floats("logits", &[2, 3, VOCAB], &mut logits).unwrap();
+    let loss = f64::from_le_bytes(file.bytes("loss").unwrap().try_into().unwrap());
+    assert_eq!(printed["loss"].as_f64().unwrap(), loss);
+    let mean = [(0, 2), (1, 3), (3, 5), (4, 6), (5, 7)].map(|(at, target): (usize, usize)| {
+        let row: Vec<f64> = logits[at * VOCAB..][..VOCAB].iter().map(|&l| l.into()).collect();
+        row.iter().map(|l| l.exp()).sum::<f64>().ln() - row[target]
+    });
+    // Logits of about 1 in float32: the softmax of one row is off by some 64 * 2^-24.
+    assert!((loss - mean.iter().sum::<f64>() / 5.0).abs() < 1e-5, "{loss} {mean:?}");
+    let grads = TensorFile::open(&scene.path("grads/grads.safetensors")).unwrap();
+    let model = TensorFile::open(&scene.path("run/final/model.safetensors")).unwrap();
+    assert_eq!(grads.entries().keys().collect::<Vec<_>>(), model.entries().keys().collect::<Vec<_>>());
+    let mut emb = vec![0.0; VOCAB * 32];
+    grads.read_floats("tok_emb.weight", &[VOCAB, 32], &mut emb).unwrap();
+    let row = |t: usize| emb[t * 32..(t + 1) * 32].iter().any(|g| *g != 0.0);
+    // Token 3 is the last of its sequence, and nothing is to be predicted there.
+    assert!(row(1) && row(2) && !row(3) && row(6) && !row(7));
+
+    for (name, tokens, targets, parts) in [
+        ("a", [1, 2, 3, 4, 5, 64], [1; 6], &["tokens", "64", "vocab_size"][..]),
+        ("b", [1; 6], [1, 1, 1, 1, 1, -1], &["targets", "-1"]),
+        ("c", [1; 6], [-100; 6], &["-100", "no loss"]),
+    ] {
+        batch(name, &tokens, &targets);
+        let (_, err) = scene.expect(step(name, "x"), 1);
+        for part in parts {
+            assert!(err.contains(part), "{part}: {err}");
+        }
+    }
+    let (_, err) = scene.expect(step("absent.safetensors", "x"), 1);
+    assert!(err.contains("absent.safetensors"), "{err}");
+    write(&scene.path("d"), vec![integers("tokens", &[1; 6])]).unwrap();
+    let (_, err) = scene.expect(step("d", "x"), 1);
+    assert!(err.contains("`targets`"), "{err}");
+}
