@@ -208,13 +208,15 @@ impl<'a> Oracle<'a> {
             let gain = format!("layers.{i}.mixer_norm.weight");
             let n = self.norm(&h, &gain);
             let quantised = self.quantise(&n, &gain);
-            h = h + match kind {
+            // Never in place: autograd still needs the old value.
+            let mixed = match kind {
                 LayerKind::Mla => self.mla(&n, &quantised, i),
                 LayerKind::Mamba => self.mamba(&n, &quantised, i),
             };
+            let middle = h + mixed;
             let gain = format!("layers.{i}.ffn_norm.weight");
-            let quantised = self.quantise(&self.norm(&h, &gain), &gain);
-            h = h + self.ffn(&quantised, i);
+            let quantised = self.quantise(&self.norm(&middle, &gain), &gain);
+            h = middle + self.ffn(&quantised, i);
         }
         let head = if self.config.tie_embeddings { "tok_emb.weight" } else { "lm_head.weight" };
         ops::linear(&self.norm(&h, "final_norm.weight"), self.param(head))

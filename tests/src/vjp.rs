@@ -51,7 +51,7 @@ impl std::ops::Index<&str> for Leaves {
 pub fn vjp(inputs: &Inputs, f: impl Fn(&Leaves) -> Tensor) -> BTreeMap<String, Reference> {
     references(|evaluation| {
         let (kind, scan) = evaluation.mode();
-        let leaf = |(i, (&name, (shape, data))): (usize, (&&'static str, &(Vec<usize>, Vec<f32>)))| {
+        let leaf = |i: usize, name: &'static str, shape: &[usize], data: &[f32]| {
             let shape: Vec<i64> = shape.iter().map(|&n| n as i64).collect();
             let mut x = Tensor::from_slice(data).view(shape.as_slice()).to_kind(kind);
             if let Evaluation::Perturbed(seed) = evaluation {
@@ -59,7 +59,9 @@ pub fn vjp(inputs: &Inputs, f: impl Fn(&Leaves) -> Tensor) -> BTreeMap<String, R
             }
             (name, x.set_requires_grad(name != "dy" && !name.starts_with('_')))
         };
-        let leaves = Leaves { tensors: inputs.0.iter().enumerate().map(leaf).collect(), scan };
+        let named = inputs.0.iter().enumerate();
+        let tensors = named.map(|(i, (name, (shape, data)))| leaf(i, name, shape, data)).collect();
+        let leaves = Leaves { tensors, scan };
         let y = f(&leaves);
         if let Some(dy) = leaves.tensors.get("dy") {
             (&y * dy.view_as(&y)).sum(None).backward();

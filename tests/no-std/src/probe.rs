@@ -67,8 +67,7 @@ pub fn run() -> Probe {
     let (rows, seq) = (2, 29);
     let tokens: Vec<u32> = (0..rows * seq + 1).map(|i| (i * i % 61) as u32).collect();
     let weights = vec![1.0; rows * seq];
-    let batch =
-        Batch { batch: rows, seq, tokens: &tokens[..rows * seq], targets: &tokens[1..], weights: &weights };
+    let batch = Batch { batch: rows, seq, tokens: &tokens[..rows * seq], targets: &tokens[1..], weights: &weights };
     let mean = 1.0 / (rows * seq) as f64;
     let mut ws = Workspace::new(&config, rows, seq, Checkpointing::EveryLayer);
     let mut adamw = AdamW::new(model.layout().clone(), AdamWConfig::default(), StatePrecision::F32);
