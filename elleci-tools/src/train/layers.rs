@@ -26,6 +26,9 @@ pub struct Layer {
     pub origin: String,
     /// Its keys.
     pub table: Table,
+    /// Whether a section of free keys (the sources) replaces the one below as a whole, as a file's does; one that `--set`
+    /// makes changes the key it names.
+    replaces: bool,
 }
 
 impl Layer {
@@ -37,7 +40,7 @@ impl Layer {
         let origin = path.display().to_string();
         let text = std::fs::read_to_string(path).map_err(|e| usage(format!("--config {origin}: {e}")))?;
         let table = text.parse::<Table>().map_err(|e| usage(format!("{origin}: not valid TOML: {e}")))?;
-        Ok(Layer { origin, table })
+        Ok(Layer { origin, table, replaces: true })
     }
 
     /// `--set key=value`. The value is read as TOML, and as a string where it is none.
@@ -62,7 +65,7 @@ impl Layer {
             outer.insert(part.into(), Value::Table(table));
             table = outer;
         }
-        Layer { origin, table }
+        Layer { origin, table, replaces: false }
     }
 }
 
@@ -102,7 +105,7 @@ fn over(base: Table, base_origin: &str, preset: &str, layers: &[Layer]) -> anyho
     let mut merged = base.clone();
     for layer in layers {
         known_keys(&layer.table, &base, "", &layer.origin)?;
-        merge(&mut merged, &layer.table);
+        merge(&mut merged, layer);
     }
     merged.insert("preset".into(), preset.into());
     let origin = |key: &str| origin_of(key, layers).unwrap_or(base_origin).to_string();
@@ -155,16 +158,19 @@ fn known_keys(table: &Table, schema: &Table, path: &str, origin: &str) -> anyhow
     Ok(())
 }
 
-/// Sections merge key by key; every other value, a list of phases or the set of sources too, replaces what was there.
-fn merge(into: &mut Table, from: &Table) {
-    merge_at(into, from, "");
+/// Sections merge key by key; every other value, a list of phases too, replaces what was there. For the set of sources
+/// see [`Layer::replaces`].
+fn merge(into: &mut Table, layer: &Layer) {
+    merge_at(into, &layer.table, "", layer.replaces);
 }
 
-fn merge_at(into: &mut Table, from: &Table, path: &str) {
+fn merge_at(into: &mut Table, from: &Table, path: &str, replaces: bool) {
     for (key, value) in from {
         let full = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
         match (into.get_mut(key), value) {
-            (Some(Value::Table(old)), Value::Table(new)) if !free_keys(&full) => merge_at(old, new, &full),
+            (Some(Value::Table(old)), Value::Table(new)) if !(replaces && free_keys(&full)) => {
+                merge_at(old, new, &full, replaces);
+            }
             _ => {
                 into.insert(key.clone(), value.clone());
             }
@@ -213,6 +219,18 @@ mod tests {
     fn refusal(assignments: &[&str]) -> String {
         let error = set(assignments).expect_err("must be refused");
         error.downcast_ref::<Usage>().expect("a usage error").0.clone()
+    }
+
+    #[test]
+    fn set_changes_one_source_and_a_file_all_of_them() {
+        let paths =
+            |c: RunConfig| c.data.sources.into_iter().map(|(k, v)| (k, v.display().to_string())).collect::<Vec<_>>();
+        let one = paths(set(&["data.sources.english=/a", "data.sources.italian=/b"]).unwrap());
+        let named = |k: &str, v: &str| (k.to_string(), v.to_string());
+        assert_eq!(one, [named("english", "/a"), named("instructions", ""), named("italian", "/b")]);
+        let text = "[data.sources]\nmine = '/m'\n[[data.phases]]\nuntil = 1.0\nweights = { mine = 1.0 }";
+        let file = Layer { origin: "run.toml".into(), table: text.parse().unwrap(), replaces: true };
+        assert_eq!(paths(load(None, &[file]).unwrap()), [named("mine", "/m")]);
     }
 
     #[test]
