@@ -13,7 +13,7 @@ use crate::par;
 use crate::simd::vectorize;
 
 /// Given `dy`: writes `dxbc` (of x, B and C) and `ddt` `[tokens, heads]` (with respect to dt after softplus), ADDS to
-/// `da` and `dd` `[heads]`. `states` are those that [`ssd_forward`] saved from the same inputs.
+/// `da` and `dd` `[heads]`. `states` are those that [`ssd_forward`](super::ssd_forward) saved from the same inputs.
 ///
 /// # Panics
 /// When a slice does not have the size that the shape gives it.

@@ -21,7 +21,7 @@ enum States<'a> {
     Carry(ArrayViewMut2<'a, f32>),
 }
 
-/// Writes `y`, and saves in `states` (of `shape.states_len()`) what [`ssd_backward`] needs. Sequences start from a
+/// Writes `y`, and saves in `states` (of `shape.states_len()`) what [`ssd_backward`](super::ssd_backward) needs. Sequences start from a
 /// zero state.
 ///
 /// # Panics
