@@ -38,22 +38,11 @@ impl AttentionShape {
 /// Splits `[batch, seq, heads, width]` into one `[seq, width]` view a (batch, head), batch-major.
 fn heads<'a>(data: &'a [f32], shape: &AttentionShape, width: usize) -> Vec<ArrayView2<'a, f32>> {
     let dim = (shape.batch, shape.seq, shape.heads, width);
-    let mut rest = ArrayView4::from_shape(dim, data).expect("a [tokens, heads * width] buffer");
-    let mut views = Vec::with_capacity(shape.batch * shape.heads);
-    for _ in 0..shape.batch {
-        let (row, tail) = rest.split_at(Axis(0), 1);
-        rest = tail;
-        let mut row = row.index_axis_move(Axis(0), 0);
-        for _ in 0..shape.heads {
-            let (head, tail) = row.split_at(Axis(1), 1);
-            row = tail;
-            views.push(head.index_axis_move(Axis(1), 0));
-        }
-    }
-    views
+    let all = ArrayView4::from_shape(dim, data).expect("a [tokens, heads * width] buffer");
+    (0..shape.batch * shape.heads).map(|i| all.slice_move(s![i / shape.heads, .., i % shape.heads, ..])).collect()
 }
 
-/// [`heads`], mutable.
+/// [`heads`], mutable: the views are split off one by one, which is how they are known not to overlap.
 fn heads_mut<'a>(data: &'a mut [f32], shape: &AttentionShape, width: usize) -> Vec<ArrayViewMut2<'a, f32>> {
     let dim = (shape.batch, shape.seq, shape.heads, width);
     let mut rest = ArrayViewMut4::from_shape(dim, data).expect("a [tokens, heads * width] buffer");
