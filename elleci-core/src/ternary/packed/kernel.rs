@@ -65,7 +65,11 @@ pub fn dispatch(ceiling: Isa, work: impl WithPackedKernel) -> Isa {
 #[inline(always)]
 pub(super) fn check_dot(packing: Packing, panel: &[Line], q: &[i8]) {
     let runs = panel.len() / packing.lines();
-    assert!(panel.len() == runs * packing.lines() && q.len() == runs * packing.columns(), "panel of {} lines", panel.len());
+    assert!(
+        panel.len() == runs * packing.lines() && q.len() == runs * packing.columns(),
+        "panel of {} lines",
+        panel.len()
+    );
 }
 
 /// The shape check that the pointers of [`PackedKernel::unpack`] rest on.

@@ -220,8 +220,7 @@ impl<'a> PackedTernary<'a> {
     ) -> Isa {
         assert_eq!(q.len(), tokens * self.in_dim, "activations");
         assert_eq!(out.len(), tokens * self.out_dim, "outputs");
-        let offsets: Vec<i32> =
-            q.chunks_exact(self.in_dim.max(1)).map(|q| q.iter().map(|v| *v as i32).sum()).collect();
+        let offsets: Vec<i32> = q.chunks_exact(self.in_dim.max(1)).map(|q| q.iter().map(|v| *v as i32).sum()).collect();
         let finish = Finish { finish, offsets };
         if tokens == 1 {
             kernel::dispatch(isa, MatVec { matrix: self, q, out, finish })
