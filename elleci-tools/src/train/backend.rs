@@ -1,12 +1,14 @@
 //! The loop's view of a device: where weights, gradients and optimizer states live, and who computes on them.
 
+use elleci_core::archive::{Archive, DenseFormat, PackOptions, to_bytes};
+use elleci_core::inference::Session;
 use elleci_core::model::{Batch, Checkpointing, Model, Workspace};
 use elleci_core::optim::norm::global_norm;
 use elleci_core::optim::schedule::depth_of;
 use elleci_core::optim::swa::Swa;
 use elleci_core::optim::{AdamW, AdamWConfig, StateData, StatePrecision, StateType, StepRates};
 use elleci_core::params::{Id, Params};
-use elleci_core::session::Session;
+use elleci_core::ternary::packed::Packing;
 use safetensors::Dtype;
 
 use super::plan::Rates;
@@ -94,6 +96,144 @@ pub trait Backend {
     ///
     /// # Errors
     /// A fault of the device.
+    fn adopt_average(&mut self) -> anyhow::Result<bool>;
+
+    /// How many updates and averages there have been.
+    fn counters(&self) -> Counters;
+
+    /// The tensors of a group, to be written.
+    ///
+    /// # Errors
+    /// A fault of the device.
+    fn export(&self, group: Group) -> anyhow::Result<Vec<Tensor<'_>>>;
+
+    /// Replaces a group by the tensors of a file. `counters` are those that stood beside it.
+    ///
+    /// # Errors
+    /// A tensor that is missing, superfluous, of another shape or type.
+    fn import(&mut self, group: Group, file: &TensorFile, counters: Counters) -> anyhow::Result<()>;
+}
+
+/// The CPU: everything in `elleci-core`.
+pub struct CpuBackend {
+    model: Model,
+    grads: Params,
+    optimizer: AdamW,
+    average: Option<Swa>,
+    depth: Vec<usize>,
+    checkpointing: Checkpointing,
+    workspace: Option<(Checkpointing, Workspace)>,
+}
+
+impl CpuBackend {
+    /// Optimizer states at zero.
+    pub fn new(model: Model, adamw: AdamWConfig, states: StatePrecision, checkpointing: Checkpointing) -> CpuBackend {
+        let layout = model.layout().clone();
+        let depth = (0..layout.params().len()).map(|i| depth_of(&layout, Id(i))).collect();
+        CpuBackend {
+            grads: Params::zeros(layout.clone()),
+            optimizer: AdamW::new(layout, adamw, states),
+            average: None,
+            depth,
+            checkpointing,
+            workspace: None,
+            model,
+        }
+    }
+
+    /// The model.
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// The workspace of a shape; another one that may be there is dropped before the new one is made.
+    fn workspace(&mut self, batch: &Batch<'_>, kept: Checkpointing) {
+        let shape = (batch.batch, batch.seq);
+        if !self.workspace.as_ref().is_some_and(|(k, w)| *k == kept && w.shape() == shape) {
+            self.workspace = None;
+            self.workspace = Some((kept, Workspace::new(self.model.config(), batch.batch, batch.seq, kept)));
+        }
+    }
+
+    fn clear(&mut self) {
+        self.grads.data_mut().fill(0.0);
+    }
+}
+
+/// Tensors of a set of parameters, borrowed.
+pub fn param_tensors(params: &Params) -> Vec<Tensor<'_>> {
+    let tensor = |p: &elleci_core::params::Param| Tensor::f32(&p.name, &p.shape, &params.data()[p.range.clone()]);
+    params.layout().params().iter().map(tensor).collect()
+}
+
+/// Fills a set of parameters from a file that must hold exactly its tensors.
+///
+/// # Errors
+/// All tensors that are missing, superfluous or of another shape, by name.
+pub fn read_params(params: &mut Params, file: &TensorFile) -> anyhow::Result<()> {
+    let layout = params.layout().clone();
+    let expected = layout.params().iter().map(|p| (p.name.as_str(), p.shape.as_slice()));
+    crate::hf::check_tensors(expected, &file.entries().iter().map(|(n, e)| (n.as_str(), e.shape.as_slice())).collect())
+        .map_err(|e| e.context(file.path().display().to_string()))?;
+    for p in layout.params() {
+        file.read_floats(&p.name, &p.shape, &mut params.data_mut()[p.range.clone()])?;
+    }
+    Ok(())
+}
+
+impl Backend for CpuBackend {
+    fn accumulate(&mut self, batch: &Batch<'_>, scale: f32) -> anyhow::Result<f64> {
+        self.workspace(batch, self.checkpointing);
+        let (_, workspace) = self.workspace.as_mut().expect("made by the line above");
+        Ok(self.model.loss_and_grad(workspace, batch, scale, &mut self.grads)?)
+    }
+
+    fn grad_norm(&mut self) -> anyhow::Result<f64> {
+        Ok(global_norm(&self.grads))
+    }
+
+    fn update(&mut self, rates: &Rates, grad_scale: f32) -> anyhow::Result<()> {
+        let depth = &self.depth;
+        let lr_of = |id: Id| rates.lr * rates.by_layer[depth[id.0]];
+        let rates = StepRates { lr_of: &lr_of, weight_decay: rates.weight_decay, grad_scale };
+        self.model.update(|params| self.optimizer.step(params, &self.grads, &rates));
+        self.clear();
+        Ok(())
+    }
+
+    fn discard(&mut self) -> anyhow::Result<()> {
+        self.clear();
+        Ok(())
+    }
+
+    fn average(&mut self) -> anyhow::Result<()> {
+        let mean = self.average.get_or_insert_with(|| Swa::new(self.model.layout().clone()));
+        mean.update(self.model.params());
+        Ok(())
+    }
+
+    fn evaluate(&mut self, batch: &Batch<'_>) -> anyhow::Result<f64> {
+        // Nothing is kept for a backward: the smallest workspace does.
+        self.workspace(batch, Checkpointing::EveryLayer);
+        let (_, workspace) = self.workspace.as_mut().expect("made by the line above");
+        Ok(self.model.loss(workspace, batch)?)
+    }
+
+    fn sample(&mut self, prompt: &[u32], pick: &mut dyn FnMut(&[f32]) -> Option<u32>) -> anyhow::Result<()> {
+        if prompt.is_empty() {
+            return Ok(());
+        }
+        // Samples come from what deployment would run, in full precision where that has a choice.
+        let options = PackOptions { packing: Packing::I2, dense: DenseFormat::F32 };
+        let archive = Archive::open(to_bytes(self.model.config(), self.model.params(), None, options)?)?;
+        let mut session = Session::new(archive.model())?;
+        let mut next = pick(session.extend(archive.model(), prompt)?);
+        while let Some(token) = next {
+            next = pick(session.extend(archive.model(), &[token])?);
+        }
+        Ok(())
+    }
+
     fn adopt_average(&mut self) -> anyhow::Result<bool>;
 
     /// How many updates and averages there have been.
