@@ -10,6 +10,7 @@
 extern crate alloc;
 
 pub mod config;
+pub mod generate;
 pub mod init;
 pub mod layers;
 pub mod memory;
@@ -18,6 +19,7 @@ pub mod ops;
 pub mod optim;
 pub mod par;
 pub mod params;
+pub mod sampler;
 pub mod session;
 pub mod simd;
 pub mod ternary;
