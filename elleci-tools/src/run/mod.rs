@@ -1,0 +1,22 @@
+//! `elleci-run`: a model at work.
+
+pub mod answer;
+pub mod chat;
+pub mod cli;
+pub mod generate;
+mod interrupt;
+pub mod model;
+mod stub;
+pub mod text;
+
+/// Runs what the command line asks for.
+///
+/// # Errors
+/// Whatever the verb reports.
+pub fn run(cli: &cli::Cli) -> anyhow::Result<()> {
+    match &cli.command {
+        cli::Command::Generate(args) => generate::run(args),
+        cli::Command::Chat(args) => chat::run(args),
+        _ => anyhow::bail!("not there yet"),
+    }
+}
