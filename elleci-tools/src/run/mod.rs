@@ -1,10 +1,12 @@
 //! `elleci-run`: a model at work.
 
 pub mod answer;
+pub mod bench;
 pub mod chat;
 pub mod cli;
 pub mod generate;
 mod interrupt;
+pub mod logits;
 pub mod model;
 mod stub;
 pub mod text;
@@ -17,6 +19,7 @@ pub fn run(cli: &cli::Cli) -> anyhow::Result<()> {
     match &cli.command {
         cli::Command::Generate(args) => generate::run(args),
         cli::Command::Chat(args) => chat::run(args),
-        _ => anyhow::bail!("not there yet"),
+        cli::Command::Bench(args) => bench::run(args),
+        cli::Command::Logits(args) => logits::run(args),
     }
 }

@@ -1,16 +1,17 @@
 //! Stands in for the packed model and its session until they are there.
 #![allow(missing_docs, reason = "temporary")]
 
-use elleci_core::config::ModelConfig;
+pub use elleci_core::archive::PackedModel;
 use elleci_core::model::{Model, ModelError};
+use elleci_core::params::{Id, ParamLayout, Params};
 
-#[derive(Clone, Copy)]
-pub struct PackedModel<'a>(pub &'a Model);
-
-impl<'a> PackedModel<'a> {
-    pub fn config(&self) -> &'a ModelConfig {
-        self.0.config()
+fn unpack(model: PackedModel<'_>) -> Model {
+    let mut params = Params::zeros(ParamLayout::new(model.config()));
+    let layout = params.layout().clone();
+    for (i, p) in layout.params().iter().enumerate() {
+        model.read(Id(i), &mut params.data_mut()[p.range.clone()]).unwrap();
     }
+    Model::new(model.config().clone(), params).unwrap()
 }
 
 pub struct Mark(usize);
@@ -20,20 +21,22 @@ pub struct Session {
     inner: elleci_core::session::Session,
     fed: usize,
     logits: Vec<f32>,
+    model: std::sync::Arc<Model>,
 }
 
 impl Session {
     pub fn new(model: PackedModel<'_>) -> Session {
-        Session { tokens: vec![], inner: elleci_core::session::Session::new(model.0), fed: 0, logits: vec![] }
+        let model = std::sync::Arc::new(unpack(model));
+        Session { tokens: vec![], inner: elleci_core::session::Session::new(&model), fed: 0, logits: vec![], model }
     }
-    pub fn extend(&mut self, model: PackedModel<'_>, tokens: &[u32]) -> Result<&[f32], ModelError> {
+    pub fn extend(&mut self, _model: PackedModel<'_>, tokens: &[u32]) -> Result<&[f32], ModelError> {
         self.tokens.extend_from_slice(tokens);
         if self.fed == usize::MAX {
-            self.inner = elleci_core::session::Session::new(model.0);
+            self.inner = elleci_core::session::Session::new(&self.model);
             self.fed = 0;
         }
         for &t in &self.tokens[self.fed..] {
-            self.logits = self.inner.step(model.0, t)?.to_vec();
+            self.logits = self.inner.step(&self.model, t)?.to_vec();
         }
         self.fed = self.tokens.len();
         Ok(&self.logits)
