@@ -1,25 +1,33 @@
 //! Text from a session: the loop of prefill, choice and next step.
+//!
+//! ```no_run
+//! use std::ops::ControlFlow;
+//!
+//! use elleci_core::archive::{AlignedBytes, Archive};
+//! use elleci_core::generate::{GenerateOptions, generate};
+//! use elleci_core::inference::Session;
+//! use elleci_core::sampler::{Sampler, SamplerOptions};
+//!
+//! let archive = Archive::open(AlignedBytes::from(&std::fs::read("model.elleci")?[..]))?;
+//! let model = archive.model();
+//! let mut session = Session::new(model)?;
+//! let mut sampler = Sampler::new(SamplerOptions::default())?;
+//! let options = GenerateOptions { max_tokens: 100, ..GenerateOptions::default() };
+//! let text = generate(model, &mut session, &mut sampler, options, &[17, 4, 99], |token| {
+//!     print!("{token} ");
+//!     ControlFlow::Continue(())
+//! })?;
+//! println!("{} tokens: {:?}", text.tokens.len(), text.reason);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 use alloc::vec::Vec;
 use core::fmt;
 use core::ops::ControlFlow;
 
+use crate::archive::PackedModel;
+use crate::inference::{InferenceError, Session};
 use crate::sampler::{Sampler, SamplerError};
-
-/// What takes tokens and answers with the logits after the last one.
-pub trait Decode {
-    /// Why it refuses.
-    type Error;
-
-    /// Takes `tokens` (not empty); returns the logits `[vocab_size]` after the last.
-    ///
-    /// # Errors
-    /// Tokens that it cannot take.
-    fn extend(&mut self, tokens: &[u32]) -> Result<&[f32], Self::Error>;
-
-    /// All tokens taken so far.
-    fn tokens(&self) -> &[u32];
-}
 
 /// Sees, and may change, the logits `[vocab_size]` before each choice; with them the whole sequence so far.
 pub type LogitsHook<'a> = dyn FnMut(&mut [f32], &[u32]) + 'a;
@@ -57,21 +65,18 @@ pub struct Generated {
 
 /// Why generation failed. What the callback has seen stands.
 #[derive(Clone, Debug, PartialEq)]
-pub enum GenerateError<E> {
-    /// The prompt holds no token.
-    EmptyPrompt,
+pub enum GenerateError {
     /// The stop sequence of this index holds no token.
     EmptyStop(usize),
     /// The session refused.
-    Inference(E),
+    Inference(InferenceError),
     /// The sampler found no token to choose.
     Sampler(SamplerError),
 }
 
-impl<E: fmt::Display> fmt::Display for GenerateError<E> {
+impl fmt::Display for GenerateError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            GenerateError::EmptyPrompt => f.write_str("the prompt is empty; begin a text with the end-of-text token"),
             GenerateError::EmptyStop(i) => write!(f, "stop sequence {i} is empty"),
             GenerateError::Inference(e) => e.fmt(f),
             GenerateError::Sampler(e) => e.fmt(f),
@@ -79,27 +84,58 @@ impl<E: fmt::Display> fmt::Display for GenerateError<E> {
     }
 }
 
-impl<E: fmt::Debug + fmt::Display> core::error::Error for GenerateError<E> {}
+impl core::error::Error for GenerateError {}
 
-/// Feeds `prompt` to the session and continues it. `on_token` sees every token of the text as soon as it is certain
-/// that it belongs to the text: tokens that may turn out to begin a stop sequence wait. It ends the text by breaking.
+/// Feeds `prompt` (not empty) to the session and continues it. `on_token` sees every token of the text as soon as it is
+/// certain that it belongs to the text: tokens that may turn out to begin a stop sequence wait. It ends the text by
+/// breaking.
 ///
 /// Afterwards the session has taken the prompt and everything that was chosen except for the last token: that one
-/// has not been needed yet. To go on, begin the next prompt with what `session.tokens()` lacks.
+/// has not been needed yet. To go on, begin the next prompt with what [`Session::tokens`] lacks.
 ///
 /// # Errors
 /// See [`GenerateError`].
-pub fn generate<D: Decode>(
-    session: &mut D,
+pub fn generate(
+    model: PackedModel<'_>,
+    session: &mut Session,
+    sampler: &mut Sampler,
+    options: GenerateOptions<'_>,
+    prompt: &[u32],
+    on_token: impl FnMut(u32) -> ControlFlow<()>,
+) -> Result<Generated, GenerateError> {
+    run(&mut Bound { model, session }, sampler, options, prompt, on_token)
+}
+
+/// What takes tokens and answers with the logits after the last one.
+trait Decode {
+    fn extend(&mut self, tokens: &[u32]) -> Result<&[f32], InferenceError>;
+    /// All tokens taken so far.
+    fn tokens(&self) -> &[u32];
+}
+
+struct Bound<'a> {
+    model: PackedModel<'a>,
+    session: &'a mut Session,
+}
+
+impl Decode for Bound<'_> {
+    fn extend(&mut self, tokens: &[u32]) -> Result<&[f32], InferenceError> {
+        self.session.extend(self.model, tokens)
+    }
+
+    fn tokens(&self) -> &[u32] {
+        self.session.tokens()
+    }
+}
+
+fn run(
+    session: &mut impl Decode,
     sampler: &mut Sampler,
     options: GenerateOptions<'_>,
     prompt: &[u32],
     mut on_token: impl FnMut(u32) -> ControlFlow<()>,
-) -> Result<Generated, GenerateError<D::Error>> {
+) -> Result<Generated, GenerateError> {
     let GenerateOptions { max_tokens, stop, mut hook } = options;
-    if prompt.is_empty() {
-        return Err(GenerateError::EmptyPrompt);
-    }
     if let Some(empty) = stop.iter().position(|s| s.is_empty()) {
         return Err(GenerateError::EmptyStop(empty));
     }
@@ -189,11 +225,10 @@ mod tests {
     }
 
     impl Decode for Counter {
-        type Error = u32;
-
-        fn extend(&mut self, tokens: &[u32]) -> Result<&[f32], u32> {
-            if let Some(&t) = tokens.iter().find(|t| **t as usize >= self.logits.len()) {
-                return Err(t);
+        fn extend(&mut self, tokens: &[u32]) -> Result<&[f32], InferenceError> {
+            let vocab_size = self.logits.len();
+            if let Some(&token) = tokens.iter().find(|t| **t as usize >= vocab_size) {
+                return Err(InferenceError::Token { token, vocab_size });
             }
             self.calls.push(tokens.len());
             self.tokens.extend_from_slice(tokens);
@@ -213,11 +248,11 @@ mod tests {
     }
 
     /// Runs with a counter of ten tokens; returns the text, what the callback saw after each step, and the counter.
-    fn run(stop: &[&[u32]], max_tokens: usize, break_at: Option<u32>) -> (Generated, Vec<u32>, Counter) {
+    fn counted(stop: &[&[u32]], max_tokens: usize, break_at: Option<u32>) -> (Generated, Vec<u32>, Counter) {
         let mut counter = Counter::new(10);
         let mut seen = vec![];
         let options = GenerateOptions { max_tokens, stop, hook: None };
-        let text = generate(&mut counter, &mut greedy(), options, &[1, 2], |t| {
+        let text = run(&mut counter, &mut greedy(), options, &[1, 2], |t| {
             seen.push(t);
             if break_at == Some(t) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         });
@@ -226,30 +261,30 @@ mod tests {
 
     #[test]
     fn the_prompt_is_fed_once_and_the_last_token_not_at_all() {
-        let (text, seen, counter) = run(&[], 4, None);
+        let (text, seen, counter) = counted(&[], 4, None);
         assert_eq!(text, Generated { tokens: vec![3, 4, 5, 6], reason: StopReason::MaxTokens });
         assert_eq!(seen, text.tokens);
         assert_eq!(counter.calls, [2, 1, 1, 1]);
         assert_eq!(counter.tokens, [1, 2, 3, 4, 5]);
 
-        let (text, _, counter) = run(&[], 0, None);
+        let (text, _, counter) = counted(&[], 0, None);
         assert_eq!((text.tokens.len(), text.reason), (0, StopReason::MaxTokens));
         assert_eq!(counter.calls, [2]);
     }
 
     #[test]
     fn a_stop_sequence_is_no_part_of_the_text() {
-        let (text, seen, counter) = run(&[&[9, 9], &[6, 7]], 100, None);
+        let (text, seen, counter) = counted(&[&[9, 9], &[6, 7]], 100, None);
         assert_eq!(text, Generated { tokens: vec![3, 4, 5], reason: StopReason::Stop(1) });
         assert_eq!(seen, [3, 4, 5]);
         assert_eq!(counter.tokens, [1, 2, 3, 4, 5, 6]);
         // The prompt's end is no part of a stop sequence.
-        assert_eq!(run(&[&[2, 3]], 2, None).0.reason, StopReason::MaxTokens);
+        assert_eq!(counted(&[&[2, 3]], 2, None).0.reason, StopReason::MaxTokens);
         // A sequence that begins and does not end is text, in its order; so is one that the last token leaves open.
-        assert_eq!(run(&[&[4, 5, 7], &[5, 6, 7, 9]], 8, None).1, [3, 4, 5, 6, 7, 8, 9, 0]);
-        assert_eq!(run(&[&[4, 5, 6]], 3, None).1, [3, 4, 5]);
+        assert_eq!(counted(&[&[4, 5, 7], &[5, 6, 7, 9]], 8, None).1, [3, 4, 5, 6, 7, 8, 9, 0]);
+        assert_eq!(counted(&[&[4, 5, 6]], 3, None).1, [3, 4, 5]);
         // The longer of two that overlap is met at its end, though a shorter one begins inside it.
-        assert_eq!(run(&[&[5, 6, 7], &[6, 9]], 8, None).0.tokens, [3, 4]);
+        assert_eq!(counted(&[&[5, 6, 7], &[6, 9]], 8, None).0.tokens, [3, 4]);
     }
 
     #[test]
@@ -264,7 +299,7 @@ mod tests {
             seen.borrow_mut().push(t);
             ControlFlow::Continue(())
         };
-        generate(&mut counter, &mut greedy(), options, &[2], show).unwrap();
+        run(&mut counter, &mut greedy(), options, &[2], show).unwrap();
         assert_eq!(*seen.borrow(), [3, 4, 5, 6]);
         // 3 and 4 wait until 5 has been chosen.
         assert_eq!(before, [(1, 0), (2, 0), (3, 0), (4, 3)]);
@@ -272,14 +307,14 @@ mod tests {
 
     #[test]
     fn breaking_ends_the_text() {
-        let (text, seen, counter) = run(&[], 100, Some(5));
+        let (text, seen, counter) = counted(&[], 100, Some(5));
         assert_eq!(text, Generated { tokens: vec![3, 4, 5], reason: StopReason::Cancelled });
         assert_eq!(seen, text.tokens);
         assert_eq!(counter.tokens, [1, 2, 3, 4]);
         // Among tokens that were set free together, and at the stop itself.
-        let (text, ..) = run(&[&[4, 5, 6, 9]], 100, Some(5));
+        let (text, ..) = counted(&[&[4, 5, 6, 9]], 100, Some(5));
         assert_eq!(text.tokens, [3, 4, 5]);
-        assert_eq!(run(&[&[6, 7], &[5, 6, 9]], 100, Some(5)).0.reason, StopReason::Cancelled);
+        assert_eq!(counted(&[&[6, 7], &[5, 6, 9]], 100, Some(5)).0.reason, StopReason::Cancelled);
     }
 
     #[test]
@@ -292,12 +327,12 @@ mod tests {
             }
         };
         let options = GenerateOptions { max_tokens: 4, stop: &[], hook: Some(&mut hook) };
-        let text = generate(&mut counter, &mut greedy(), options, &[2], |_| ControlFlow::Continue(())).unwrap();
+        let text = run(&mut counter, &mut greedy(), options, &[2], |_| ControlFlow::Continue(())).unwrap();
         assert_eq!(text.tokens, [3, 4, 8, 9]);
 
         let mut all = |logits: &mut [f32], _: &[u32]| logits.fill(f32::NEG_INFINITY);
         let options = GenerateOptions { max_tokens: 1, stop: &[], hook: Some(&mut all) };
-        let text = generate(&mut counter, &mut greedy(), options, &[2], |_| ControlFlow::Continue(()));
+        let text = run(&mut counter, &mut greedy(), options, &[2], |_| ControlFlow::Continue(()));
         assert_eq!(text, Err(GenerateError::Sampler(SamplerError::NoCandidate)));
     }
 
@@ -306,11 +341,10 @@ mod tests {
         let mut counter = Counter::new(10);
         let mut go = |stop: &[&[u32]], prompt: &[u32]| {
             let options = GenerateOptions { max_tokens: 1, stop, hook: None };
-            generate(&mut counter, &mut greedy(), options, prompt, |_| ControlFlow::Continue(())).unwrap_err()
+            run(&mut counter, &mut greedy(), options, prompt, |_| ControlFlow::Continue(())).unwrap_err()
         };
-        assert_eq!(go(&[], &[]), GenerateError::EmptyPrompt);
         assert_eq!(go(&[&[1], &[]], &[1]), GenerateError::EmptyStop(1));
-        assert_eq!(go(&[], &[10]), GenerateError::Inference(10));
+        assert_eq!(go(&[], &[10]), GenerateError::Inference(InferenceError::Token { token: 10, vocab_size: 10 }));
         assert_eq!(counter.calls, [0; 0]);
     }
 }

@@ -5,35 +5,14 @@ use std::ops::ControlFlow;
 use std::time::Instant;
 
 use anyhow::bail;
-use elleci_core::generate::{Decode, GenerateOptions, StopReason, generate};
+use elleci_core::generate::{GenerateOptions, StopReason, generate};
+use elleci_core::inference::Session;
 use elleci_core::sampler::Sampler;
 use serde::Serialize;
 
 use super::interrupt::Generating;
 use super::model::OpenModel;
-use super::stub::{PackedModel, Session};
 use super::text::TextStream;
-use elleci_core::model::ModelError;
-
-/// A session with its model.
-pub struct Engine<'m> {
-    /// The model.
-    pub model: PackedModel<'m>,
-    /// The sequence.
-    pub session: Session,
-}
-
-impl Decode for Engine<'_> {
-    type Error = ModelError;
-
-    fn extend(&mut self, tokens: &[u32]) -> Result<&[f32], ModelError> {
-        self.session.extend(self.model, tokens)
-    }
-
-    fn tokens(&self) -> &[u32] {
-        self.session.tokens()
-    }
-}
 
 /// What a text may be.
 pub struct Request<'a> {
@@ -116,13 +95,13 @@ pub struct Piece<'a> {
 /// returns but for a closed pipe.
 pub fn answer(
     open: &OpenModel,
-    engine: &mut Engine<'_>,
+    session: &mut Session,
     sampler: &mut Sampler,
     request: &Request<'_>,
     prompt: &[u32],
     show: &mut dyn FnMut(Piece<'_>) -> io::Result<()>,
 ) -> anyhow::Result<Answer> {
-    let past = engine.session.position() + prompt.len();
+    let past = session.position() + prompt.len();
     if past > request.context {
         bail!(
             "the prompt brings the context to {past} tokens, and its limit is {}: shorten it, or raise --context",
@@ -146,7 +125,7 @@ pub fn answer(
     };
     let max_tokens = request.max_tokens.min(room);
     let options = GenerateOptions { max_tokens, stop: request.ends, hook: Some(&mut hook) };
-    let generated = generate(engine, sampler, options, prompt, |token| {
+    let generated = generate(open.packed(), session, sampler, options, prompt, |token| {
         let bytes = tokenizer.map(|t| t.decode_bytes(&[token])).unwrap_or_default();
         let shown = stream.push(&bytes);
         met_stop = shown.stop.is_some();

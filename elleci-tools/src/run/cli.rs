@@ -290,6 +290,9 @@ pub struct LogitsArgs {
     /// The batch, a safetensors file
     #[arg(long, value_name = "FILE")]
     pub batch: PathBuf,
+    /// Token by token through the caches, as text is generated, in place of whole sequences as prompts are read
+    #[arg(long)]
+    pub decode: bool,
     /// File to write, safetensors
     #[arg(short, long, value_name = "FILE")]
     pub out: PathBuf,

@@ -5,13 +5,13 @@ use std::io::{self, Read, Write};
 use std::path::Path;
 
 use anyhow::{Context, ensure};
+use elleci_core::inference::Session;
 use elleci_core::sampler::Sampler;
 use serde_json::json;
 
-use super::answer::{Answer, End, Engine, Piece, Request, answer};
+use super::answer::{Answer, End, Piece, Request, answer};
 use super::cli::GenerateArgs;
 use super::model::OpenModel;
-use super::stub::Session;
 use crate::data::chatml::{Role, Turn, encode_prompt};
 use crate::data::tokenizer::END_OF_TEXT_ID;
 use crate::exit::{Interrupted, usage};
@@ -92,7 +92,7 @@ fn continue_prompt(
     prompt: &str,
     tokens: &[u32],
 ) -> anyhow::Result<Answer> {
-    let mut engine = Engine { model: open.packed(), session: Session::new(open.packed()) };
+    let mut session = Session::new(open.packed())?;
     let request = Request {
         max_tokens: args.length.max_tokens(),
         context: args.length.context as usize,
@@ -116,7 +116,7 @@ fn continue_prompt(
         between = " ";
         out.flush()
     };
-    answer(open, &mut engine, &mut sampler, &request, tokens, &mut show)
+    answer(open, &mut session, &mut sampler, &request, tokens, &mut show)
 }
 
 fn finish(

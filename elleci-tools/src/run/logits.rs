@@ -1,11 +1,11 @@
 //! `elleci-run logits`: every logit of a batch, to hold against another implementation.
 
 use anyhow::{Context, ensure};
+use elleci_core::inference::{Batch, Feed, Session};
 use safetensors::Dtype;
 
 use super::cli::LogitsArgs;
 use super::model::OpenModel;
-use super::stub::Session;
 use crate::checkpoint::tensors::{self, Bytes, Tensor, TensorFile};
 use crate::checkpoint::write_atomic;
 use crate::train::device::Device;
@@ -22,12 +22,19 @@ pub fn run(args: &LogitsArgs) -> anyhow::Result<()> {
         eprintln!("{}", open.announcement());
         let vocab_size = open.config().vocab_size;
         let ([rows, seq], tokens) = read_batch(args, vocab_size)?;
-        let mut logits = Vec::with_capacity(rows * seq * vocab_size);
-        for row in tokens.chunks(seq) {
-            let mut session = Session::new(open.packed());
-            for token in row {
-                logits.extend_from_slice(session.extend(open.packed(), &[*token as u32])?);
-            }
+        let mut logits = vec![0.0; rows * seq * vocab_size];
+        let ids: Vec<u32> = tokens.iter().map(|t| *t as u32).collect();
+        let mut sessions = (0..rows).map(|_| Session::new(open.packed())).collect::<Result<Vec<_>, _>>()?;
+        let mut batch = Batch::new();
+        // One call feeds whole sequences; with --decode there is a call for every position.
+        let step = if args.decode { 1 } else { seq };
+        for start in (0..seq).step_by(step) {
+            let feed = |(session, row)| Feed { session, tokens: &ids[row * seq + start..][..step] };
+            let mut feeds: Vec<Feed<'_>> = sessions.iter_mut().zip(0..).map(feed).collect();
+            batch.extend_each(open.packed(), &mut feeds, |row, position, values| {
+                let at = (row * seq + start + position) * vocab_size;
+                logits[at..at + vocab_size].copy_from_slice(values);
+            })?;
         }
         let bytes: Vec<u8> = tokens.iter().flat_map(|t| t.to_le_bytes()).collect();
         let bytes = Bytes::Ready(bytes.into());

@@ -8,7 +8,6 @@ pub mod generate;
 mod interrupt;
 pub mod logits;
 pub mod model;
-mod stub;
 pub mod text;
 
 /// Runs what the command line asks for.

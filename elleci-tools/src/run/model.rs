@@ -4,14 +4,13 @@ use std::fs::File;
 use std::path::Path;
 
 use anyhow::{Context, ensure};
-use elleci_core::archive::{AlignedBytes, Archive, ArchiveWriter, Format, PackOptions, to_bytes};
+use elleci_core::archive::{AlignedBytes, Archive, ArchiveWriter, Format, PackOptions, PackedModel, to_bytes};
 use elleci_core::config::ModelConfig;
 use elleci_core::params::ParamKind;
 use memmap2::Mmap;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
-use super::stub::PackedModel;
 use crate::data::tokenizer::{END_OF_TEXT_ID, IM_END_ID, SPECIALS, Tokenizer};
 use crate::exit::usage;
 use crate::report::format::si;

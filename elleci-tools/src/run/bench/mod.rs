@@ -6,11 +6,12 @@ use std::io::{self, Write};
 use std::time::Instant;
 
 use anyhow::{Context, ensure};
+use elleci_core::archive::PackedModel;
+use elleci_core::inference::Session;
 use elleci_core::simd::Isa;
 
 use super::cli::BenchArgs;
 use super::model::OpenModel;
-use super::stub::{PackedModel, Session};
 use crate::exit::usage;
 use crate::train::device::Device;
 pub use table::{Row, render};
@@ -87,7 +88,7 @@ fn tokens(vocab_size: usize, count: usize) -> Vec<u32> {
 
 /// A session that has taken `depth` tokens.
 fn filled(model: PackedModel<'_>, depth: usize) -> anyhow::Result<Session> {
-    let mut session = Session::new(model);
+    let mut session = Session::new(model)?;
     if depth > 0 {
         session.extend(model, &tokens(model.config().vocab_size, depth))?;
     }
@@ -103,7 +104,7 @@ fn measure(
 ) -> anyhow::Result<Row> {
     let model = open.packed();
     let tokens = tokens(model.config().vocab_size, test.tokens());
-    let (depth, mark) = (session.position(), session.mark());
+    let (depth, mark) = (session.position(), session.clone());
     let mut seconds = Vec::new();
     // The first one finds cold caches and grows the buffers; it is not counted.
     for _ in 0..=repetitions {

@@ -3,14 +3,14 @@
 use std::io;
 
 use anyhow::Context;
+use elleci_core::inference::Session;
 use elleci_core::sampler::Sampler;
 
 use super::command::Settings;
 use crate::data::chatml::{self, Role, Turn};
 use crate::data::tokenizer::{Cache, IM_END_ID, Tokenizer};
-use crate::run::answer::{Answer, Engine, Piece, Request, answer};
+use crate::run::answer::{Answer, Piece, Request, answer};
 use crate::run::model::OpenModel;
-use crate::run::stub::{Mark, Session};
 
 /// A message, its answer, and where they begin.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
@@ -28,9 +28,10 @@ pub struct Exchange {
 /// The session has taken a prefix of `tokens`; what it lacks is fed with the next message. So whatever is taken back
 /// or restored, the next answer follows from `tokens` alone.
 pub struct Dialogue<'m> {
-    open: &'m OpenModel,
+    pub(super) open: &'m OpenModel,
     tokenizer: &'m Tokenizer,
-    pub(super) engine: Engine<'m>,
+    pub(super) session: Session,
+    empty: Session,
     pub(super) sampler: Sampler,
     /// The system turn.
     pub system: Option<String>,
@@ -39,7 +40,7 @@ pub struct Dialogue<'m> {
     /// All turns as tokens.
     pub tokens: Vec<u32>,
     /// The session as it was before the last exchange.
-    before_last: Option<Mark>,
+    before_last: Option<Session>,
     banned: Vec<u32>,
     /// Tokens of an answer at most.
     pub max_tokens: usize,
@@ -58,10 +59,12 @@ impl<'m> Dialogue<'m> {
         max_tokens: usize,
         context: usize,
     ) -> anyhow::Result<Dialogue<'m>> {
+        let session = Session::new(open.packed())?;
         let mut dialogue = Dialogue {
             open,
+            empty: session.clone(),
+            session,
             tokenizer: open.need_tokenizer()?,
-            engine: Engine { model: open.packed(), session: Session::new(open.packed()) },
             sampler,
             system,
             exchanges: Vec::new(),
@@ -91,7 +94,7 @@ impl<'m> Dialogue<'m> {
 
     /// An empty session: everything is computed anew with the next message.
     fn forget_session(&mut self) {
-        self.engine.session = Session::new(self.open.packed());
+        self.session.rewind(&self.empty);
         self.before_last = None;
     }
 
@@ -116,7 +119,7 @@ impl<'m> Dialogue<'m> {
     /// A context that is full, and whatever [`answer`] reports.
     pub fn say(&mut self, message: &str, show: &mut dyn FnMut(&str) -> io::Result<()>) -> anyhow::Result<Answer> {
         let start = self.tokens.len();
-        let mark = self.engine.session.mark();
+        let mark = self.session.clone();
         if start > 0 {
             self.tokenizer.encode_into("\n", &mut Cache::default(), &mut self.tokens);
         }
@@ -129,9 +132,9 @@ impl<'m> Dialogue<'m> {
             stops: &[],
             banned: &self.banned,
         };
-        let prompt = &self.tokens[self.engine.session.position()..];
+        let prompt = &self.tokens[self.session.position()..];
         let mut show = |piece: Piece<'_>| show(piece.text);
-        match answer(self.open, &mut self.engine, &mut self.sampler, &request, prompt, &mut show) {
+        match answer(self.open, &mut self.session, &mut self.sampler, &request, prompt, &mut show) {
             Ok(answer) => {
                 self.tokens.extend(&answer.tokens);
                 self.tokens.push(IM_END_ID);
@@ -142,7 +145,7 @@ impl<'m> Dialogue<'m> {
             }
             Err(e) => {
                 self.tokens.truncate(start);
-                self.engine.session.rewind(&mark);
+                self.session.rewind(&mark);
                 Err(e).context("/undo takes the last exchange back, /reset begins anew")
             }
         }
@@ -153,8 +156,8 @@ impl<'m> Dialogue<'m> {
         let exchange = self.exchanges.pop()?;
         self.tokens.truncate(exchange.start);
         match self.before_last.take() {
-            Some(mark) => self.engine.session.rewind(&mark),
-            // Only the last exchange has a mark (it holds every Mamba state): what is left is computed again.
+            Some(mark) => self.session.rewind(&mark),
+            // Only the last exchange has a mark, for it keeps every Mamba state: what is left is computed again.
             None => self.forget_session(),
         }
         Some(exchange.message)
@@ -168,7 +171,7 @@ impl<'m> Dialogue<'m> {
         session: Session,
     ) {
         self.before_last = None;
-        self.engine.session = session;
+        self.session = session;
         self.sampler = sampler;
         (self.system, self.exchanges, self.tokens) = (system, exchanges, tokens);
     }

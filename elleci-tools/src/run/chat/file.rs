@@ -7,12 +7,12 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, bail, ensure};
+use elleci_core::inference::Session;
 use elleci_core::sampler::Sampler;
 use serde::{Deserialize, Serialize};
 
 use super::dialogue::{Dialogue, Exchange};
 use crate::checkpoint::write_atomic;
-use crate::run::stub::Session;
 
 const MAGIC: &[u8; 8] = b"ELLECHAT";
 const VERSION: u32 = 1;
@@ -44,7 +44,7 @@ pub fn save(dialogue: &Dialogue<'_>, path: &Path) -> anyhow::Result<()> {
     bytes.extend(u32::try_from(head.len()).context("the dialogue is too long to be saved")?.to_le_bytes());
     bytes.extend(head);
     bytes.extend(dialogue.sampler.to_bytes());
-    bytes.extend(dialogue.engine.session.to_bytes());
+    bytes.extend(dialogue.session.to_bytes());
     let hash = blake3::hash(&bytes);
     bytes.extend(hash.as_bytes());
     write_atomic(path, |temporary| Ok(fs::write(temporary, &bytes)?))
@@ -77,7 +77,7 @@ fn parse(bytes: &[u8], dialogue: &Dialogue<'_>) -> anyhow::Result<(Head, Sampler
         head.tokenizer_sha256 == dialogue.tokenizer_sha256(),
         "it was written with another model: the tokenizers differ"
     );
-    let session = Session::from_bytes(dialogue.engine.model, session).context("it does not fit this model")?;
+    let session = Session::from_bytes(dialogue.open.packed(), session).context("it does not fit this model")?;
     let taken = session.tokens();
     ensure!(head.tokens.starts_with(taken), "its session has taken other tokens than its turns");
     let inside = head.exchanges.iter().all(|e| e.start <= head.tokens.len());
