@@ -279,7 +279,8 @@ fn a_dialogue_through_a_pipe() {
     );
     assert_eq!(scene.chat(&["--temp", "0"], "Ci\\\nao\n").len(), 1);
     // Another temperature, system turn and length.
-    let hot = scene.chat(&["--temp", "0"], "Ciao\n/set temperature 2\n/set top_k 0\n/retry\n/retry\n");
+    let hot = scene
+        .chat(&["--temp", "0"], "Ciao\n/set temperature 2\n/set top_k 0\n/set top_p 1\n/set min_p 0\n/retry\n/retry\n");
     assert_eq!(hot[0], out[0]);
     assert!(hot[1] != hot[0] && hot[2] != hot[1], "{hot:?}");
     let systems = scene.chat(&["--temp", "0", "--system", "A"], "Ciao\n/system B\nCiao\n/system\nCiao\n");

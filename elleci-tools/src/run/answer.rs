@@ -88,6 +88,10 @@ pub struct Piece<'a> {
     pub text: &'a str,
 }
 
+/// A long prompt is fed in parts of this many tokens, so that Ctrl-C does not have to wait for all of it. A multiple of the
+/// runs that a session cuts its input into anyway: the parts change no bit.
+const PART: usize = 1024;
+
 /// Continues `prompt`, which must fit the context. `show` gets text as it becomes certain.
 ///
 /// # Errors
@@ -114,6 +118,12 @@ pub fn answer(
     let (mut text, mut stream) = (String::new(), TextStream::new(request.stops));
     let (mut met_stop, mut failed) = (false, None);
     let start = Instant::now();
+    let fed = feed_parts(open, session, prompt, &interrupt)?;
+    if interrupt.stopped() {
+        let prefill = Pace::new(fed, start.elapsed().as_secs_f64());
+        let decode = Pace::default();
+        return Ok(Answer { text, tokens: Vec::new(), end: End::Interrupted, prefill, decode });
+    }
     let (mut first, mut latest, mut choices) = (None, start, 0usize);
     let mut hook = |logits: &mut [f32], _: &[u32]| {
         latest = Instant::now();
@@ -125,7 +135,7 @@ pub fn answer(
     };
     let max_tokens = request.max_tokens.min(room);
     let options = GenerateOptions { max_tokens, stop: request.ends, hook: Some(&mut hook) };
-    let generated = generate(open.packed(), session, sampler, options, prompt, |token| {
+    let generated = generate(open.packed(), session, sampler, options, &prompt[fed..], |token| {
         let bytes = tokenizer.map(|t| t.decode_bytes(&[token])).unwrap_or_default();
         let shown = stream.push(&bytes);
         met_stop = shown.stop.is_some();
@@ -156,4 +166,19 @@ pub fn answer(
         tokens: generated.tokens,
         end,
     })
+}
+
+/// Feeds all of a prompt but its last part; returns how many tokens that were.
+fn feed_parts(
+    open: &OpenModel,
+    session: &mut Session,
+    prompt: &[u32],
+    interrupt: &Generating,
+) -> anyhow::Result<usize> {
+    let mut fed = 0;
+    while prompt.len() - fed > PART && !interrupt.stopped() {
+        session.extend(open.packed(), &prompt[fed..fed + PART])?;
+        fed += PART;
+    }
+    Ok(fed)
 }

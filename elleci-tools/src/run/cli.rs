@@ -66,19 +66,25 @@ pub struct DeviceArgs {
 #[command(next_help_heading = "Sampling")]
 pub struct SamplingArgs {
     /// Below 1 the likely becomes likelier; 0 always takes the likeliest
-    #[arg(long, visible_alias = "temp", value_name = "T", default_value_t = 0.8)]
+    #[arg(long, visible_alias = "temp", value_name = "T", default_value_t = 0.8, allow_negative_numbers = true)]
     pub temperature: f32,
     /// Draws from the likeliest K tokens; 0 = no limit
     #[arg(long, value_name = "K", default_value_t = 40)]
     pub top_k: u32,
     /// Draws from the likeliest tokens that together have probability P; 1 = off
-    #[arg(long, value_name = "P", default_value_t = 0.95)]
+    #[arg(long, value_name = "P", default_value_t = 0.95, allow_negative_numbers = true)]
     pub top_p: f32,
     /// Draws from tokens with at least this share of the likeliest one's probability; 0 = off
-    #[arg(long, value_name = "P", default_value_t = 0.05)]
+    #[arg(long, value_name = "P", default_value_t = 0.05, allow_negative_numbers = true)]
     pub min_p: f32,
     /// Makes tokens that occurred lately less likely; 1 = off
-    #[arg(long, visible_alias = "repetition-penalty", value_name = "X", default_value_t = 1.0)]
+    #[arg(
+        long,
+        visible_alias = "repetition-penalty",
+        value_name = "X",
+        default_value_t = 1.0,
+        allow_negative_numbers = true
+    )]
     pub repeat_penalty: f32,
     /// How many of the last tokens --repeat-penalty looks at
     #[arg(long, visible_alias = "repetition-window", value_name = "N", default_value_t = 64)]
