@@ -5,4 +5,5 @@ pub mod data;
 pub mod exit;
 pub mod hf;
 pub mod report;
+pub mod run;
 pub mod train;
