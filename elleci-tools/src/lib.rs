@@ -4,5 +4,6 @@ pub mod checkpoint;
 pub mod data;
 pub mod exit;
 pub mod hf;
+pub mod pth;
 pub mod report;
 pub mod train;
