@@ -53,7 +53,7 @@ fn float_peak() -> f64 {
 /// Giga multiply-adds a second of int8 products in registers, on one core; 0 without VNNI.
 fn int_peak() -> f64 {
     #[cfg(target_arch = "x86_64")]
-    if Isa::detect() == Isa::Avx512Vnni {
+    if Isa::detect() >= Isa::Avx512Vnni {
         use std::arch::x86_64::*;
         const CHAINS: usize = 12;
         const ROUNDS: usize = 100_000;

@@ -9,6 +9,7 @@
 #![cfg_attr(not(feature = "std"), no_std)]
 extern crate alloc;
 
+pub mod archive;
 pub mod config;
 pub mod init;
 pub mod layers;

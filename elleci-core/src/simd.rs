@@ -1,7 +1,7 @@
 //! Which instruction sets the machine has, and running plain loops compiled for the best of them.
 //!
 //! Detection happens at run time, never at compile time. The environment variable `ELLECI_ISA`
-//! (`portable`, `avx2`, `avx512`, `avx512vnni`) lowers the ceiling, for tests and for telling an ISA's fault from others.
+//! (`portable`, `avx2`, `avx512`, `avx512vnni`, `avx512vbmi`) lowers the ceiling, for tests and for telling an ISA's fault from others.
 
 /// Instruction-set levels, each including the ones before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -14,11 +14,13 @@ pub enum Isa {
     Avx512,
     /// x86-64-v4 with AVX-512 VNNI.
     Avx512Vnni,
+    /// x86-64-v4 with AVX-512 VNNI, VBMI and GFNI.
+    Avx512Vbmi,
 }
 
 impl Isa {
     /// All levels, lowest first.
-    pub const ALL: [Isa; 4] = [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Avx512Vnni];
+    pub const ALL: [Isa; 5] = [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Avx512Vnni, Isa::Avx512Vbmi];
 
     /// The name used by `ELLECI_ISA` and in logs.
     pub fn name(self) -> &'static str {
@@ -27,6 +29,7 @@ impl Isa {
             Isa::Avx2 => "avx2",
             Isa::Avx512 => "avx512",
             Isa::Avx512Vnni => "avx512vnni",
+            Isa::Avx512Vbmi => "avx512vbmi",
         }
     }
 
@@ -42,7 +45,7 @@ impl Isa {
             static DETECTED: std::sync::OnceLock<Isa> = std::sync::OnceLock::new();
             *DETECTED.get_or_init(|| {
                 let ceiling = std::env::var("ELLECI_ISA").ok().and_then(|v| Isa::from_name(&v));
-                Isa::machine().min(ceiling.unwrap_or(Isa::Avx512Vnni))
+                Isa::machine().min(ceiling.unwrap_or(Isa::Avx512Vbmi))
             })
         }
         #[cfg(not(feature = "std"))]
@@ -55,7 +58,11 @@ impl Isa {
         {
             use std::arch::is_x86_feature_detected as has;
             if pulp::x86::V4::try_new().is_some() {
-                return if has!("avx512vnni") { Isa::Avx512Vnni } else { Isa::Avx512 };
+                return match (has!("avx512vnni"), has!("avx512vbmi") && has!("gfni")) {
+                    (true, true) => Isa::Avx512Vbmi,
+                    (true, false) => Isa::Avx512Vnni,
+                    _ => Isa::Avx512,
+                };
             }
             if pulp::x86::V3::try_new().is_some() {
                 return Isa::Avx2;

@@ -23,9 +23,14 @@ pub const LINES: usize = ROWS * DEPTH / 64;
 pub const TOKENS: usize = 6;
 
 /// 16 rows × 4 columns of codes plus one; row `r`, column `c` at `4 r + c`.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C, align(64))]
 pub struct Line(pub [u8; 64]);
+
+// SAFETY: 64 bytes without padding, of which every pattern is valid.
+unsafe impl bytemuck::Zeroable for Line {}
+// SAFETY: as above; `Copy`, `'static` and `repr(C)`.
+unsafe impl bytemuck::Pod for Line {}
 
 /// The biased sums of a block, `[token][row of the panel]`.
 pub type Block = [[i32; ROWS]; TOKENS];
@@ -54,7 +59,8 @@ pub fn dispatch(ceiling: Isa, work: impl WithKernel) -> Isa {
             && let Some(kernel) = Vnni::detect()
         {
             work.run(kernel);
-            return Isa::Avx512Vnni;
+            // VBMI adds nothing to products of unpacked codes.
+            return ceiling.min(Isa::machine());
         }
         if ceiling >= Isa::Avx512
             && let Some(kernel) = Avx512::detect()

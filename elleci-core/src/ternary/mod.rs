@@ -8,6 +8,7 @@
 mod grad;
 mod kernel;
 mod matrix;
+pub mod packed;
 mod portable;
 mod quantize;
 

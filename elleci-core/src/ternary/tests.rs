@@ -8,12 +8,12 @@ use crate::ops::matmul::Out;
 use crate::simd::Isa;
 
 /// Levels that this machine runs.
-fn levels() -> impl Iterator<Item = Isa> {
+pub(super) fn levels() -> impl Iterator<Item = Isa> {
     Isa::ALL.into_iter().filter(|isa| *isa <= Isa::machine())
 }
 
 /// Weights whose codes are the given ones: γ is their mean magnitude, and 1 > γ/2 always.
-fn matrix(codes: &[i8], out: usize, input: usize) -> TernaryMatrix {
+pub(super) fn matrix(codes: &[i8], out: usize, input: usize) -> TernaryMatrix {
     let w: Vec<f32> = codes.iter().map(|c| *c as f32).collect();
     let m = TernaryMatrix::from_weights(&w, out, input);
     for (i, c) in codes.iter().enumerate() {
@@ -23,7 +23,7 @@ fn matrix(codes: &[i8], out: usize, input: usize) -> TernaryMatrix {
 }
 
 /// `W₃ · q` straight from the codes.
-fn definition(codes: &[i8], q: &[i8], out: usize, input: usize) -> Vec<i32> {
+pub(super) fn definition(codes: &[i8], q: &[i8], out: usize, input: usize) -> Vec<i32> {
     let dot = |a: &[i8], b: &[i8]| a.iter().zip(b).map(|(a, b)| *a as i32 * *b as i32).sum();
     q.chunks(input).flat_map(|q| codes.chunks(input).map(move |w| dot(w, q)).take(out)).collect()
 }
@@ -140,16 +140,16 @@ fn gradients_match_the_definition() {
 }
 
 /// Knuth's MMIX generator: enough for test data.
-struct Lcg(u64);
+pub(super) struct Lcg(pub u64);
 
 impl Lcg {
-    fn next(&mut self) -> u32 {
+    pub fn next(&mut self) -> u32 {
         self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (self.0 >> 33) as u32
     }
 
     /// Uniform in [-1, 1).
-    fn unit(&mut self) -> f32 {
+    pub fn unit(&mut self) -> f32 {
         (self.next() & 0xff_ffff) as f32 / (1 << 23) as f32 - 1.0
     }
 }

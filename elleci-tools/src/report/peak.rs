@@ -71,7 +71,7 @@ fn round(threads: usize, isa: Isa) -> f64 {
 fn burn(isa: Isa) -> usize {
     // Registers: 32 of 16 values, 16 of 8, 16 of 4; twelve chains leave room for the operands.
     match isa {
-        Isa::Avx512 | Isa::Avx512Vnni => chains::<{ 12 * 16 }, true>(),
+        Isa::Avx512 | Isa::Avx512Vnni | Isa::Avx512Vbmi => chains::<{ 12 * 16 }, true>(),
         Isa::Avx2 => chains::<{ 12 * 8 }, true>(),
         // Without an FMA instruction `mul_add` is a slow library call.
         Isa::Portable => chains::<{ 12 * 4 }, false>(),

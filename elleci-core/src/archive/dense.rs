@@ -1,0 +1,304 @@
+//! Full-precision matrices in an archive, and their product with tokens.
+
+use alloc::vec;
+use alloc::vec::Vec;
+use core::ops::Range;
+
+use half::{bf16, f16};
+
+use super::{ALIGNMENT, checksum};
+use crate::par;
+use crate::simd::vectorize;
+
+/// How the values of a full-precision matrix are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum DenseFormat {
+    /// float32: as trained.
+    F32,
+    /// IEEE binary16.
+    F16,
+    /// The upper half of float32.
+    Bf16,
+    /// int8 with one float32 scale a row (`amax/127`): all scales, padded to 64 bytes, then all codes.
+    Int8,
+}
+
+impl DenseFormat {
+    /// All.
+    pub const ALL: [DenseFormat; 4] = [DenseFormat::F32, DenseFormat::F16, DenseFormat::Bf16, DenseFormat::Int8];
+
+    /// The name in files and flags.
+    pub fn name(self) -> &'static str {
+        match self {
+            DenseFormat::F32 => "f32",
+            DenseFormat::F16 => "f16",
+            DenseFormat::Bf16 => "bf16",
+            DenseFormat::Int8 => "int8",
+        }
+    }
+
+    /// Bytes of one value.
+    fn width(self) -> usize {
+        match self {
+            DenseFormat::F32 => 4,
+            DenseFormat::F16 | DenseFormat::Bf16 => 2,
+            DenseFormat::Int8 => 1,
+        }
+    }
+
+    /// Bytes before the values.
+    fn scales(self, rows: usize) -> Option<usize> {
+        match self {
+            DenseFormat::Int8 => rows.checked_mul(4)?.checked_next_multiple_of(ALIGNMENT),
+            _ => Some(0),
+        }
+    }
+
+    /// Bytes of a matrix, a multiple of 64. `None` when they do not fit an address.
+    pub(super) fn bytes(self, rows: usize, cols: usize) -> Option<usize> {
+        let values = rows.checked_mul(cols)?.checked_mul(self.width())?;
+        self.scales(rows)?.checked_add(values)?.checked_next_multiple_of(ALIGNMENT)
+    }
+
+    /// Where a stored matrix has bytes without a meaning, which are zero: behind the scales and behind the values.
+    pub(super) fn padding(self, rows: usize, cols: usize) -> Option<[Range<usize>; 2]> {
+        let values = self.scales(rows)?;
+        let scales = if self == DenseFormat::Int8 { rows * 4 } else { 0 };
+        Some([scales..values, values + rows * cols * self.width()..self.bytes(rows, cols)?])
+    }
+
+    /// Stores a matrix.
+    pub(super) fn encode(self, values: &[f32], cols: usize, bytes: &mut [u8]) {
+        let rows = values.len() / cols.max(1);
+        let (scales, codes) = bytes.split_at_mut(self.scales(rows).expect("the caller has made room for them"));
+        let put = |at: usize, le: &[u8], codes: &mut [u8]| codes[at * le.len()..][..le.len()].copy_from_slice(le);
+        match self {
+            DenseFormat::F32 => values.iter().enumerate().for_each(|(i, v)| put(i, &v.to_le_bytes(), codes)),
+            DenseFormat::F16 => {
+                values.iter().enumerate().for_each(|(i, v)| put(i, &f16::from_f32(*v).to_le_bytes(), codes));
+            }
+            DenseFormat::Bf16 => {
+                values.iter().enumerate().for_each(|(i, v)| put(i, &bf16::from_f32(*v).to_le_bytes(), codes));
+            }
+            DenseFormat::Int8 => {
+                for (r, row) in values.chunks_exact(cols).enumerate() {
+                    let amax = row.iter().fold(f32::MIN_POSITIVE, |a, v| a.max(v.abs()));
+                    put(r, &(amax / 127.0).to_le_bytes(), scales);
+                    for (code, v) in codes[r * cols..].iter_mut().zip(row) {
+                        *code = libm::rintf(v * (127.0 / amax)).clamp(-127.0, 127.0) as i8 as u8;
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// A full-precision matrix `[rows, cols]` in someone else's memory.
+#[derive(Clone, Copy, Debug)]
+pub struct DenseMatrix<'a> {
+    rows: usize,
+    cols: usize,
+    values: Values<'a>,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Values<'a> {
+    F32(&'a [f32]),
+    /// Bits
+    F16(&'a [u16]),
+    Bf16(&'a [u16]),
+    Int8 {
+        scales: &'a [f32],
+        codes: &'a [i8],
+    },
+}
+
+/// Rows that meet a token's values together: as many chains of additions hide their latency.
+const ROWS: usize = 8;
+/// Lanes of a dot product. Lane l adds up the columns l, l + 16, ..; what is left over goes to the first lanes.
+const LANES: usize = 16;
+
+impl<'a> DenseMatrix<'a> {
+    /// # Panics
+    /// When `bytes` is shorter than the shape needs or not aligned for its values.
+    pub(super) fn new(format: DenseFormat, rows: usize, cols: usize, bytes: &'a [u8]) -> DenseMatrix<'a> {
+        let n = rows * cols;
+        let (scales, data) = bytes.split_at(format.scales(rows).expect("the index has checked the sizes"));
+        let data = &data[..n * format.width()];
+        let values = match format {
+            DenseFormat::F32 => Values::F32(bytemuck::cast_slice(data)),
+            DenseFormat::F16 => Values::F16(bytemuck::cast_slice(data)),
+            DenseFormat::Bf16 => Values::Bf16(bytemuck::cast_slice(data)),
+            DenseFormat::Int8 => {
+                Values::Int8 { scales: &bytemuck::cast_slice(scales)[..rows], codes: bytemuck::cast_slice(data) }
+            }
+        };
+        DenseMatrix { rows, cols, values }
+    }
+
+    /// Rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// The hash of a row as it is stored, its scale included.
+    pub(super) fn row_hash(&self, row: usize) -> u64 {
+        let range = row * self.cols..(row + 1) * self.cols;
+        match self.values {
+            Values::F32(v) => checksum(bytemuck::cast_slice(&v[range])),
+            Values::F16(v) | Values::Bf16(v) => checksum(bytemuck::cast_slice(&v[range])),
+            Values::Int8 { scales, codes } => {
+                checksum(bytemuck::cast_slice(&codes[range])) ^ checksum(&scales[row].to_le_bytes()).rotate_left(1)
+            }
+        }
+    }
+
+    /// One row as float32.
+    pub fn row(&self, row: usize, out: &mut [f32]) {
+        vectorize(
+            #[inline(always)]
+            || self.expand(row, out),
+        );
+    }
+
+    #[inline(always)]
+    fn expand(&self, row: usize, out: &mut [f32]) {
+        let range = row * self.cols..(row + 1) * self.cols;
+        match self.values {
+            Values::F32(v) => out.copy_from_slice(&v[range]),
+            Values::F16(v) => out.iter_mut().zip(&v[range]).for_each(|(o, v)| *o = f16_value(*v)),
+            Values::Bf16(v) => {
+                out.iter_mut().zip(&v[range]).for_each(|(o, v)| *o = f32::from_bits((*v as u32) << 16));
+            }
+            Values::Int8 { scales, codes } => {
+                let scale = scales[row];
+                out.iter_mut().zip(&codes[range]).for_each(|(o, v)| *o = *v as f32 * scale);
+            }
+        }
+    }
+
+    /// `y` `[tokens, rows]` `= x · Wᵀ` with `x` `[tokens, cols]`. An output's bits depend on its token and row alone.
+    ///
+    /// # Panics
+    /// When a slice does not have its size.
+    pub fn forward(&self, x: &[f32], tokens: usize, y: &mut [f32]) {
+        assert_eq!((x.len(), y.len()), (tokens * self.cols, tokens * self.rows), "activations");
+        if tokens == 0 || self.rows == 0 || self.cols == 0 {
+            return;
+        }
+        // Rows of a task: a quarter of a megabyte of weights.
+        let task = ((1 << 18) / (self.cols * size_of::<f32>())).next_multiple_of(ROWS).max(ROWS);
+        let mut y = crate::ops::matmul::mat_mut(y, tokens, self.rows);
+        let items: Vec<_> = y.axis_chunks_iter_mut(ndarray::Axis(1), task).enumerate().collect();
+        par::for_each(items, |(i, mut y)| {
+            let width = self.cols.next_multiple_of(LANES);
+            let mut weights = vec![0.0f32; ROWS * width];
+            let mut padded = vec![0.0f32; width];
+            vectorize(
+                #[inline(always)]
+                || {
+                    for (b, mut y) in y.axis_chunks_iter_mut(ndarray::Axis(1), ROWS).enumerate() {
+                        for r in 0..y.ncols() {
+                            self.expand(i * task + b * ROWS + r, &mut weights[r * width..][..self.cols]);
+                        }
+                        for (x, mut y) in x.chunks_exact(self.cols).zip(y.rows_mut()) {
+                            padded[..self.cols].copy_from_slice(x);
+                            let sums = dots(&weights, &padded);
+                            y.iter_mut().zip(sums).for_each(|(y, sum)| *y = sum);
+                        }
+                    }
+                },
+            );
+        });
+    }
+}
+
+/// The products of [`ROWS`] rows with one token.
+#[inline(always)]
+fn dots(weights: &[f32], x: &[f32]) -> [f32; ROWS] {
+    let (x, _) = x.as_chunks::<LANES>();
+    let mut rows = weights.chunks_exact(x.len() * LANES).map(|row| &row.as_chunks::<LANES>().0[..x.len()]);
+    let rows: [&[[f32; LANES]]; ROWS] = core::array::from_fn(|_| rows.next().expect("as many rows as there are"));
+    let mut acc = [[0.0f32; LANES]; ROWS];
+    for k in 0..x.len() {
+        for r in 0..ROWS {
+            for l in 0..LANES {
+                acc[r][l] += rows[r][k][l] * x[k][l];
+            }
+        }
+    }
+    acc.map(|mut lanes| {
+        let mut width = LANES / 2;
+        while width > 0 {
+            for l in 0..width {
+                lanes[l] += lanes[l + width];
+            }
+            width /= 2;
+        }
+        lanes[0]
+    })
+}
+
+/// The value of binary16 bits, in operations that vectorise everywhere. Infinities and NaNs, which no archive holds, come out
+/// as large numbers.
+#[inline(always)]
+fn f16_value(bits: u16) -> f32 {
+    let magnitude = f32::from_bits((bits as u32 & 0x7fff) << 13) * f32::from_bits((127 + 112) << 23);
+    f32::from_bits(magnitude.to_bits() | (bits as u32 & 0x8000) << 16)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_finite_half_has_its_value() {
+        for bits in 0..=u16::MAX {
+            let want = f16::from_bits(bits);
+            if want.is_finite() {
+                assert_eq!(f16_value(bits).to_bits(), want.to_f32().to_bits(), "{bits:#x}");
+            }
+        }
+    }
+
+    #[test]
+    fn products_in_every_format() {
+        for (rows, cols) in [(1, 1), (8, 16), (13, 37), (300, 100)] {
+            let value = |i: usize| ((i * 37 % 101) as f32 - 50.0) / 50.0;
+            let w: Vec<f32> = (0..rows * cols).map(value).collect();
+            for format in DenseFormat::ALL {
+                let mut bytes = super::super::AlignedBytes::zeroed(format.bytes(rows, cols).unwrap());
+                format.encode(&w, cols, bytes.as_mut_slice());
+                let matrix = DenseMatrix::new(format, rows, cols, bytes.as_ref());
+                let mut read = vec![0.0; cols];
+                // Half a unit in the last place of |w| <= 1: 2^-12 for binary16, 2^-9 for bf16, half of amax/127 for int8,
+                // with the roundings of the two multiplications on top.
+                let bound = match format {
+                    DenseFormat::F32 => 0.0,
+                    DenseFormat::F16 => 1.0 / 4096.0,
+                    DenseFormat::Bf16 => 1.0 / 512.0,
+                    DenseFormat::Int8 => 0.5 / 127.0 * (1.0 + 1e-5),
+                };
+                for (r, row) in w.chunks(cols).enumerate() {
+                    matrix.row(r, &mut read);
+                    assert!(read.iter().zip(row).all(|(a, b)| (a - b).abs() <= bound), "{format:?}");
+                }
+                let x: Vec<f32> = (0..3 * cols).map(|i| value(i * 7 + 3)).collect();
+                let (mut y, mut alone) = (vec![0.0; 3 * rows], vec![0.0; rows]);
+                matrix.forward(&x, 3, &mut y);
+                for t in 0..3 {
+                    let x = &x[t * cols..(t + 1) * cols];
+                    matrix.forward(x, 1, &mut alone);
+                    assert_eq!(y[t * rows..(t + 1) * rows], alone, "a token's bits do not depend on its company");
+                    for r in 0..rows {
+                        matrix.row(r, &mut read);
+                        let want: f64 = read.iter().zip(x).map(|(w, x)| *w as f64 * *x as f64).sum();
+                        // cols products of at most 1, each addition off by 2^-24 of a sum of at most cols.
+                        let bound = (cols * cols) as f64 * 2f64.powi(-24);
+                        assert!((alone[r] as f64 - want).abs() <= bound, "{format:?} {rows} {cols}");
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,81 @@
+//! What a kernel for packed matrices is, and the one place that chooses among them.
+
+use super::super::kernel::{Line, ROWS};
+use super::portable::Portable;
+use super::{LINES, Packing};
+use crate::simd::Isa;
+
+/// Works on packed panels. A type of this trait is proof that the machine can run it.
+pub trait PackedKernel: Copy + Send + Sync {
+    /// Writes `Σ (code + 1) · q` for the 64 rows of a panel.
+    ///
+    /// # Panics
+    /// When `q` is not whole runs of [`Packing::columns`], as many as the panel has.
+    fn dot(self, packing: Packing, panel: &[Line], q: &[i8], sums: &mut [i32; ROWS]);
+
+    /// Writes the code lines of a panel.
+    ///
+    /// # Panics
+    /// When `codes` is not as long as [`Packing::code_lines`] says.
+    fn unpack(self, packing: Packing, panel: &[Line], codes: &mut [Line]);
+}
+
+/// Work that is generic over the kernel.
+pub trait WithPackedKernel {
+    /// Does it.
+    fn run<K: PackedKernel>(self, kernel: K);
+}
+
+/// Runs `work` with the best kernel that this machine has, at most `ceiling`; returns the level that ran.
+pub fn dispatch(ceiling: Isa, work: impl WithPackedKernel) -> Isa {
+    let level = ceiling.min(Isa::machine());
+    #[cfg(all(feature = "std", target_arch = "x86_64"))]
+    {
+        use super::{avx2::Avx2, avx512::Avx512, avx512::Vbmi, avx512::Vnni};
+        if level >= Isa::Avx512Vbmi
+            && let Some(kernel) = Vbmi::detect()
+        {
+            work.run(kernel);
+            return level;
+        }
+        if level >= Isa::Avx512Vnni
+            && let Some(kernel) = Vnni::detect()
+        {
+            work.run(kernel);
+            return level;
+        }
+        if level >= Isa::Avx512
+            && let Some(kernel) = Avx512::detect()
+        {
+            work.run(kernel);
+            return level;
+        }
+        if level >= Isa::Avx2
+            && let Some(kernel) = Avx2::detect()
+        {
+            work.run(kernel);
+            return level;
+        }
+    }
+    work.run(Portable);
+    level
+}
+
+/// The shape check that the pointers of [`PackedKernel::dot`] rest on.
+#[inline(always)]
+pub(super) fn check_dot(packing: Packing, panel: &[Line], q: &[i8]) {
+    let runs = panel.len() / packing.lines();
+    assert!(
+        panel.len() == runs * packing.lines() && q.len() == runs * packing.columns(),
+        "panel of {} lines",
+        panel.len()
+    );
+}
+
+/// The shape check that the pointers of [`PackedKernel::unpack`] rest on.
+#[inline(always)]
+pub(super) fn check_unpack(packing: Packing, panel: &[Line], codes: &[Line]) {
+    let runs = panel.len() / packing.lines();
+    let code_lines = runs * packing.columns() / 4 * LINES;
+    assert!(panel.len() == runs * packing.lines() && codes.len() == code_lines, "panel of {} lines", panel.len());
+}

@@ -1,0 +1,334 @@
+//! Ternary matrices as deployment stores them: [`Packing::I2`] (2 bits a weight) and [`Packing::T5`] (five weights a byte).
+//!
+//! The bytes are specified in `docs/packing.md`, and are the same on every machine. In short: a matrix is cut into panels of
+//! 64 output rows, in the order of the rows. Inside of a panel the weights stand in *code lines* of 64 bytes, 16 rows × 4
+//! columns, as the integer kernels multiply them; a stored weight is its code plus one, in {0, 1, 2}. A packed line holds
+//!
+//! - `I2`: the four code lines of 64 rows × 4 columns; byte b has code line j (rows `16 j ..`) in bits `2 j .. 2 j + 2`;
+//! - `T5`: five code lines of 16 rows, one for each of five runs of 4 columns, one trit of every byte each ([`t5`]). Four
+//!   packed lines, of 16 rows each, are the panel's next 20 columns.
+//!
+//! Rows and columns past the matrix are stored as 0 and never contribute.
+
+mod kernel;
+mod portable;
+pub mod t5;
+
+#[cfg(all(feature = "std", target_arch = "x86_64"))]
+mod avx2;
+#[cfg(all(feature = "std", target_arch = "x86_64"))]
+mod avx512;
+
+#[cfg(test)]
+mod tests;
+
+use alloc::vec;
+use alloc::vec::Vec;
+
+use super::TernaryMatrix;
+pub use super::kernel::Line;
+use super::kernel::{Block, LINES, ROWS, TOKENS, WithKernel};
+use crate::ops::matmul::mat_mut;
+use crate::par;
+use crate::simd::Isa;
+use kernel::{PackedKernel, WithPackedKernel};
+
+/// How the codes of a ternary matrix are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Packing {
+    /// 2 bits a weight: the cheapest to unpack.
+    I2,
+    /// Five weights in a byte, 1.6 bits a weight: the least to read.
+    T5,
+}
+
+impl Packing {
+    /// Both.
+    pub const ALL: [Packing; 2] = [Packing::I2, Packing::T5];
+
+    /// The name in files and flags.
+    pub fn name(self) -> &'static str {
+        match self {
+            Packing::I2 => "i2",
+            Packing::T5 => "t5",
+        }
+    }
+
+    /// Columns that a panel's shortest run of whole packed lines covers.
+    fn columns(self) -> usize {
+        match self {
+            Packing::I2 => 4,
+            Packing::T5 => 20,
+        }
+    }
+
+    /// Packed lines of that run.
+    fn lines(self) -> usize {
+        match self {
+            Packing::I2 => 1,
+            Packing::T5 => LINES,
+        }
+    }
+
+    /// Packed lines of one panel of a matrix with `in_dim` columns.
+    fn panel_lines(self, in_dim: usize) -> usize {
+        in_dim.div_ceil(self.columns()) * self.lines()
+    }
+
+    /// Code lines that unpacking one panel yields: at least those of `in_dim` columns.
+    fn code_lines(self, in_dim: usize) -> usize {
+        in_dim.div_ceil(self.columns()) * (self.columns() / 4) * LINES
+    }
+
+    /// Bytes of an `[out, in]` matrix, a multiple of 64. `None` when they do not fit an address.
+    pub fn bytes(self, out_dim: usize, in_dim: usize) -> Option<usize> {
+        out_dim.div_ceil(ROWS).checked_mul(self.panel_lines(in_dim))?.checked_mul(size_of::<Line>())
+    }
+}
+
+/// Packs the codes of a matrix; see the module for the order.
+pub fn pack(matrix: &TernaryMatrix, packing: Packing) -> Vec<Line> {
+    let in_dim = matrix.in_dim();
+    let (panels, panel_lines) = (matrix.out_dim().div_ceil(ROWS), packing.panel_lines(in_dim));
+    let mut packed = vec![Line([0; 64]); panels * panel_lines];
+    if packed.is_empty() {
+        return packed;
+    }
+    let items: Vec<_> = packed.chunks_mut(panel_lines).enumerate().collect();
+    par::for_each(items, |(panel, packed)| {
+        let codes = matrix.panel(panel, 0);
+        match packing {
+            Packing::I2 => {
+                for (line, codes) in packed.iter_mut().zip(codes.chunks(LINES)) {
+                    for (b, byte) in line.0.iter_mut().enumerate() {
+                        *byte = (0..LINES).map(|j| codes[j].0[b] << (2 * j)).sum();
+                    }
+                }
+            }
+            Packing::T5 => {
+                for (lines, codes) in packed.chunks_mut(LINES).zip(codes.chunks(5 * LINES)) {
+                    for (j, line) in lines.iter_mut().enumerate() {
+                        for (b, byte) in line.0.iter_mut().enumerate() {
+                            let trit = |k: usize| codes.get(k * LINES + j).map_or(0, |line| line.0[b]);
+                            *byte = t5::encode([trit(0), trit(1), trit(2), trit(3), trit(4)]);
+                        }
+                    }
+                }
+            }
+        }
+    });
+    packed
+}
+
+/// A packed matrix `[out, in]` in someone else's memory.
+#[derive(Clone, Copy, Debug)]
+pub struct PackedTernary<'a> {
+    packing: Packing,
+    out_dim: usize,
+    in_dim: usize,
+    gamma: f32,
+    lines: &'a [Line],
+}
+
+impl<'a> PackedTernary<'a> {
+    /// A view of `lines`; `None` unless they are as many as the shape needs.
+    pub fn new(packing: Packing, out: usize, input: usize, gamma: f32, lines: &'a [Line]) -> Option<PackedTernary<'a>> {
+        let fits = packing.bytes(out, input) == Some(size_of_val(lines));
+        fits.then_some(PackedTernary { packing, out_dim: out, in_dim: input, gamma, lines })
+    }
+
+    /// Output rows.
+    pub fn out_dim(&self) -> usize {
+        self.out_dim
+    }
+
+    /// Input columns.
+    pub fn in_dim(&self) -> usize {
+        self.in_dim
+    }
+
+    /// The scale γ of the tensor.
+    pub fn gamma(&self) -> f32 {
+        self.gamma
+    }
+
+    /// How the codes are stored.
+    pub fn packing(&self) -> Packing {
+        self.packing
+    }
+
+    fn panel(&self, panel: usize) -> &'a [Line] {
+        let lines = self.packing.panel_lines(self.in_dim);
+        &self.lines[panel * lines..][..lines]
+    }
+
+    /// The codes of rows `64 panel ..` as int8 in {-1, 0, 1}: `codes` `[rows of the panel, in]`.
+    ///
+    /// # Panics
+    /// When `panel` is out of range or `codes` is shorter than its rows.
+    pub fn panel_codes(&self, panel: usize, codes: &mut [i8]) {
+        let mut lines = vec![Line([0; 64]); self.packing.code_lines(self.in_dim)];
+        kernel::dispatch(Isa::detect(), Unpack { matrix: self, panel, lines: &mut lines });
+        for r in 0..ROWS.min(self.out_dim - panel * ROWS) {
+            let row = &mut codes[r * self.in_dim..(r + 1) * self.in_dim];
+            for (group, row) in lines.chunks(LINES).zip(row.chunks_mut(4)) {
+                for (code, byte) in row.iter_mut().zip(&group[r / 16].0[r % 16 * 4..]) {
+                    *code = *byte as i8 - 1;
+                }
+            }
+        }
+    }
+
+    /// The integers `W₃ · q` with the kernels of one instruction set at most; returns the one that ran. `q` `[tokens, in]`,
+    /// `out` `[tokens, out]`.
+    ///
+    /// # Panics
+    /// When a slice does not have its size.
+    pub fn sums_with(&self, isa: Isa, q: &[i8], tokens: usize, out: &mut [i32]) -> Isa {
+        let finish = |_: usize, biased: &[i32], offset: i32, out: &mut [i32]| {
+            for (out, sum) in out.iter_mut().zip(biased) {
+                *out = sum - offset;
+            }
+        };
+        self.product(isa, q, tokens, out, finish)
+    }
+
+    /// `Ternary(x; W)`: `y` `[tokens, out]` `= (W₃ · q) · (γ · scale)`, with `q` `[tokens, in]` and `scales` `[tokens]`
+    /// from [`quantize_row`](super::quantize_row). The same bits as [`TernaryMatrix::forward`].
+    ///
+    /// # Panics
+    /// When a slice does not have its size.
+    pub fn forward(&self, q: &[i8], scales: &[f32], y: &mut [f32]) {
+        let gamma = self.gamma;
+        let finish = |token: usize, biased: &[i32], offset: i32, out: &mut [f32]| {
+            let scale = gamma * scales[token];
+            for (out, sum) in out.iter_mut().zip(biased) {
+                // Below 2^24 in magnitude (see `ModelConfig::validate`), so that the conversion is exact.
+                *out = (sum - offset) as f32 * scale;
+            }
+        };
+        self.product(Isa::detect(), q, scales.len(), y, finish);
+    }
+
+    fn product<T: Send>(
+        &self,
+        isa: Isa,
+        q: &[i8],
+        tokens: usize,
+        out: &mut [T],
+        finish: impl Fn(usize, &[i32], i32, &mut [T]) + Sync,
+    ) -> Isa {
+        assert_eq!(q.len(), tokens * self.in_dim, "activations");
+        assert_eq!(out.len(), tokens * self.out_dim, "outputs");
+        let offsets: Vec<i32> = q.chunks_exact(self.in_dim.max(1)).map(|q| q.iter().map(|v| *v as i32).sum()).collect();
+        let finish = Finish { finish, offsets };
+        if tokens == 1 {
+            kernel::dispatch(isa, MatVec { matrix: self, q, out, finish })
+        } else {
+            kernel::dispatch(isa, MatMul { isa, matrix: self, q, out, finish })
+        }
+    }
+}
+
+/// How biased sums become outputs: `finish(token, biased, offset, out)` for a run of rows.
+struct Finish<F> {
+    finish: F,
+    /// `Σ q` of every token, which the biased sums have too much
+    offsets: Vec<i32>,
+}
+
+/// Packed bytes that make a task of a matrix-vector product: enough to outweigh handing it out, and few enough that two threads
+/// of unequal speed end together.
+const TASK_BYTES: usize = 128 << 10;
+
+/// One token.
+struct MatVec<'a, T, F> {
+    matrix: &'a PackedTernary<'a>,
+    q: &'a [i8],
+    out: &'a mut [T],
+    finish: Finish<F>,
+}
+
+impl<T: Send, F: Fn(usize, &[i32], i32, &mut [T]) + Sync> WithPackedKernel for MatVec<'_, T, F> {
+    fn run<K: PackedKernel>(self, kernel: K) {
+        let MatVec { matrix, q, out, finish } = self;
+        let columns = matrix.packing.columns();
+        let mut padded = q.to_vec();
+        padded.resize(matrix.in_dim.next_multiple_of(columns), 0);
+        let panel_bytes = matrix.packing.panel_lines(matrix.in_dim) * size_of::<Line>();
+        let panels = (TASK_BYTES / panel_bytes.max(1)).max(1);
+        let items: Vec<_> = out.chunks_mut(panels * ROWS).enumerate().collect();
+        par::for_each(items, |(task, out)| {
+            let mut sums = [0; ROWS];
+            for (p, out) in out.chunks_mut(ROWS).enumerate() {
+                kernel.dot(matrix.packing, matrix.panel(task * panels + p), &padded, &mut sums);
+                (finish.finish)(0, &sums[..out.len()], finish.offsets[0], out);
+            }
+        });
+    }
+}
+
+/// Several tokens: every panel is unpacked once, into code lines that all tokens meet.
+struct MatMul<'a, T, F> {
+    isa: Isa,
+    matrix: &'a PackedTernary<'a>,
+    q: &'a [i8],
+    out: &'a mut [T],
+    finish: Finish<F>,
+}
+
+impl<T: Send, F: Fn(usize, &[i32], i32, &mut [T]) + Sync> WithPackedKernel for MatMul<'_, T, F> {
+    fn run<K: PackedKernel>(self, unpacker: K) {
+        let MatMul { isa, matrix, q, out, finish } = self;
+        let tokens = finish.offsets.len();
+        let (in_dim, out_dim) = (matrix.in_dim, matrix.out_dim);
+        if out_dim == 0 || tokens == 0 {
+            return;
+        }
+        let mut out = mat_mut(out, tokens, out_dim);
+        let items: Vec<_> = out.axis_chunks_iter_mut(ndarray::Axis(1), ROWS).enumerate().collect();
+        par::for_each(items, |(panel, mut out)| {
+            let mut lines = vec![Line([0; 64]); matrix.packing.code_lines(in_dim)];
+            unpacker.unpack(matrix.packing, matrix.panel(panel), &mut lines);
+            let lines = &lines[..in_dim.div_ceil(4) * LINES];
+            let emit = |token: usize, sums: &[i32; ROWS]| {
+                let mut out = out.row_mut(token);
+                let out = out.as_slice_mut().expect("rows of the output are contiguous");
+                (finish.finish)(token, &sums[..out.len()], finish.offsets[token], out);
+            };
+            super::kernel::dispatch(isa, PanelTokens { lines, q, in_dim, emit });
+        });
+    }
+}
+
+/// One unpacked panel with all tokens.
+struct PanelTokens<'a, E> {
+    lines: &'a [Line],
+    q: &'a [i8],
+    in_dim: usize,
+    emit: E,
+}
+
+impl<E: FnMut(usize, &[i32; ROWS])> WithKernel for PanelTokens<'_, E> {
+    fn run<K: super::kernel::Kernel>(mut self, kernel: K) {
+        let mut block: Block = [[0; ROWS]; TOKENS];
+        for (b, q) in self.q.chunks(TOKENS * self.in_dim).enumerate() {
+            kernel.block(self.lines, q, self.in_dim, &mut block);
+            for t in 0..q.len() / self.in_dim {
+                (self.emit)(b * TOKENS + t, &block[t]);
+            }
+        }
+    }
+}
+
+struct Unpack<'a> {
+    matrix: &'a PackedTernary<'a>,
+    panel: usize,
+    lines: &'a mut [Line],
+}
+
+impl WithPackedKernel for Unpack<'_> {
+    fn run<K: PackedKernel>(self, kernel: K) {
+        kernel.unpack(self.matrix.packing, self.matrix.panel(self.panel), self.lines);
+    }
+}

@@ -1,0 +1,146 @@
+use proptest::prelude::*;
+
+use super::*;
+use crate::ternary::tests::{Lcg, definition, levels, matrix};
+
+/// A matrix of the given codes, packed, and what it unpacks to.
+fn packed(codes: &[i8], out: usize, input: usize, packing: Packing) -> (TernaryMatrix, Vec<Line>) {
+    let m = matrix(codes, out, input);
+    let lines = pack(&m, packing);
+    (m, lines)
+}
+
+fn view<'a>(m: &TernaryMatrix, packing: Packing, lines: &'a [Line]) -> PackedTernary<'a> {
+    PackedTernary::new(packing, m.out_dim(), m.in_dim(), m.gamma(), lines).unwrap()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+    #[test]
+    fn round_trips_and_every_isa_gives_the_same_integers(
+        tokens in 0usize..9,
+        out in 1usize..150,
+        input in prop_oneof![1usize..45, 238usize..262, 500usize..520],
+        seed in any::<u64>(),
+    ) {
+        let mut rng = Lcg(seed);
+        let codes: Vec<i8> = (0..out * input).map(|_| (rng.next() % 3) as i8 - 1).collect();
+        let q: Vec<i8> = (0..tokens * input).map(|_| rng.next() as i8).collect();
+        let want = definition(&codes, &q, out, input);
+        for packing in Packing::ALL {
+            let (m, lines) = packed(&codes, out, input, packing);
+            let view = view(&m, packing, &lines);
+            let mut read = vec![2; out * input];
+            for (panel, rows) in read.chunks_mut(ROWS * input).enumerate() {
+                view.panel_codes(panel, rows);
+            }
+            prop_assert_eq!(&read, &codes, "{:?}", packing);
+            for isa in levels() {
+                let mut got = vec![i32::MIN; tokens * out];
+                prop_assert_eq!(view.sums_with(isa, &q, tokens, &mut got), isa);
+                prop_assert!(got == want, "{:?} {:?}", packing, isa);
+            }
+        }
+    }
+
+    /// Bytes that no packer wrote: every ISA still agrees, nothing is read out of bounds.
+    #[test]
+    fn any_bytes_mean_the_same_everywhere(
+        out in 1usize..130,
+        input in 1usize..90,
+        seed in any::<u64>(),
+    ) {
+        let mut rng = Lcg(seed);
+        for packing in Packing::ALL {
+            let lines: Vec<Line> = (0..packing.bytes(out, input).unwrap() / 64)
+                .map(|_| Line([(); 64].map(|()| rng.next() as u8)))
+                .collect();
+            let view = PackedTernary::new(packing, out, input, 1.0, &lines).unwrap();
+            let q: Vec<i8> = (0..3 * input).map(|_| rng.next() as i8).collect();
+            for tokens in [1, 3] {
+                let mut want = vec![0; tokens * out];
+                view.sums_with(Isa::Portable, &q[..tokens * input], tokens, &mut want);
+                for isa in levels() {
+                    let mut got = vec![i32::MIN; tokens * out];
+                    view.sums_with(isa, &q[..tokens * input], tokens, &mut got);
+                    prop_assert!(got == want, "{:?} {:?}", packing, isa);
+                }
+            }
+        }
+    }
+}
+
+/// Nothing saturates or wraps, at the longest rows that a config allows.
+#[test]
+fn extremes_are_exact() {
+    for input in [240, 256, 260, 8192, 65_536, 65_540, 132_104] {
+        for (code, q) in [(1, 127), (1, -128), (-1, 127), (-1, -128)] {
+            for packing in Packing::ALL {
+                let (m, lines) = packed(&vec![code; 2 * input], 2, input, packing);
+                for tokens in [1, 7] {
+                    let q = vec![q; tokens * input];
+                    for isa in levels() {
+                        let mut got = vec![0; 2 * tokens];
+                        view(&m, packing, &lines).sums_with(isa, &q, tokens, &mut got);
+                        let want = vec![code as i32 * q[0] as i32 * input as i32; 2 * tokens];
+                        assert!(got == want, "{packing:?} {isa:?} {input}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn threads_change_nothing_and_training_computes_the_same() {
+    let (out, input) = (1300, 400);
+    let mut rng = Lcg(7);
+    let w: Vec<f32> = (0..out * input).map(|_| rng.unit()).collect();
+    let m = TernaryMatrix::from_weights(&w, out, input);
+    for tokens in [1, 5] {
+        let q: Vec<i8> = (0..tokens * input).map(|_| rng.next() as i8).collect();
+        let scales: Vec<f32> = (0..tokens).map(|t| 0.01 + t as f32 * 1e-3).collect();
+        let mut want = vec![0.0; tokens * out];
+        m.forward(&q, &scales, tokens, &mut want);
+        for packing in Packing::ALL {
+            let lines = pack(&m, packing);
+            for threads in [1, 3] {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                let mut y = vec![0.0; tokens * out];
+                pool.install(|| view(&m, packing, &lines).forward(&q, &scales, &mut y));
+                assert!(y == want, "{packing:?} {tokens} tokens, {threads} threads");
+            }
+        }
+    }
+}
+
+/// The bytes of the specification, for a matrix of 2 rows and 5 columns.
+#[test]
+fn golden_bytes() {
+    let codes = [1, 0, -1, 1, -1, /**/ 0, 0, 1, -1, 1];
+    let (m, i2) = packed(&codes, 2, 5, Packing::I2);
+    // Line 0: columns 0..4 of rows 0 and 1 in bits 0 and 1; line 1: column 4.
+    assert_eq!(i2.len(), 2);
+    assert_eq!(i2[0].0[..9], [2, 1, 0, 2, 1, 1, 2, 0, 0]);
+    assert_eq!(i2[1].0[..9], [0, 0, 0, 0, 2, 0, 0, 0, 0]);
+    let t5 = pack(&m, Packing::T5);
+    // Four lines of 16 rows; byte 4 r + c has columns c, c + 4, ..: its second trit is column 4 where c is 0.
+    assert_eq!(t5.len(), 4);
+    assert_eq!(t5[0].0[..9], [2, 1, 0, 2, 1 + 3 * 2, 1, 2, 0, 0]);
+    assert!(t5[1..].iter().all(|l| l.0 == [0; 64]));
+    // Row 16 has its own line in T5, and bits 2 and 3 in I2.
+    let mut codes = [-1; 17];
+    codes[16] = 1;
+    assert_eq!(packed(&codes, 17, 1, Packing::I2).1[0].0[0], 2 << 2);
+    assert_eq!(packed(&codes, 17, 1, Packing::T5).1[1].0[0], 2);
+}
+
+#[test]
+fn a_wrong_length_is_refused() {
+    let lines = [Line([0; 64]); 3];
+    for packing in Packing::ALL {
+        assert!(PackedTernary::new(packing, 64, 20, 1.0, &lines).is_none());
+    }
+    assert!(PackedTernary::new(Packing::I2, 64, 12, 1.0, &lines).is_some());
+    assert_eq!(Packing::I2.bytes(usize::MAX, usize::MAX), None);
+}
