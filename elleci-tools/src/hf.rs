@@ -24,9 +24,32 @@ pub const TOKENIZER: &str = "tokenizer.json";
 /// # Errors
 /// A file that is missing or not JSON, another `model_type`, and the first field that is missing or does not fit.
 pub fn read_config(dir: &Path) -> anyhow::Result<ModelConfig> {
-    let path = dir.join(CONFIG);
+    read_config_file(&dir.join(CONFIG))
+}
+
+/// Whether there is a `config.json`.
+pub fn has_config(dir: &Path) -> bool {
+    dir.join(CONFIG).is_file()
+}
+
+/// Whether a directory has the files of a folder, complete or not.
+pub fn is_folder(dir: &Path) -> bool {
+    [WEIGHTS, INDEX, CONFIG].iter().any(|name| dir.join(name).is_file())
+}
+
+/// Whether a file of this name belongs to a folder that [`write`] or `elleci-data tokenizer` wrote.
+pub fn is_own_file(name: &str) -> bool {
+    let shard = name.starts_with("model-") && name.ends_with(".safetensors");
+    shard || [WEIGHTS, INDEX, CONFIG, TOKENIZER, "tokenizer.config.json"].contains(&name)
+}
+
+/// Reads a file with the contents of `config.json`.
+///
+/// # Errors
+/// As [`read_config`].
+pub fn read_config_file(path: &Path) -> anyhow::Result<ModelConfig> {
     let at = || path.display().to_string();
-    let text = fs::read_to_string(&path).with_context(at)?;
+    let text = fs::read_to_string(path).with_context(at)?;
     let value: Value = serde_json::from_str(&text).context("not JSON").with_context(at)?;
     let Value::Object(all) = value else { bail!("{}: must be a JSON object", at()) };
     match all.get("model_type") {
@@ -83,7 +106,10 @@ pub fn read_weights(dir: &Path, params: &mut Params) -> anyhow::Result<()> {
 }
 
 /// The one file, or all shards that the index names.
-fn weight_files(dir: &Path) -> anyhow::Result<Vec<TensorFile>> {
+///
+/// # Errors
+/// A file that is missing or damaged, or does not hold what the index says.
+pub fn weight_files(dir: &Path) -> anyhow::Result<Vec<TensorFile>> {
     let single = dir.join(WEIGHTS);
     if single.is_file() {
         return Ok(vec![TensorFile::open(&single)?]);
