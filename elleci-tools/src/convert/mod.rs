@@ -54,11 +54,12 @@ fn convert(args: &ConvertArgs) -> anyhow::Result<()> {
     let note = if args.packs() { None } else { source.lossy_note() };
     let model = source.model()?;
     eprintln!("{}: {}", from.display(), source.title());
-    let written = device.install(|| target.write(&source, &model, &job))?;
     let scores = match &args.text {
         Some(text) => Some(device.install(|| score::dense_choices(&source, &model, text, args.text_tokens, &job))?),
         None => None,
     };
+    // Last: what is stopped before leaves nothing.
+    let written = device.install(|| target.write(&source, &model, &job))?;
     job.finish();
     let report = json!({
         "source": from, "source_form": source.form.name(), "destination": to, "destination_form": target.form(),
