@@ -5,6 +5,7 @@ use std::io::Cursor;
 use std::ops::Range;
 
 use anyhow::{Context, bail, ensure};
+use zip::read::{ArchiveOffset, Config};
 use zip::{CompressionMethod, ZipArchive};
 
 use super::pickle::{Machine, Node, Value};
@@ -65,7 +66,11 @@ impl Container {
     /// The records of a zip archive. None may be compressed or overlap another: a file then never stands for more bytes than it
     /// has.
     pub fn zip(bytes: &[u8]) -> anyhow::Result<Container> {
-        let mut archive = ZipArchive::new(Cursor::new(bytes)).context("damaged or truncated zip archive")?;
+        // The archive starts where the file starts. To look for it elsewhere, as is the default, takes some sound files for damaged
+        // (zip 9.8.1: those that torch saved under a name of 21 characters).
+        let config = Config { archive_offset: ArchiveOffset::Known(0) };
+        let archive = ZipArchive::with_config(config, Cursor::new(bytes));
+        let mut archive = archive.context("damaged or truncated zip archive")?;
         ensure!(
             !archive.file_names_raw().any(|n| n.ends_with(b"/constants.pkl")),
             "a TorchScript archive, which holds a program; save torch.save(model.state_dict(), path) instead"

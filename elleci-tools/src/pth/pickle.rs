@@ -153,15 +153,21 @@ impl<'a> Machine<'a> {
                 let version = self.number(1)?;
                 ensure!((2..=5).contains(&version), "protocol {version}; 2 to 5 can be read");
             }
-            0x95 => drop(self.take(8)?),
+            0x95 => {
+                self.take(8)?;
+            }
             b'.' => {
                 let value = self.pop()?;
                 ensure!(self.stack.is_empty() && self.marks.is_empty(), "STOP with values left on the stack");
                 return Ok(Some(value));
             }
             b'(' => self.marks.push(self.stack.len()),
-            b'0' => drop(self.pop()?),
-            b'1' => drop(self.pop_mark()?),
+            b'0' => {
+                self.pop()?;
+            }
+            b'1' => {
+                self.pop_mark()?;
+            }
             b'2' => {
                 let top = self.top()?.clone();
                 self.stack.push(top);

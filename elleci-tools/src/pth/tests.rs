@@ -41,7 +41,7 @@ fn expected_values(value: &Value) -> Vec<f32> {
 #[test]
 fn files_that_torch_wrote() {
     let all: BTreeMap<String, BTreeMap<String, Value>> = serde_json::from_slice(&fixture("expected.json")).unwrap();
-    assert_eq!(all.len(), 11);
+    assert_eq!(all.len(), 12);
     for (name, tensors) in all {
         let bytes = fixture(&name);
         let file = open(&bytes).unwrap_or_else(|e| panic!("{name}: {e}"));
