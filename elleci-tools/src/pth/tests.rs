@@ -204,7 +204,7 @@ fn hostile_pickles_are_refused() {
     // Each dictionary holds the one before twice: 2^40 ways to the innermost.
     let mut laughs = b"}q\x00".to_vec();
     for level in 1..40u8 {
-        laughs.extend([b"}(U\x01ah", &[level - 1][..], b"U\x01bh", &[level - 1], b"uq", &[level]].concat());
+        laughs.extend([b"0}(U\x01ah", &[level - 1][..], b"U\x01bh", &[level - 1], b"uq", &[level]].concat());
     }
     let laughs = [laughs, b".".to_vec()].concat();
     // One list of many pairs, made into a dictionary again and again.
@@ -263,7 +263,7 @@ fn hostile_pickles_are_refused() {
     // Shallow, but wide: each level holds the one before a thousand times.
     let mut wide = b"]q\x00".to_vec();
     for level in 1..10u8 {
-        wide.extend([&b"]("[..], &[b'h', level - 1].repeat(1000), b"eq", &[level]].concat());
+        wide.extend([&b"0]("[..], &[b'h', level - 1].repeat(1000), b"eq", &[level]].concat());
     }
     let message = refusal(&pickle(&[wide, b".".to_vec()].concat()));
     assert!(message.contains("too often"), "{message}");
