@@ -11,6 +11,7 @@ extern crate alloc;
 
 pub mod archive;
 pub mod config;
+pub mod inference;
 pub mod init;
 pub mod layers;
 pub mod memory;
@@ -19,6 +20,5 @@ pub mod ops;
 pub mod optim;
 pub mod par;
 pub mod params;
-pub mod session;
 pub mod simd;
 pub mod ternary;

@@ -264,10 +264,6 @@ impl Model {
         self.ternary[id.0].as_ref()
     }
 
-    pub(crate) fn ternary_forms(&self) -> &[Option<TernaryMatrix>] {
-        &self.ternary
-    }
-
     /// Changes the weights and derives their ternary forms again.
     pub fn update<R>(&mut self, change: impl FnOnce(&mut Params) -> R) -> R {
         let result = change(&mut self.params);

@@ -3,7 +3,7 @@
 use alloc::vec;
 use alloc::vec::Vec;
 
-use super::{Context, Scratch, StepRow};
+use super::{Context, Scratch};
 use crate::config::ModelConfig;
 use crate::ops::matmul::Out;
 use crate::ops::norm::{QuantizedRows, rmsnorm_backward_product, rmsnorm_quantize};
@@ -35,7 +35,7 @@ impl FfnSaved {
 
 /// `relu(gate)² ⊙ up`
 #[inline(always)]
-fn activate(gate: &[f32], up: &[f32], out: &mut [f32]) {
+pub(crate) fn activate(gate: &[f32], up: &[f32], out: &mut [f32]) {
     for ((o, &g), &u) in out.iter_mut().zip(gate).zip(up) {
         let r = if g > 0.0 { g } else { 0.0 };
         *o = r * r * u;
@@ -97,25 +97,4 @@ pub fn backward(
     ctx.projection(ids.up).input_grad(dup, tokens, normed, Out::Add, expand);
     weight_grad(dgate, &n.codes, &n.scales, tokens, f, d, &mut grads[ids.gate], Out::Add, expand);
     weight_grad(dup, &n.codes, &n.scales, tokens, f, d, &mut grads[ids.up], Out::Add, expand);
-}
-
-/// One token: `y` `[d_model]` from the norm's row.
-pub fn step(ctx: &Context, ids: &FfnIds, n: &QuantizedRows, row: &mut StepRow, y: &mut [f32]) {
-    let f = ctx.config.ffn_hidden;
-    let (gate, up) = row.wide.split_at_mut(f);
-    let up = &mut up[..f];
-    ctx.project(ids.gate, n, gate);
-    ctx.project(ids.up, n, up);
-    let (gate, up): (&[f32], &[f32]) = (gate, up);
-    let (gain, eps) = (&ctx.params[ids.sub_norm], ctx.config.norm_eps);
-    row.quantized.resize(1, f);
-    rmsnorm_quantize(
-        #[inline(always)]
-        |_, x| activate(gate, up, x),
-        gain,
-        eps,
-        &mut row.quantized,
-        None,
-    );
-    ctx.project(ids.down, &row.quantized, y);
 }

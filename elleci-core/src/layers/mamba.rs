@@ -3,13 +3,13 @@
 use alloc::vec;
 use alloc::vec::Vec;
 
-use super::{Context, Scratch, StepRow, copy_columns};
+use super::{Context, Scratch, copy_columns};
 use crate::config::ModelConfig;
 use crate::ops::activation::{exp, sigmoid, silu, silu_grad, softplus};
-use crate::ops::conv::{ConvShape, conv_silu_backward, conv_silu_forward, conv_silu_step};
+use crate::ops::conv::{ConvShape, conv_silu_backward, conv_silu_forward};
 use crate::ops::matmul::{Out, mat, mat_mut, matmul};
 use crate::ops::norm::{QuantizedRows, rmsnorm, rmsnorm_backward_product, rmsnorm_quantize};
-use crate::ops::ssd::{SsdShape, ssd_backward, ssd_forward, ssd_step};
+use crate::ops::ssd::{SsdShape, ssd_backward, ssd_forward};
 use crate::params::{MambaIds, Params};
 use crate::ternary::weight_grad;
 
@@ -252,60 +252,4 @@ pub fn backward(
     let mut rstd = vec![0.0f32; tokens];
     rmsnorm(x, norm_gain, c.norm_eps, normed, &mut rstd);
     matmul(dbcdt.reversed_axes(), mat(normed, tokens, d), mat_mut(&mut grads[ids.bcdt], bc + heads, d), Out::Add);
-}
-
-/// What decoding keeps of the past, for one layer.
-#[derive(Clone, Debug)]
-pub struct MambaState {
-    /// The state of the scan, in the layout of [`ssd_step`]
-    scan: Vec<f32>,
-    /// The last `d_conv - 1` inputs of the convolution, oldest first
-    conv: Vec<f32>,
-}
-
-impl MambaState {
-    /// The state before the first token.
-    pub fn new(c: &ModelConfig) -> MambaState {
-        MambaState { scan: vec![0.0; c.d_inner * c.d_state], conv: vec![0.0; (c.d_conv - 1) * c.conv_channels()] }
-    }
-}
-
-/// One token: `y` `[d_model]` from the norm's row, quantised (`n`) and float (`normed`).
-pub fn step(
-    ctx: &Context,
-    ids: &MambaIds,
-    n: &QuantizedRows,
-    normed: &[f32],
-    state: &mut MambaState,
-    row: &mut StepRow,
-    y: &mut [f32],
-) {
-    let c = ctx.config;
-    let (di, heads, channels, bc) = (c.d_inner, c.mamba_heads(), c.conv_channels(), 2 * c.d_state);
-    // wide: z, then the convolution's input [x | B | C] with dt behind it: x stands where the projection puts it
-    let (zx, rest) = row.wide.split_at_mut(2 * di);
-    ctx.project(ids.input, n, zx);
-    let (z, x) = zx.split_at(di);
-    let (bcdt, _) = rest.split_at_mut(bc + heads);
-    let weight = mat(&ctx.params[ids.bcdt], bc + heads, c.d_model);
-    matmul(weight, mat(normed, c.d_model, 1), mat_mut(bcdt, bc + heads, 1), Out::Store);
-    let mut input = vec![0.0f32; channels];
-    input[..di].copy_from_slice(x);
-    input[di..].copy_from_slice(&bcdt[..bc]);
-    let xbc = &mut row.narrow[..channels];
-    conv_silu_step(&mut state.conv, &input, &ctx.params[ids.conv_weight], &ctx.params[ids.conv_bias], xbc);
-    let dt: Vec<f32> = bcdt[bc..].iter().zip(&ctx.params[ids.dt_bias]).map(|(r, b)| softplus(r + b)).collect();
-    let a = decay_rates(&ctx.params[ids.a_log]);
-    let scan = &mut input[..di];
-    ssd_step(ssd_shape(c, 1, 1), xbc, &dt, &a, &ctx.params[ids.d], &mut state.scan, scan);
-    row.quantized.resize(1, di);
-    rmsnorm_quantize(
-        #[inline(always)]
-        |_, u| gate(scan, z, u),
-        &ctx.params[ids.gate_norm],
-        c.norm_eps,
-        &mut row.quantized,
-        None,
-    );
-    ctx.project(ids.out, &row.quantized, y);
 }

@@ -3,9 +3,8 @@
 use alloc::vec;
 use alloc::vec::Vec;
 
-use super::{Context, Scratch, StepRow, copy_columns};
+use super::{Context, Scratch, copy_columns};
 use crate::config::ModelConfig;
-use crate::ops::activation::exp;
 use crate::ops::attention::{AttentionGrad, AttentionInput, AttentionShape, attention_backward, attention_forward};
 use crate::ops::matmul::Out;
 use crate::ops::norm::{QuantizedRows, rmsnorm_backward, rmsnorm_quantize};
@@ -207,110 +206,4 @@ fn sum_heads(ctx: &Context, shares: &[f32], dckr: &mut [f32]) {
             }
         }
     });
-}
-
-/// What decoding keeps of the past, for one layer: per token the int8 latent that `kv_up` reads, with its scale, and
-/// the rotated shared key.
-#[derive(Clone, Debug)]
-pub struct MlaCache {
-    /// `[len, kv_rank]`
-    codes: Vec<i8>,
-    /// `[len]`
-    scales: Vec<f32>,
-    /// `[len, d_rope]`
-    keys: Vec<f32>,
-    /// `γ·W₃` of `kv_up`, `[heads * (d_nope + d_v), kv_rank]`: absorbed attention multiplies by it from both sides
-    kv_up: Vec<f32>,
-}
-
-impl MlaCache {
-    /// An empty cache for a layer of a model.
-    pub fn new(ctx: &Context, ids: &MlaIds) -> MlaCache {
-        let matrix = ctx.projection(ids.kv_up);
-        let elements = (0..matrix.out_dim()).flat_map(|row| (0..matrix.in_dim()).map(move |col| (row, col)));
-        let kv_up = elements.map(|(row, col)| matrix.gamma() * matrix.code(row, col) as f32).collect();
-        MlaCache { codes: Vec::new(), scales: Vec::new(), keys: Vec::new(), kv_up }
-    }
-
-    /// Tokens in the cache.
-    pub fn len(&self) -> usize {
-        self.scales.len()
-    }
-
-    /// Whether nothing has been decoded.
-    pub fn is_empty(&self) -> bool {
-        self.scales.is_empty()
-    }
-}
-
-/// One token at position `cache.len()`: `y` `[d_model]` from the norm's row.
-///
-/// `kv_up` is absorbed: a head's query goes through `W₃ᵀ` once, and meets the cached latents themselves; the
-/// probabilities weigh the latents, and their sum goes through the value rows once.
-pub fn step(ctx: &Context, ids: &MlaIds, n: &QuantizedRows, cache: &mut MlaCache, row: &mut StepRow, y: &mut [f32]) {
-    let c = ctx.config;
-    let (rank, qk, dn, dv) = (c.kv_rank, c.d_qk(), c.d_nope, c.d_v);
-    let pos = cache.len();
-    let (q, ckr) = row.wide.split_at_mut(c.n_heads * qk);
-    let ckr = &mut ckr[..rank + c.d_rope];
-    ctx.project(ids.q, n, q);
-    ctx.project(ids.kv_down, n, ckr);
-    ctx.rope.rotate(&mut ckr[rank..], pos);
-    row.quantized.resize(1, rank);
-    let gain = &ctx.params[ids.kv_norm];
-    rmsnorm_quantize(
-        #[inline(always)]
-        |_, x| x.copy_from_slice(&ckr[..rank]),
-        gain,
-        c.norm_eps,
-        &mut row.quantized,
-        None,
-    );
-    cache.codes.extend_from_slice(&row.quantized.codes);
-    cache.scales.push(row.quantized.scales[0]);
-    cache.keys.extend_from_slice(&ckr[rank..]);
-
-    let o = &mut row.narrow[..c.n_heads * dv];
-    let scale = 1.0 / libm::sqrtf(qk as f32);
-    let mut absorbed = vec![0.0f32; rank];
-    let mut scores = vec![0.0f32; pos + 1];
-    for (h, (q, o)) in q.chunks_exact_mut(qk).zip(o.chunks_exact_mut(dv)).enumerate() {
-        let up = &cache.kv_up[h * (dn + dv) * rank..(h + 1) * (dn + dv) * rank];
-        ctx.rope.rotate(&mut q[dn..], pos);
-        absorbed.fill(0.0);
-        for (&q, up) in q[..dn].iter().zip(up.chunks_exact(rank)) {
-            rows::add_scaled(&mut absorbed, q, up);
-        }
-        for (t, score) in scores.iter_mut().enumerate() {
-            let codes = &cache.codes[t * rank..(t + 1) * rank];
-            let latent: f32 = absorbed.iter().zip(codes).map(|(a, &k)| a * k as f32).sum();
-            let key = &cache.keys[t * c.d_rope..(t + 1) * c.d_rope];
-            *score = (latent * cache.scales[t] + rows::dot(&q[dn..], key)) * scale;
-        }
-        let max = rows::max(&scores);
-        scores.iter_mut().for_each(|s| *s = exp(*s - max));
-        let inverse = 1.0 / rows::sum(&scores);
-        absorbed.fill(0.0);
-        for (t, &score) in scores.iter().enumerate() {
-            let p = score * inverse * cache.scales[t];
-            let codes = &cache.codes[t * rank..(t + 1) * rank];
-            for (a, &k) in absorbed.iter_mut().zip(codes) {
-                *a += p * k as f32;
-            }
-        }
-        for (o, up) in o.iter_mut().zip(up[dn * rank..].chunks_exact(rank)) {
-            *o = rows::dot(&absorbed, up);
-        }
-    }
-    row.quantized.resize(1, c.n_heads * dv);
-    let gain = &ctx.params[ids.out_norm];
-    rmsnorm_quantize(
-        #[inline(always)]
-        |_, x| x.copy_from_slice(o),
-        gain,
-        c.norm_eps,
-        &mut row.quantized,
-        None,
-    );
-    ctx.project(ids.out, &row.quantized, y);
 }

@@ -132,21 +132,3 @@ pub(crate) fn copy_columns(
         }
     });
 }
-
-/// Buffers of a one-token step, shared by all layers.
-#[derive(Debug)]
-pub struct StepRow {
-    /// The widest pair of activations of any layer
-    pub(crate) wide: Vec<f32>,
-    pub(crate) narrow: Vec<f32>,
-    pub(crate) quantized: QuantizedRows,
-}
-
-impl StepRow {
-    /// Buffers for one token.
-    pub fn new(c: &ModelConfig) -> StepRow {
-        let [d, a, b, cc, e] = Scratch::widths(c);
-        let wide = (2 * c.ffn_hidden).max(a + b);
-        StepRow { wide: vec![0.0; wide], narrow: vec![0.0; d.max(cc).max(e)], quantized: QuantizedRows::default() }
-    }
-}

@@ -19,12 +19,25 @@ impl RopeTable {
         table
     }
 
+    /// The table whose row i has the rotation of the i-th of any positions: [`RopeTable::rotate`] then takes i.
+    pub fn of_positions(d: usize, base: f32, positions: impl IntoIterator<Item = usize>) -> RopeTable {
+        let mut table = RopeTable { half: d / 2, cos: Vec::new(), sin: Vec::new() };
+        table.push(base, positions);
+        table
+    }
+
     /// Makes room for positions below `len`.
     pub fn extend(&mut self, base: f32, len: usize) {
+        self.push(base, self.len()..len);
+    }
+
+    fn push(&mut self, base: f32, positions: impl IntoIterator<Item = usize>) {
         let d = (2 * self.half) as f64;
-        for pos in self.len()..len {
-            for j in 0..self.half {
-                let angle = pos as f64 * libm::pow(base as f64, -2.0 * j as f64 / d);
+        let frequency = |j: usize| libm::pow(base as f64, -2.0 * j as f64 / d);
+        let frequencies: Vec<f64> = (0..self.half).map(frequency).collect();
+        for pos in positions {
+            for frequency in &frequencies {
+                let angle = pos as f64 * frequency;
                 self.cos.push(libm::cos(angle) as f32);
                 self.sin.push(libm::sin(angle) as f32);
             }

@@ -1,12 +1,14 @@
 //! The loop's view of a device: where weights, gradients and optimizer states live, and who computes on them.
 
+use elleci_core::archive::{Archive, DenseFormat, PackOptions, to_bytes};
+use elleci_core::inference::Session;
 use elleci_core::model::{Batch, Checkpointing, Model, Workspace};
 use elleci_core::optim::norm::global_norm;
 use elleci_core::optim::schedule::depth_of;
 use elleci_core::optim::swa::Swa;
 use elleci_core::optim::{AdamW, AdamWConfig, StateData, StatePrecision, StateType, StepRates};
 use elleci_core::params::{Id, Params};
-use elleci_core::session::Session;
+use elleci_core::ternary::packed::Packing;
 use safetensors::Dtype;
 
 use super::plan::Rates;
@@ -218,14 +220,16 @@ impl Backend for CpuBackend {
     }
 
     fn sample(&mut self, prompt: &[u32], pick: &mut dyn FnMut(&[f32]) -> Option<u32>) -> anyhow::Result<()> {
-        let Some((&last, first)) = prompt.split_last() else { return Ok(()) };
-        let mut session = Session::new(&self.model);
-        for &token in first {
-            session.step(&self.model, token)?;
+        if prompt.is_empty() {
+            return Ok(());
         }
-        let mut next = Some(last);
+        // Samples come from what deployment would run, in full precision where that has a choice.
+        let options = PackOptions { packing: Packing::I2, dense: DenseFormat::F32 };
+        let archive = Archive::open(to_bytes(self.model.config(), self.model.params(), None, options)?)?;
+        let mut session = Session::new(archive.model())?;
+        let mut next = pick(session.extend(archive.model(), prompt)?);
         while let Some(token) = next {
-            next = pick(session.step(&self.model, token)?);
+            next = pick(session.extend(archive.model(), &[token])?);
         }
         Ok(())
     }

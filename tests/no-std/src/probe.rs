@@ -4,12 +4,13 @@
 use alloc::vec;
 use alloc::vec::Vec;
 
+use elleci_core::archive::{Archive, PackOptions, to_bytes};
 use elleci_core::config::ModelConfig;
+use elleci_core::inference::Session;
 use elleci_core::init::initialise;
 use elleci_core::model::{Batch, Checkpointing, Model, Workspace};
 use elleci_core::optim::{AdamW, AdamWConfig, StatePrecision, StepRates};
 use elleci_core::params::Params;
-use elleci_core::session::Session;
 
 /// What the two builds are compared by.
 #[repr(C)]
@@ -79,10 +80,12 @@ pub fn run() -> Probe {
         model.update(|params| adamw.step(params, &grads, &rates));
     }
     let after = model.loss(&mut ws, &batch).expect("the batch fits") * mean;
-    let mut session = Session::new(&model);
+    let bytes = to_bytes(&config, model.params(), None, PackOptions::default()).expect("the config is valid");
+    let archive = Archive::open(bytes).expect("it was just made");
+    let mut session = Session::new(archive.model()).expect("it is small");
     let mut decoded = f64::NEG_INFINITY;
     for &token in &tokens[..seq] {
-        let logits = session.step(&model, token).expect("the token is in the vocabulary");
+        let logits = session.extend(archive.model(), &[token]).expect("the token is in the vocabulary");
         decoded = logits.iter().fold(decoded, |m, &x| m.max(f64::from(x)));
     }
     Probe { codes, before, after, decoded }

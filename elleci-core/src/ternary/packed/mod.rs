@@ -169,13 +169,31 @@ impl<'a> PackedTernary<'a> {
     pub fn panel_codes(&self, panel: usize, codes: &mut [i8]) {
         let mut lines = vec![Line([0; 64]); self.packing.code_lines(self.in_dim)];
         kernel::dispatch(Isa::detect(), Unpack { matrix: self, panel, lines: &mut lines });
-        for r in 0..ROWS.min(self.out_dim - panel * ROWS) {
-            let row = &mut codes[r * self.in_dim..(r + 1) * self.in_dim];
-            for (group, row) in lines.chunks(LINES).zip(row.chunks_mut(4)) {
-                for (code, byte) in row.iter_mut().zip(&group[r / 16].0[r % 16 * 4..]) {
-                    *code = *byte as i8 - 1;
-                }
+        for (r, row) in codes.chunks_exact_mut(self.in_dim).take(ROWS.min(self.out_dim - panel * ROWS)).enumerate() {
+            let (words, tail) = row.as_chunks_mut::<4>();
+            let group = |g: usize| lines[g * LINES + r / 16].0.as_chunks::<4>().0[r % 16];
+            for (g, word) in words.iter_mut().enumerate() {
+                *word = group(g).map(|code| code as i8 - 1);
             }
+            let last = words.len();
+            tail.iter_mut().enumerate().for_each(|(c, code)| *code = group(last)[c] as i8 - 1);
+        }
+    }
+
+    /// The codes of any rows, as [`PackedTernary::panel_codes`] gives them: `codes` `[rows.len(), in]`.
+    ///
+    /// # Panics
+    /// When `rows` is out of range or `codes` is shorter.
+    pub fn row_codes(&self, rows: core::ops::Range<usize>, codes: &mut [i8]) {
+        let mut all = vec![0; ROWS * self.in_dim];
+        let mut row = rows.start;
+        while row < rows.end {
+            let (panel, first) = (row / ROWS, row % ROWS);
+            let n = (ROWS - first).min(rows.end - row);
+            self.panel_codes(panel, &mut all);
+            let to = (row - rows.start) * self.in_dim;
+            codes[to..to + n * self.in_dim].copy_from_slice(&all[first * self.in_dim..(first + n) * self.in_dim]);
+            row += n;
         }
     }
 

@@ -1,0 +1,312 @@
+//! One pass of rows through the model, whatever sequences they belong to.
+
+use alloc::vec;
+use alloc::vec::Vec;
+
+use super::session::LayerState;
+use super::{InferenceError, Session, attention, mamba};
+use crate::archive::PackedModel;
+use crate::layers::ffn::activate;
+use crate::ops::norm::{QuantizedRows, rmsnorm, rmsnorm_quantize};
+use crate::ops::rope::RopeTable;
+use crate::ops::rows::rows_per_task;
+use crate::ops::ssd::SsdScratch;
+use crate::par;
+use crate::params::{FfnIds, Id, MixerIds};
+
+/// Rows of a pass at most: working memory is bounded, however long a prompt is. A sequence is cut into runs of this many tokens
+/// from the start of a call, so that the cut, and with it the bits, do not depend on the company.
+pub(super) const ROWS: usize = 256;
+
+/// Tokens for one session.
+#[derive(Debug)]
+pub struct Feed<'a> {
+    /// The sequence.
+    pub session: &'a mut Session,
+    /// What comes next in it.
+    pub tokens: &'a [u32],
+}
+
+/// Working memory for advancing sessions, one or several at once. It holds no state between calls.
+#[derive(Debug, Default)]
+pub struct Batch {
+    pub(super) scratch: Scratch,
+    logits: Vec<f32>,
+}
+
+/// Activations of a pass, `[rows, ..]` each, kept for the next.
+#[derive(Debug, Default)]
+pub(super) struct Scratch {
+    /// Residual stream, output of a block, output of a norm: `[rows, d_model]`
+    h: Vec<f32>,
+    pub y: Vec<f32>,
+    pub normed: Vec<f32>,
+    pub norm: QuantizedRows,
+    pub quantized: QuantizedRows,
+    /// The widest activations of mixers and feed-forward
+    pub a: Vec<f32>,
+    pub b: Vec<f32>,
+    pub c: Vec<f32>,
+    pub d: Vec<f32>,
+    pub ssd: Vec<SsdScratch>,
+}
+
+/// Rows `row .. row + len` of a pass: a run of tokens of one feed.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Segment {
+    pub feed: usize,
+    /// First token of the run, counted from the start of the feed
+    start: usize,
+    pub row: usize,
+    pub len: usize,
+}
+
+/// `buffer` with at least `len` elements, as a slice of `len`.
+pub(super) fn grown(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
+    if buffer.len() < len {
+        buffer.resize(len, 0.0);
+    }
+    &mut buffer[..len]
+}
+
+impl Batch {
+    /// Empty; memory is taken as it is needed.
+    pub fn new() -> Batch {
+        Batch::default()
+    }
+
+    /// The logits of the last call to [`Batch::extend`], `[feeds, vocab_size]`.
+    pub fn logits(&self) -> &[f32] {
+        &self.logits
+    }
+
+    /// Advances every session by its tokens; returns the logits `[feeds, vocab_size]` after the last of each.
+    ///
+    /// # Errors
+    /// A token that is not in the vocabulary, a feed without tokens, a session of another model. All sessions are unchanged.
+    pub fn extend(&mut self, model: PackedModel<'_>, feeds: &mut [Feed<'_>]) -> Result<&[f32], InferenceError> {
+        let vocab = model.config().vocab_size;
+        let mut logits = core::mem::take(&mut self.logits);
+        logits.resize(feeds.len() * vocab, 0.0);
+        let done = self.run(model, feeds, false, &mut |feed, _, row| {
+            logits[feed * vocab..(feed + 1) * vocab].copy_from_slice(row);
+        });
+        self.logits = logits;
+        done.map(|()| &self.logits[..])
+    }
+
+    /// As [`Batch::extend`], with the logits after every token: `visit(feed, index, logits)` is called once for each, in order
+    /// within a feed.
+    ///
+    /// # Errors
+    /// As [`Batch::extend`].
+    pub fn extend_each(
+        &mut self,
+        model: PackedModel<'_>,
+        feeds: &mut [Feed<'_>],
+        mut visit: impl FnMut(usize, usize, &[f32]),
+    ) -> Result<(), InferenceError> {
+        self.run(model, feeds, true, &mut visit)
+    }
+
+    fn run(
+        &mut self,
+        model: PackedModel<'_>,
+        feeds: &mut [Feed<'_>],
+        all: bool,
+        visit: &mut dyn FnMut(usize, usize, &[f32]),
+    ) -> Result<(), InferenceError> {
+        check(model, feeds)?;
+        let mut segments = Vec::new();
+        let mut rows = 0;
+        for feed in 0..feeds.len() {
+            let len = feeds[feed].tokens.len();
+            for start in (0..len).step_by(ROWS) {
+                let run = (len - start).min(ROWS);
+                if rows + run > ROWS {
+                    self.pass(model, feeds, &segments, all, visit);
+                    segments.clear();
+                    rows = 0;
+                }
+                segments.push(Segment { feed, start, row: rows, len: run });
+                rows += run;
+            }
+        }
+        self.pass(model, feeds, &segments, all, visit);
+        Ok(())
+    }
+
+    fn pass(
+        &mut self,
+        model: PackedModel<'_>,
+        feeds: &mut [Feed<'_>],
+        segments: &[Segment],
+        all: bool,
+        visit: &mut dyn FnMut(usize, usize, &[f32]),
+    ) {
+        let Some(rows) = segments.last().map(|s| s.row + s.len) else { return };
+        let c = model.config();
+        let (d, eps, layout) = (c.d_model, c.norm_eps, model.layout());
+        let positions = segments.iter().flat_map(|s| {
+            let first = feeds[s.feed].session.position();
+            first..first + s.len
+        });
+        let rope = RopeTable::of_positions(c.d_rope, c.rope_base, positions);
+
+        let mut h = core::mem::take(&mut self.scratch.h);
+        let stream = grown(&mut h, rows * d);
+        let table = model.dense(layout.tok_emb());
+        for s in segments {
+            for (i, token) in feeds[s.feed].tokens[s.start..][..s.len].iter().enumerate() {
+                table.row(*token as usize, &mut stream[(s.row + i) * d..][..d]);
+            }
+        }
+        for (layer, ids) in layout.layers().iter().enumerate() {
+            let pass = Pass { model, segments, rows, rope: &rope };
+            let wants_floats = matches!(ids.mixer, MixerIds::Mamba(_));
+            pass.norm(ids.mixer_norm, stream, &mut self.scratch, wants_floats);
+            let states = feeds.iter_mut().map(|f| &mut f.session.layers[layer]).collect();
+            match &ids.mixer {
+                MixerIds::Mamba(m) => mamba::forward(&pass, m, states, &mut self.scratch),
+                MixerIds::Mla(m) => attention::forward(&pass, m, states, &mut self.scratch),
+            }
+            add(stream, &self.scratch.y[..rows * d]);
+            pass.norm(ids.ffn_norm, stream, &mut self.scratch, false);
+            pass.ffn(&ids.ffn, &mut self.scratch);
+            add(stream, &self.scratch.y[..rows * d]);
+        }
+        for s in segments {
+            let feed = &mut feeds[s.feed];
+            feed.session.tokens.extend_from_slice(&feed.tokens[s.start..s.start + s.len]);
+        }
+
+        // The head, for the rows whose logits are wanted.
+        let ends = |s: &&Segment| all || s.start + s.len == feeds[s.feed].tokens.len();
+        let wanted: Vec<(usize, usize, usize)> = segments
+            .iter()
+            .filter(ends)
+            .flat_map(|s| {
+                let first = if all { 0 } else { s.len - 1 };
+                (first..s.len).map(|i| (s.feed, s.start + i, s.row + i))
+            })
+            .collect();
+        let gain = model.floats(layout.final_norm());
+        let head = model.dense(layout.lm_head());
+        let vocab = c.vocab_size;
+        for wanted in wanted.chunks(16) {
+            let n = wanted.len();
+            let picked = grown(&mut self.scratch.normed, n * d);
+            for ((_, _, row), to) in wanted.iter().zip(picked.chunks_exact_mut(d)) {
+                to.copy_from_slice(&stream[row * d..(row + 1) * d]);
+            }
+            let y = grown(&mut self.scratch.y, n * d);
+            rmsnorm(picked, gain, eps, y, &mut vec![0.0; n]);
+            let logits = grown(&mut self.scratch.a, n * vocab);
+            head.forward(y, n, logits);
+            for ((feed, index, _), logits) in wanted.iter().zip(logits.chunks_exact(vocab)) {
+                visit(*feed, *index, logits);
+            }
+        }
+        self.scratch.h = h;
+    }
+}
+
+/// Everything that can go wrong, before anything changes.
+fn check(model: PackedModel<'_>, feeds: &[Feed<'_>]) -> Result<(), InferenceError> {
+    let c = model.config();
+    let mut row = vec![0.0; c.d_model];
+    for feed in feeds {
+        if feed.session.fingerprint != model.fingerprint() {
+            return Err(InferenceError::OtherModel);
+        }
+        if feed.tokens.is_empty() {
+            return Err(InferenceError::NoTokens);
+        }
+        for &token in feed.tokens {
+            if token as usize >= c.vocab_size {
+                return Err(InferenceError::Token { token, vocab_size: c.vocab_size });
+            }
+            model.row(model.layout().tok_emb(), token as usize, &mut row)?;
+        }
+    }
+    Ok(())
+}
+
+/// What every layer of a pass reads.
+#[derive(Clone, Copy)]
+pub(super) struct Pass<'a> {
+    pub model: PackedModel<'a>,
+    pub segments: &'a [Segment],
+    pub rows: usize,
+    /// The rotation of every row
+    pub rope: &'a RopeTable,
+}
+
+impl Pass<'_> {
+    /// Norm and quantiser of the residual stream, into `scratch.norm` and, if wanted, `scratch.normed`.
+    fn norm(&self, gain: Id, h: &[f32], scratch: &mut Scratch, floats: bool) {
+        let c = self.model.config();
+        let d = c.d_model;
+        scratch.norm.resize(self.rows, d);
+        let normed = floats.then(|| grown(&mut scratch.normed, self.rows * d));
+        rmsnorm_quantize(
+            #[inline(always)]
+            |t, row| row.copy_from_slice(&h[t * d..(t + 1) * d]),
+            self.model.floats(gain),
+            c.norm_eps,
+            &mut scratch.norm,
+            normed,
+        );
+    }
+
+    /// `y` `[rows, out]`: the projection of quantised rows.
+    pub fn project(&self, id: Id, rows: &QuantizedRows, y: &mut [f32]) {
+        self.model.ternary(id).forward(&rows.codes, &rows.scales, y);
+    }
+
+    fn ffn(&self, ids: &FfnIds, scratch: &mut Scratch) {
+        let c = self.model.config();
+        let f = c.ffn_hidden;
+        let gate = grown(&mut scratch.a, self.rows * f);
+        let up = grown(&mut scratch.b, self.rows * f);
+        self.project(ids.gate, &scratch.norm, gate);
+        self.project(ids.up, &scratch.norm, up);
+        scratch.quantized.resize(self.rows, f);
+        let (gate, up): (&[f32], &[f32]) = (gate, up);
+        rmsnorm_quantize(
+            #[inline(always)]
+            |t, row| activate(&gate[t * f..(t + 1) * f], &up[t * f..(t + 1) * f], row),
+            self.model.floats(ids.sub_norm),
+            c.norm_eps,
+            &mut scratch.quantized,
+            None,
+        );
+        let y = grown(&mut scratch.y, self.rows * c.d_model);
+        self.project(ids.down, &scratch.quantized, y);
+    }
+
+    /// The states of this pass's segments, in order: a feed has one segment a pass at most.
+    pub fn states<'s, T>(
+        &self,
+        all: Vec<&'s mut LayerState>,
+        pick: impl Fn(&'s mut LayerState) -> T,
+    ) -> Vec<(Segment, T)> {
+        let mut segments = self.segments.iter().peekable();
+        let mut states = Vec::with_capacity(self.segments.len());
+        for (feed, state) in all.into_iter().enumerate() {
+            if let Some(segment) = segments.next_if(|s| s.feed == feed) {
+                states.push((*segment, pick(state)));
+            }
+        }
+        states
+    }
+}
+
+/// `h += y`
+fn add(h: &mut [f32], y: &[f32]) {
+    let n = rows_per_task(h.len() / 64) * 64;
+    let items = h.chunks_mut(n).zip(y.chunks(n)).collect();
+    par::for_each(items, |(h, y): (&mut [f32], &[f32])| {
+        h.iter_mut().zip(y).for_each(|(h, y)| *h += y);
+    });
+}

@@ -1,0 +1,80 @@
+//! Running a packed model: sessions that take tokens and give logits.
+//!
+//! ```no_run
+//! use elleci_core::archive::{AlignedBytes, Archive};
+//! use elleci_core::inference::Session;
+//!
+//! let bytes = std::fs::read("model.elleci")?;
+//! let archive = Archive::open(AlignedBytes::from(&bytes[..]))?;
+//! let mut session = Session::new(archive.model())?;
+//! let logits = session.extend(archive.model(), &[17, 4, 99])?; // a prompt, or one token
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! A [`Session`] is the state of one sequence; a [`Batch`] advances several at once, whatever each of them is fed: one token or a
+//! whole prompt. All rows of a batch share the products with the weights; the mixers run a sequence at a time. What a session
+//! computes does not depend on its company: the same tokens in the same calls give the same bits.
+//!
+//! Feeding a prompt takes the matrix forms (chunked scan, expanded attention) and feeding one token the recurrent ones (scan step,
+//! absorbed attention over the int8 latents). Their ternary integers are equal and their floats differ by rounding.
+
+mod attention;
+mod batch;
+mod mamba;
+mod save;
+mod session;
+
+use core::fmt;
+
+pub use batch::{Batch, Feed};
+pub use session::Session;
+
+use crate::archive::ArchiveError;
+
+/// Why a session cannot go on. It is as it was before the call.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum InferenceError {
+    /// A token that is not in the vocabulary.
+    Token {
+        /// The token.
+        token: u32,
+        /// Tokens that there are.
+        vocab_size: usize,
+    },
+    /// No token was given, so that there are no logits.
+    NoTokens,
+    /// The session was made for another model.
+    OtherModel,
+    /// The model is damaged where it is only now looked at.
+    Archive(ArchiveError),
+    /// A session of this model needs more memory than there is.
+    Memory {
+        /// Bytes asked for.
+        bytes: usize,
+    },
+    /// Saved bytes are no session of this model.
+    Saved(&'static str),
+}
+
+impl fmt::Display for InferenceError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            InferenceError::Token { token, vocab_size } => {
+                write!(f, "token {token} is not in the vocabulary of {vocab_size}")
+            }
+            InferenceError::NoTokens => write!(f, "no tokens to go on from"),
+            InferenceError::OtherModel => write!(f, "the session was made for another model"),
+            InferenceError::Archive(error) => write!(f, "{error}"),
+            InferenceError::Memory { bytes } => write!(f, "a session of this model needs {bytes} bytes of memory"),
+            InferenceError::Saved(what) => write!(f, "the saved session is unusable: {what}"),
+        }
+    }
+}
+
+impl core::error::Error for InferenceError {}
+
+impl From<ArchiveError> for InferenceError {
+    fn from(error: ArchiveError) -> InferenceError {
+        InferenceError::Archive(error)
+    }
+}

@@ -1,0 +1,158 @@
+//! What a sequence leaves behind: one recurrent state a Mamba layer, one growing cache an MLA layer.
+
+use alloc::boxed::Box;
+use alloc::sync::Arc;
+use alloc::vec;
+use alloc::vec::Vec;
+
+use super::{Batch, Feed, InferenceError};
+use crate::archive::PackedModel;
+use crate::config::{LayerKind, ModelConfig};
+
+/// Tokens of a page of an MLA cache.
+pub(super) const PAGE: usize = 256;
+
+/// The state of one sequence.
+///
+/// Cloning is cheap, and is how a session is forked: states and full cache pages are shared until one of the two writes. A clone
+/// kept aside is a mark to come back to, see [`Session::rewind`].
+#[derive(Debug)]
+pub struct Session {
+    pub(super) fingerprint: u64,
+    pub(super) tokens: Vec<u32>,
+    pub(super) layers: Vec<LayerState>,
+    /// Working memory of [`Session::extend`]; not part of the state
+    batch: Option<Box<Batch>>,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub(super) enum LayerState {
+    Mamba(Arc<MambaState>),
+    Mla(MlaCache),
+}
+
+/// `scan` `[d_state, d_inner]` and the last inputs of the convolution `[d_conv - 1, channels]`, oldest first.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct MambaState {
+    pub scan: Vec<f32>,
+    pub conv: Vec<f32>,
+}
+
+/// Per token the int8 latent that `kv_up` reads, with its scale, and the rotated shared key.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(super) struct MlaCache {
+    pub pages: Vec<Arc<Page>>,
+    pub len: usize,
+}
+
+/// [`PAGE`] tokens; those past the cache's length are zeros.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Page {
+    /// `[PAGE, kv_rank]`
+    pub codes: Vec<i8>,
+    /// `[PAGE]`
+    pub scales: Vec<f32>,
+    /// `[PAGE, d_rope]`
+    pub keys: Vec<f32>,
+}
+
+impl Page {
+    pub fn new(c: &ModelConfig) -> Page {
+        Page { codes: vec![0; PAGE * c.kv_rank], scales: vec![0.0; PAGE], keys: vec![0.0; PAGE * c.d_rope] }
+    }
+}
+
+impl MlaCache {
+    /// Appends one token.
+    pub fn push(&mut self, c: &ModelConfig, codes: &[i8], scale: f32, key: &[f32]) {
+        let at = self.len % PAGE;
+        if at == 0 {
+            self.pages.push(Arc::new(Page::new(c)));
+        }
+        let page = Arc::make_mut(self.pages.last_mut().expect("a page was just pushed, or is not full"));
+        page.codes[at * c.kv_rank..(at + 1) * c.kv_rank].copy_from_slice(codes);
+        page.scales[at] = scale;
+        page.keys[at * c.d_rope..(at + 1) * c.d_rope].copy_from_slice(key);
+        self.len += 1;
+    }
+
+    /// Tokens of page `page`.
+    pub fn page_len(&self, page: usize) -> usize {
+        (self.len - page * PAGE).min(PAGE)
+    }
+}
+
+impl Clone for Session {
+    fn clone(&self) -> Session {
+        let (tokens, layers) = (self.tokens.clone(), self.layers.clone());
+        Session { fingerprint: self.fingerprint, tokens, layers, batch: None }
+    }
+}
+
+impl Session {
+    /// An empty sequence.
+    ///
+    /// # Errors
+    /// When the state of a sequence does not fit into memory.
+    pub fn new(model: PackedModel<'_>) -> Result<Session, InferenceError> {
+        let c = model.config();
+        let mut layers = Vec::new();
+        for kind in c.layer_kinds() {
+            layers.push(match kind {
+                LayerKind::Mamba => LayerState::Mamba(Arc::new(MambaState {
+                    scan: zeros(c.d_inner.checked_mul(c.d_state))?,
+                    conv: zeros((c.d_conv - 1).checked_mul(c.conv_channels()))?,
+                })),
+                LayerKind::Mla => LayerState::Mla(MlaCache::default()),
+            });
+        }
+        Ok(Session { fingerprint: model.fingerprint(), tokens: Vec::new(), layers, batch: None })
+    }
+
+    /// Tokens that the sequence has so far.
+    pub fn position(&self) -> usize {
+        self.tokens.len()
+    }
+
+    /// The tokens themselves.
+    pub fn tokens(&self) -> &[u32] {
+        &self.tokens
+    }
+
+    /// Takes the next tokens, a prompt or a single one; returns the logits `[vocab_size]` of the token after them.
+    ///
+    /// # Errors
+    /// A token that is not in the vocabulary, no tokens at all, a model that is not the session's. The session is unchanged.
+    pub fn extend(&mut self, model: PackedModel<'_>, tokens: &[u32]) -> Result<&[f32], InferenceError> {
+        let mut batch = self.batch.take().unwrap_or_default();
+        let done = batch.extend(model, &mut [Feed { session: self, tokens }]).map(|_| ());
+        let batch = self.batch.insert(batch);
+        done.map(|()| batch.logits())
+    }
+
+    /// Goes back to where `mark`, an earlier clone of this session (or any session of the same model), stands.
+    pub fn rewind(&mut self, mark: &Session) {
+        self.fingerprint = mark.fingerprint;
+        self.tokens.clone_from(&mark.tokens);
+        self.layers.clone_from(&mark.layers);
+    }
+
+    /// Bytes that the state takes, shared pages included.
+    pub fn bytes(&self) -> usize {
+        let layer = |layer: &LayerState| match layer {
+            LayerState::Mamba(state) => 4 * (state.scan.len() + state.conv.len()),
+            LayerState::Mla(cache) => {
+                cache.pages.iter().map(|p| p.codes.len() + 4 * (p.scales.len() + p.keys.len())).sum()
+            }
+        };
+        self.layers.iter().map(layer).sum::<usize>() + 4 * self.tokens.len()
+    }
+}
+
+pub(super) fn zeros(len: Option<usize>) -> Result<Vec<f32>, InferenceError> {
+    let mut values = Vec::new();
+    let bytes = len.and_then(|n| n.checked_mul(4)).unwrap_or(usize::MAX);
+    values.try_reserve_exact(len.unwrap_or(usize::MAX)).map_err(|_| InferenceError::Memory { bytes })?;
+    values.resize(bytes / 4, 0.0);
+    Ok(values)
+}

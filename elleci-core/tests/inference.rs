@@ -1,0 +1,194 @@
+//! Sessions against the training forward, and against each other.
+
+use elleci_core::archive::{AlignedBytes, Archive, DenseFormat, PackOptions, to_bytes};
+use elleci_core::config::ModelConfig;
+use elleci_core::inference::{Batch, Feed, InferenceError, Session};
+use elleci_core::init::initialise;
+use elleci_core::model::{Batch as TrainBatch, Checkpointing, Model, Workspace};
+use elleci_core::ternary::packed::Packing;
+
+/// A small model with sizes that fit no block of any kernel.
+fn odd_config() -> ModelConfig {
+    ModelConfig {
+        vocab_size: 301,
+        d_model: 72,
+        n_layers: 5,
+        layer_pattern: "SSA".into(),
+        max_seq_len: 160,
+        n_heads: 3,
+        kv_rank: 40,
+        d_nope: 10,
+        d_rope: 6,
+        d_v: 14,
+        d_inner: 120,
+        head_dim: 24,
+        d_state: 20,
+        d_conv: 3,
+        ffn_hidden: 100,
+        ..ModelConfig::preset("nano").unwrap()
+    }
+}
+
+const EXACT: PackOptions = PackOptions { packing: Packing::T5, dense: DenseFormat::F32 };
+
+fn archive(c: &ModelConfig) -> Archive<AlignedBytes> {
+    Archive::open(to_bytes(c, &initialise(c, 11), None, EXACT).unwrap()).unwrap()
+}
+
+fn tokens(c: &ModelConfig, n: usize) -> Vec<u32> {
+    (0..n).map(|i| (i * i * 31 + i * 7 + 5) as u32 % c.vocab_size as u32).collect()
+}
+
+/// The logits after every token, by the training forward: `[tokens, vocab]`.
+fn sequence_forward(c: &ModelConfig, tokens: &[u32]) -> Vec<f32> {
+    let model = Model::new(c.clone(), initialise(c, 11)).unwrap();
+    let n = tokens.len();
+    let mut ws = Workspace::new(c, 1, n, Checkpointing::None);
+    let mut logits = vec![0.0; n * c.vocab_size];
+    let batch = TrainBatch { batch: 1, seq: n, tokens, targets: tokens, weights: &vec![1.0; n] };
+    model.logits(&mut ws, &batch, &mut logits).unwrap();
+    logits
+}
+
+fn worst(got: &[f32], want: &[f32]) -> f32 {
+    let largest = want.iter().map(|x| x.abs()).fold(0.0, f32::max);
+    got.iter().zip(want).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max) / largest
+}
+
+/// Decoding, feeding in runs and feeding at once all equal the sequence forward. The integer products are exact in all of them;
+/// floats differ in the order of sums, by some 2^-22 relative, and where a value stands that close to a quantiser's tie, its code
+/// flips by one. With some 1,500 codes of up to 127 steps a token, a flip comes about every 1 / (1500 · 127 · 2^-22) ≈ 20
+/// tokens, moves logits by hundredths, and stays in the caches. So the first ten positions must agree to rounding, and all of
+/// them must stay within what a few flips do; a wrong position, state or cache would be off by whole logits.
+#[test]
+fn every_way_of_feeding_equals_the_sequence_forward() {
+    let nano = ModelConfig { vocab_size: 300, ..ModelConfig::preset("nano").unwrap() };
+    for (c, n) in [(odd_config(), 600), (nano, 150)] {
+        let archive = archive(&c);
+        let model = archive.model();
+        let tokens = tokens(&c, n);
+        let want = sequence_forward(&c, &tokens);
+        let want = |t: usize| &want[t * c.vocab_size..(t + 1) * c.vocab_size];
+        for runs in [vec![1; n], vec![n], vec![10, 1, n - 75, 1, 1, 62], vec![300.min(n - 1), n - 300.min(n - 1)]] {
+            let mut session = Session::new(model).unwrap();
+            let (mut batch, mut exact) = (Batch::new(), vec![false; n]);
+            for run in runs {
+                let start = session.position();
+                let feed = Feed { session: &mut session, tokens: &tokens[start..start + run] };
+                let mut seen = 0;
+                let each = batch.extend_each(model, &mut [feed], |feed, index, logits| {
+                    assert_eq!((feed, index), (0, seen));
+                    let worst = worst(logits, want(start + index));
+                    assert!(worst < 0.1, "position {}: {worst}", start + index);
+                    exact[start + index] = worst < 1e-4;
+                    seen += 1;
+                });
+                each.unwrap();
+                assert_eq!(seen, run);
+            }
+            assert!(exact[..10].iter().all(|e| *e), "positions that agree to rounding: {exact:?}");
+            assert_eq!(session.tokens(), tokens);
+        }
+    }
+}
+
+/// The same calls give the same bits: alone or in company, on one thread or several, with either packing.
+#[test]
+fn company_threads_and_packing_change_nothing() {
+    let c = odd_config();
+    let archive = archive(&c);
+    let model = archive.model();
+    let tokens = tokens(&c, 700);
+    let prompts = [&tokens[..300], &tokens[300..301], &tokens[301..330], &tokens[330..331], &tokens[331..700]];
+    let alone: Vec<Vec<f32>> = prompts
+        .iter()
+        .map(|prompt| {
+            let mut session = Session::new(model).unwrap();
+            session.extend(model, prompt).unwrap();
+            session.extend(model, &[7]).unwrap().to_vec()
+        })
+        .collect();
+    let other = PackOptions { packing: Packing::I2, ..EXACT };
+    let i2 = Archive::open(to_bytes(&c, &initialise(&c, 11), None, other).unwrap()).unwrap();
+    for (threads, model) in [(1, model), (3, model), (2, i2.model())] {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(|| {
+            let mut sessions: Vec<Session> = prompts.iter().map(|_| Session::new(model).unwrap()).collect();
+            let mut batch = Batch::new();
+            let mut feeds: Vec<Feed> =
+                sessions.iter_mut().zip(prompts).map(|(session, tokens)| Feed { session, tokens }).collect();
+            batch.extend(model, &mut feeds).unwrap();
+            let mut feeds: Vec<Feed> = sessions.iter_mut().map(|session| Feed { session, tokens: &[7] }).collect();
+            let logits = batch.extend(model, &mut feeds).unwrap();
+            for (got, want) in logits.chunks_exact(c.vocab_size).zip(&alone) {
+                assert!(got == want);
+            }
+        });
+    }
+}
+
+#[test]
+fn forks_rewinds_and_saves_are_exact() {
+    let c = odd_config();
+    let archive = archive(&c);
+    let model = archive.model();
+    let tokens = tokens(&c, 320);
+    let mut session = Session::new(model).unwrap();
+    session.extend(model, &tokens[..270]).unwrap();
+    let mark = session.clone();
+    let straight = session.extend(model, &tokens[270..300]).unwrap().to_vec();
+    // A fork goes its own way without disturbing the other.
+    let mut fork = mark.clone();
+    fork.extend(model, &[1, 2, 3]).unwrap();
+    let mut again = mark.clone();
+    assert!(again.extend(model, &tokens[270..300]).unwrap() == straight);
+    // Back, and on again.
+    session.rewind(&mark);
+    assert_eq!(session.position(), 270);
+    assert!(session.extend(model, &tokens[270..300]).unwrap() == straight);
+    // Through bytes.
+    let saved = session.to_bytes();
+    let mut restored = Session::from_bytes(model, &saved).unwrap();
+    assert_eq!(restored.to_bytes(), saved);
+    let next = session.extend(model, &tokens[300..]).unwrap();
+    assert!(restored.extend(model, &tokens[300..]).unwrap() == next);
+    assert!(Session::from_bytes(model, &Session::new(model).unwrap().to_bytes()).unwrap().tokens().is_empty());
+    for cut in (0..saved.len()).step_by(101).chain(saved.len() - 9..saved.len()) {
+        assert!(Session::from_bytes(model, &saved[..cut]).is_err());
+    }
+    for at in (0..saved.len()).step_by(37) {
+        let mut damaged = saved.clone();
+        damaged[at] ^= 4;
+        assert!(Session::from_bytes(model, &damaged).is_err(), "{at}");
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_refused_and_changes_nothing() {
+    let c = odd_config();
+    let archive = archive(&c);
+    let model = archive.model();
+    let mut session = Session::new(model).unwrap();
+    session.extend(model, &[1, 2]).unwrap();
+    let before = session.to_bytes();
+    let fault = session.extend(model, &[5, 301]).unwrap_err();
+    assert_eq!(fault, InferenceError::Token { token: 301, vocab_size: 301 });
+    assert_eq!(session.extend(model, &[]).unwrap_err(), InferenceError::NoTokens);
+    let other = ModelConfig { ffn_hidden: 101, ..c.clone() };
+    let other = Archive::open(to_bytes(&other, &initialise(&other, 1), None, EXACT).unwrap()).unwrap();
+    assert_eq!(session.extend(other.model(), &[1]).unwrap_err(), InferenceError::OtherModel);
+    assert_eq!(Session::from_bytes(other.model(), &before).unwrap_err(), InferenceError::OtherModel);
+    assert_eq!(session.to_bytes(), before);
+    // A damaged row of the embedding is found when it is asked for, before anything has changed.
+    let mut bytes = archive.into_bytes();
+    let at = {
+        let archive = Archive::open(&bytes).unwrap();
+        archive.model().tensors().find(|t| t.name == "tok_emb.weight").unwrap().offset + 72 * 4 * 9
+    };
+    bytes.as_mut_slice()[at] ^= 1;
+    let archive = Archive::open(&bytes).unwrap();
+    let mut session = Session::from_bytes(archive.model(), &before).unwrap();
+    assert!(matches!(session.extend(archive.model(), &[8, 9]), Err(InferenceError::Archive(_))));
+    assert_eq!(session.to_bytes(), before);
+    assert!(session.extend(archive.model(), &[8, 10]).is_ok());
+}
