@@ -224,7 +224,14 @@ impl<'a> DenseMatrix<'a> {
             let width = self.cols.next_multiple_of(LANES);
             let mut weights = vec![0.0f32; ROWS * width];
             let mut padded = vec![0.0f32; width];
-            dispatch(Tile { matrix: self, first: i * task, x, y: y.view_mut(), weights: &mut weights, padded: &mut padded });
+            dispatch(Tile {
+                matrix: self,
+                first: i * task,
+                x,
+                y: y.view_mut(),
+                weights: &mut weights,
+                padded: &mut padded,
+            });
         });
     }
 }
