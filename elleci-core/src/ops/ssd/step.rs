@@ -7,12 +7,14 @@ use super::SsdShape;
 use crate::ops::activation::exp;
 use crate::ops::matmul::mat_mut;
 use crate::par;
-use crate::simd::{prefetch, vectorize};
+use crate::simd::{prefetch_line, vectorize};
 
 /// Channels of one task: its row of the state, its decays and sums stay in the L1 cache.
 const BLOCK: usize = 512;
-/// Rows of the state that are asked for before they are needed: each lies on pages of its own.
+/// Rows of the state that are asked for before they are needed.
 const AHEAD: usize = 2;
+/// Channels between two requests.
+const RUN: usize = 64;
 
 /// Advances every sequence of a batch by one token (`shape.seq` must be 1): `state` `[batch, d_state, d_inner]` is
 /// updated in place and `y` `[batch, d_inner]` is written. A zero state starts a sequence.
@@ -49,13 +51,19 @@ pub fn ssd_step(shape: SsdShape, xbc: &[f32], dt: &[f32], a: &[f32], d: &[f32], 
                     }
                     decay.iter_mut().for_each(|v| *v = exp(*v));
                     for n in 0..n_dim {
-                        if n + AHEAD < n_dim {
-                            prefetch(state.row(n + AHEAD).to_slice().expect("columns are contiguous"));
-                        }
+                        // Each row lies on pages of its own. Asked for line by line, as the work goes: a whole row at once would
+                        // wait for the machine's few places for lines on their way.
+                        let ahead = state.row(n).as_ptr().wrapping_add(AHEAD * d_inner);
                         let row = state.row_mut(n).into_slice().expect("columns are contiguous");
-                        for (((s, y), decay), u) in row.iter_mut().zip(&mut *y).zip(&*decay).zip(&*u) {
-                            *s = decay * *s + b[n] * u;
-                            *y += c[n] * *s;
+                        let runs = row.chunks_mut(RUN).zip(y.chunks_mut(RUN)).zip(decay.chunks(RUN).zip(u.chunks(RUN)));
+                        for (i, ((row, y), (decay, u))) in runs.enumerate() {
+                            for line in 0..RUN / 16 {
+                                prefetch_line(ahead.wrapping_add(i * RUN + 16 * line).cast());
+                            }
+                            for (((s, y), decay), u) in row.iter_mut().zip(y).zip(decay).zip(u) {
+                                *s = decay * *s + b[n] * u;
+                                *y += c[n] * *s;
+                            }
                         }
                     }
                 },
