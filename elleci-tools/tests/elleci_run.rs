@@ -9,12 +9,14 @@ use std::time::Duration;
 
 use elleci_core::archive::{PackOptions, to_bytes};
 use elleci_core::config::ModelConfig;
+use elleci_core::inference::Session;
 use elleci_core::init::initialise;
 use elleci_core::model::{Batch, Checkpointing, Model, Workspace};
 use elleci_core::params::{ParamKind, Params};
 use elleci_core::sampler::{Sampler, SamplerOptions};
 use elleci_tools::checkpoint::tensors::{Bytes, Tensor, TensorFile, write};
 use elleci_tools::data::tokenizer::{END_OF_TEXT_ID, IM_END_ID, Tokenizer, TrainOptions, train_tokenizer};
+use elleci_tools::run::answer::{End, Request, answer};
 use elleci_tools::run::chat::dialogue::Dialogue;
 use elleci_tools::run::model::OpenModel;
 use elleci_tools::{hf, train::backend::param_tensors};
@@ -52,14 +54,18 @@ fn tokenizer() -> &'static Tokenizer {
     })
 }
 
-/// Random weights with a head whose logits differ by units, so that greedy choices do not hang on roundings; `ends`
-/// lifts the tokens that end a text above all others after some steps or keeps them away.
+/// Random weights with a head whose logits differ by units, so that greedy choices do not hang on roundings. `ends` scales
+/// the logits of the tokens that end a text: 0 keeps them away, a large number makes them win as soon as they are positive.
 fn params(ends: f32) -> Params {
     let mut params = initialise(&config(), 11);
     let layout = params.layout().clone();
     for p in layout.params() {
         if p.kind == ParamKind::Embedding {
             params.data_mut()[p.range.clone()].iter_mut().for_each(|w| *w *= 40.0);
+        }
+        // Fresh blocks add little to the embedding: without this only the last token would decide about the next one.
+        if p.name.ends_with(".out.weight") || p.name.ends_with("ffn.down.weight") {
+            params.data_mut()[p.range.clone()].iter_mut().for_each(|w| *w *= 10.0);
         }
     }
     let head = layout.params()[layout.lm_head().0].range.clone();
@@ -264,6 +270,22 @@ fn a_dialogue_is_its_tokens() {
     assert_eq!(say(&mut small, "Ciao"), first);
 }
 
+/// A long prompt is fed in parts so that it can be interrupted; what the session has computed is the same to the bit.
+#[test]
+fn parts_of_a_prompt_change_no_bit() {
+    let scene = Scene::new();
+    let open = OpenModel::open(&scene.path("model.elleci")).unwrap();
+    let prompt: Vec<u32> = (0..2500).map(|i| (i * 37 + i / 7) % 300 + 4).collect();
+    let mut whole = Session::new(open.packed()).unwrap();
+    whole.extend(open.packed(), &prompt).unwrap();
+    let mut parts = Session::new(open.packed()).unwrap();
+    let mut sampler = Sampler::new(SamplerOptions::greedy()).unwrap();
+    let request = Request { max_tokens: 0, context: 2500, ends: &[], stops: &[], banned: &[] };
+    let done = answer(&open, &mut parts, &mut sampler, &request, &prompt, &mut |_| Ok(())).unwrap();
+    assert_eq!((done.end, done.tokens.len(), done.prefill.tokens), (End::MaxTokens, 0, 2500));
+    assert!(whole.to_bytes() == parts.to_bytes());
+}
+
 #[test]
 fn a_dialogue_through_a_pipe() {
     let scene = Scene::new();
@@ -283,9 +305,15 @@ fn a_dialogue_through_a_pipe() {
         .chat(&["--temp", "0"], "Ciao\n/set temperature 2\n/set top_k 0\n/set top_p 1\n/set min_p 0\n/retry\n/retry\n");
     assert_eq!(hot[0], out[0]);
     assert!(hot[1] != hot[0] && hot[2] != hot[1], "{hot:?}");
-    let systems = scene.chat(&["--temp", "0", "--system", "A"], "Ciao\n/system B\nCiao\n/system\nCiao\n");
-    assert_eq!(systems[2], out[0]);
-    assert!(systems[0] != out[0] && systems[1] != systems[0], "{systems:?}");
+    let (_, _, err) =
+        scene.run(&["chat", "-m", "model.elleci", "--system", "A"], "/stats\n/system A B C\n/stats\n/system\n/stats\n");
+    let size = |text: &str| tokenizer().encode(text).len();
+    for content in ["A", "A B C"] {
+        // <|im_start|>, the role, a line break, the content and <|im_end|>.
+        let line = format!("0 exchanges | {} tokens", 2 + size("system") + size("\n") + size(content));
+        assert!(err.contains(&line), "{line}: {err}");
+    }
+    assert!(err.contains("0 exchanges | 0 tokens"), "{err}");
     // Saved in one process, gone on with in another.
     scene.chat(&["--temp", "0"], "Ciao\n/save d.chat\n");
     assert_eq!(scene.chat(&["--load", "d.chat"], "Come stai?\n"), out[1..]);
@@ -376,6 +404,7 @@ fn logits_are_those_of_the_trained_model() {
     // Embedding and head are int8 here: an element of a row is off by half a 127th of the row's largest, and so is, after 4
     // layers of int8 activations, everything that follows. 5 % of the largest logit is far above that and far below
     // the size of any other logits: unrelated rows differ by the whole scale.
+    println!("worst {worst} of {scale}");
     assert!(worst < 0.05 * scale, "{worst} of {scale}");
 
     for (name, tensor, part) in [

@@ -112,13 +112,14 @@ impl OpenModel {
             names.join("+")
         };
         format!(
-            "model {} | {} parameters in {:.1} MiB | ternary {}, dense {} | vocabulary {}",
+            "model {} | {} parameters in {:.1} MiB | ternary {}, dense {} | vocabulary {} | trained on {} tokens at a time",
             self.name,
             si(self.parameters() as f64),
             self.bytes() as f64 / (1 << 20) as f64,
             formats(true),
             formats(false),
-            self.config().vocab_size
+            self.config().vocab_size,
+            self.config().max_seq_len
         )
     }
 
