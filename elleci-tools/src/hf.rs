@@ -24,22 +24,52 @@ pub const TOKENIZER: &str = "tokenizer.json";
 /// # Errors
 /// A file that is missing or not JSON, another `model_type`, and the first field that is missing or does not fit.
 pub fn read_config(dir: &Path) -> anyhow::Result<ModelConfig> {
-    let path = dir.join(CONFIG);
+    read_config_file(&dir.join(CONFIG))
+}
+
+/// Whether there is a `config.json`.
+pub fn has_config(dir: &Path) -> bool {
+    dir.join(CONFIG).is_file()
+}
+
+/// Whether a directory has the files of a folder, complete or not.
+pub fn is_folder(dir: &Path) -> bool {
+    [WEIGHTS, INDEX, CONFIG].iter().any(|name| dir.join(name).is_file())
+}
+
+/// Whether a file of this name belongs to a folder that [`write`] or `elleci-data tokenizer` wrote.
+pub fn is_own_file(name: &str) -> bool {
+    let shard = name.starts_with("model-") && name.ends_with(".safetensors");
+    shard || [WEIGHTS, INDEX, CONFIG, TOKENIZER, "tokenizer.config.json"].contains(&name)
+}
+
+/// Reads a file with the contents of `config.json`.
+///
+/// # Errors
+/// As [`read_config`].
+pub fn read_config_file(path: &Path) -> anyhow::Result<ModelConfig> {
     let at = || path.display().to_string();
-    let text = fs::read_to_string(&path).with_context(at)?;
-    let value: Value = serde_json::from_str(&text).context("not JSON").with_context(at)?;
-    let Value::Object(all) = value else { bail!("{}: must be a JSON object", at()) };
+    parse_config(&fs::read_to_string(path).with_context(at)?).with_context(at)
+}
+
+/// The configuration in the text of `config.json`.
+///
+/// # Errors
+/// As [`read_config`].
+pub fn parse_config(text: &str) -> anyhow::Result<ModelConfig> {
+    let value: Value = serde_json::from_str(text).context("not JSON")?;
+    let Value::Object(all) = value else { bail!("must be a JSON object") };
     match all.get("model_type") {
         Some(Value::String(kind)) if kind == "elleci" => {}
-        Some(other) => bail!("{}: `model_type` is {other}; only \"elleci\" can be read", at()),
-        None => bail!("{}: `model_type` is missing; it must be \"elleci\"", at()),
+        Some(other) => bail!("`model_type` is {other}; only \"elleci\" can be read"),
+        None => bail!("`model_type` is missing; it must be \"elleci\""),
     }
     let known = serde_json::to_value(ModelConfig::preset("nano")?)?;
     let mut ours: Map<String, Value> = all.into_iter().filter(|(key, _)| known.get(key.as_str()).is_some()).collect();
     ours.entry("tie_embeddings").or_insert(json!(false));
     let config: ModelConfig = serde_path_to_error::deserialize(Value::Object(ours))
-        .map_err(|e| anyhow::anyhow!("{}: {}", at(), e.to_string().trim_start_matches(".: ")))?;
-    config.validate().with_context(at)?;
+        .map_err(|e| anyhow::anyhow!("{}", e.to_string().trim_start_matches(".: ")))?;
+    config.validate()?;
     Ok(config)
 }
 
@@ -51,8 +81,11 @@ pub fn read_config(dir: &Path) -> anyhow::Result<ModelConfig> {
 pub fn read(dir: &Path) -> anyhow::Result<(ModelConfig, Params)> {
     ensure!(dir.is_dir(), "{} is no directory", dir.display());
     let config = read_config(dir)?;
-    let mut params = Params::zeros(ParamLayout::new(&config));
-    read_weights(dir, &mut params)?;
+    let layout = ParamLayout::new(&config);
+    // Memory for the weights is taken once the files are known to hold them.
+    let weights = Weights::open(dir, &layout)?;
+    let mut params = Params::zeros(layout);
+    weights.read(&mut params)?;
     Ok((config, params))
 }
 
@@ -61,29 +94,49 @@ pub fn read(dir: &Path) -> anyhow::Result<(ModelConfig, Params)> {
 /// # Errors
 /// As [`read`].
 pub fn read_weights(dir: &Path, params: &mut Params) -> anyhow::Result<()> {
-    let files = weight_files(dir)?;
-    let mut place = BTreeMap::new();
-    for (index, file) in files.iter().enumerate() {
-        for name in file.entries().keys() {
-            if let Some(first) = place.insert(name.as_str(), index) {
-                let (a, b) = (files[first].path().display(), file.path().display());
-                bail!("tensor `{name}` is both in {a} and in {b}");
+    Weights::open(dir, params.layout())?.read(params)
+}
+
+/// The files of a folder that hold exactly the tensors of a model.
+struct Weights {
+    files: Vec<TensorFile>,
+    /// The file of every parameter.
+    place: Vec<usize>,
+}
+
+impl Weights {
+    fn open(dir: &Path, layout: &ParamLayout) -> anyhow::Result<Weights> {
+        let files = weight_files(dir)?;
+        let mut place = BTreeMap::new();
+        for (index, file) in files.iter().enumerate() {
+            for name in file.entries().keys() {
+                if let Some(first) = place.insert(name.as_str(), index) {
+                    let (a, b) = (files[first].path().display(), file.path().display());
+                    bail!("tensor `{name}` is both in {a} and in {b}");
+                }
             }
         }
+        let found = place.iter().map(|(&n, &i)| (n, files[i].entries()[n].shape.as_slice())).collect();
+        let expected = layout.params().iter().map(|p| (p.name.as_str(), p.shape.as_slice()));
+        check_tensors(expected, &found).with_context(|| dir.display().to_string())?;
+        let place = layout.params().iter().map(|p| place[p.name.as_str()]).collect();
+        Ok(Weights { files, place })
     }
-    let layout = params.layout().clone();
-    let found = place.iter().map(|(&n, &i)| (n, files[i].entries()[n].shape.as_slice())).collect();
-    let expected = layout.params().iter().map(|p| (p.name.as_str(), p.shape.as_slice()));
-    check_tensors(expected, &found).with_context(|| dir.display().to_string())?;
-    for p in layout.params() {
-        let file = &files[place[p.name.as_str()]];
-        file.read_floats(&p.name, &p.shape, &mut params.data_mut()[p.range.clone()])?;
+
+    fn read(&self, params: &mut Params) -> anyhow::Result<()> {
+        let layout = params.layout().clone();
+        for (p, &file) in layout.params().iter().zip(&self.place) {
+            self.files[file].read_floats(&p.name, &p.shape, &mut params.data_mut()[p.range.clone()])?;
+        }
+        Ok(())
     }
-    Ok(())
 }
 
 /// The one file, or all shards that the index names.
-fn weight_files(dir: &Path) -> anyhow::Result<Vec<TensorFile>> {
+///
+/// # Errors
+/// A file that is missing or damaged, or does not hold what the index says.
+pub fn weight_files(dir: &Path) -> anyhow::Result<Vec<TensorFile>> {
     let single = dir.join(WEIGHTS);
     if single.is_file() {
         return Ok(vec![TensorFile::open(&single)?]);

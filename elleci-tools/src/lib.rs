@@ -1,9 +1,12 @@
 //! The library behind Elleci's binaries: data preparation, the trainer, and the files they read and write.
 
 pub mod checkpoint;
+pub mod convert;
 pub mod data;
 pub mod exit;
 pub mod hf;
+pub mod mapped;
+pub mod pth;
 pub mod report;
 pub mod run;
 pub mod train;

@@ -9,11 +9,13 @@ use alloc::vec;
 use alloc::vec::Vec;
 
 use ndarray::s;
+use pulp::{Simd, WithSimd};
 
 use super::batch::{Pass, Scratch, Segment, grown};
 use super::session::{LayerState, MlaCache, PAGE};
 use crate::config::ModelConfig;
 use crate::ops::activation::exp;
+use crate::ops::lanes::{dispatch, dots};
 use crate::ops::matmul::{Out, mat, mat_mut, matmul_serial};
 use crate::ops::norm::rmsnorm_quantize;
 use crate::ops::rows;
@@ -117,10 +119,7 @@ fn absorbed(c: &ModelConfig, kv_up: &PackedTernary, cache: &MlaCache, q: &[f32],
     let items = partials.chunks_exact_mut(heads * (rank + 2)).enumerate().collect();
     let queries = &queries;
     par::for_each(items, |(block, partial): (usize, &mut [f32])| {
-        vectorize(
-            #[inline(always)]
-            || attend_block(c, cache, block, queries, partial),
-        );
+        dispatch(AttendBlock { c, cache, block, queries, partial });
     });
 
     let items = o.chunks_exact_mut(dv).enumerate().collect();
@@ -153,14 +152,35 @@ fn absorbed(c: &ModelConfig, kv_up: &PackedTernary, cache: &MlaCache, q: &[f32],
 
 /// Heads whose scores are made together.
 const HEADS: usize = 8;
-/// Lanes of a sum over channels.
-const LANES: usize = 16;
 /// Channels of the latent that are mixed at once, in registers.
 const MIX: usize = 64;
 
-/// Per head `[rank]` latents weighted by `exp(score - max)`, then the maximum, then the sum of the weights.
+/// Writes per head `[rank]` latents weighted by `exp(score - max)`, then the maximum, then the sum of the weights.
+struct AttendBlock<'a> {
+    c: &'a ModelConfig,
+    cache: &'a MlaCache,
+    block: usize,
+    queries: &'a [f32],
+    partial: &'a mut [f32],
+}
+
+impl WithSimd for AttendBlock<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        attend_block(simd, self.c, self.cache, self.block, self.queries, self.partial);
+    }
+}
+
 #[inline(always)]
-fn attend_block(c: &ModelConfig, cache: &MlaCache, block: usize, queries: &[f32], partial: &mut [f32]) {
+fn attend_block<S: Simd>(
+    simd: S,
+    c: &ModelConfig,
+    cache: &MlaCache,
+    block: usize,
+    queries: &[f32],
+    partial: &mut [f32],
+) {
     let (rank, d_rope, heads) = (c.kv_rank, c.d_rope, c.n_heads);
     let width = rank + d_rope;
     let first = block * BLOCK;
@@ -181,7 +201,7 @@ fn attend_block(c: &ModelConfig, cache: &MlaCache, block: usize, queries: &[f32]
             to[..width].copy_from_slice(query);
         }
         for (t, row) in latents.chunks_exact(padded).enumerate() {
-            let sums = dots(&group, row);
+            let sums: [f32; HEADS] = dots(simd, &group, row);
             for i in 0..queries.len() / width {
                 scores[(g * HEADS + i) * BLOCK + t] = sums[i];
             }
@@ -204,23 +224,6 @@ fn attend_block(c: &ModelConfig, cache: &MlaCache, block: usize, queries: &[f32]
             mixed.copy_from_slice(&acc[..mixed.len()]);
         }
     }
-}
-
-/// The products of [`HEADS`] rows with one.
-#[inline(always)]
-fn dots(rows: &[f32], x: &[f32]) -> [f32; HEADS] {
-    let (x, _) = x.as_chunks::<LANES>();
-    let mut rows = rows.chunks_exact(x.len() * LANES).map(|row| &row.as_chunks::<LANES>().0[..x.len()]);
-    let rows: [&[[f32; LANES]]; HEADS] = core::array::from_fn(|_| rows.next().expect("as many rows as there are"));
-    let mut acc = [[0.0f32; LANES]; HEADS];
-    for k in 0..x.len() {
-        for r in 0..HEADS {
-            for l in 0..LANES {
-                acc[r][l] += rows[r][k][l] * x[k][l];
-            }
-        }
-    }
-    acc.map(|lanes| lanes.iter().sum())
 }
 
 /// The newest tokens: `q` `[len, heads, d_nope + d_rope]`, `o` `[len, heads, d_v]`.

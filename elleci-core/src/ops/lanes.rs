@@ -57,6 +57,21 @@ pub(crate) fn dot<S: Simd>(simd: S, a: &[f32], b: &[f32]) -> f32 {
     total
 }
 
+/// The products of `R` rows with one. `rows` are `R` runs of `x.len()`, which must be a multiple of 16. A product's order of
+/// additions depends on its row alone.
+#[inline(always)]
+pub(crate) fn dots<S: Simd, const R: usize>(simd: S, rows: &[f32], x: &[f32]) -> [f32; R] {
+    let (rows, x) = (vectors::<S>(rows), vectors::<S>(x));
+    let rows: [&[S::f32s]; R] = core::array::from_fn(|r| &rows[r * x.len()..(r + 1) * x.len()]);
+    let mut acc = [simd.splat_f32s(0.0); R];
+    for k in 0..x.len() {
+        for r in 0..R {
+            acc[r] = simd.mul_add_e_f32s(rows[r][k], x[k], acc[r]);
+        }
+    }
+    acc.map(|sum| simd.reduce_sum_f32s(sum))
+}
+
 /// [`exp`](super::activation::exp) of numbers at most 0; larger ones count as 0. The same 1.5 ulp.
 #[inline(always)]
 pub(crate) fn exp_nonpositive<S: Simd>(simd: S, x: S::f32s) -> S::f32s {

@@ -1,0 +1,316 @@
+//! Where models come from: every form, told by what is there, behind one struct.
+
+mod archive;
+mod checkpoint;
+mod pth;
+mod tensor_files;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context, bail, ensure};
+use elleci_core::config::{ModelConfig, PRESETS};
+use elleci_core::params::ParamLayout;
+use serde_json::Value;
+
+use super::cli::{CompareArgs, ConvertArgs, InspectArgs, Weights};
+use super::job::Job;
+use crate::checkpoint::{CHECKPOINTS, STATE_FILE};
+use crate::data::tokenizer::Tokenizer;
+use crate::exit::usage;
+use crate::hf;
+use crate::mapped;
+use crate::train::layers::{self, Layer};
+
+/// One tensor of a source.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TensorInfo {
+    /// Its name in Elleci's files.
+    pub name: String,
+    /// Its name in this file, where that is another.
+    pub stored_as: Option<String>,
+    /// Its shape.
+    pub shape: Vec<usize>,
+    /// Type of its elements, or its packing.
+    pub format: String,
+    /// Bytes that it takes in the file.
+    pub bytes: u64,
+    /// The scale of a packed ternary tensor.
+    pub gamma: Option<f32>,
+}
+
+impl TensorInfo {
+    /// Number of elements.
+    pub fn elements(&self) -> usize {
+        self.shape.iter().product()
+    }
+}
+
+/// Tensors that are read one at a time.
+pub trait Tensors: Send + Sync {
+    /// All, in the order of the file.
+    fn list(&self) -> &[TensorInfo];
+
+    /// Reads the values of a tensor; γ·W₃ for a packed ternary one.
+    ///
+    /// # Errors
+    /// A type that cannot be read, a damaged file, or whatever the file system reports.
+    ///
+    /// # Panics
+    /// When `values` does not have the tensor's size.
+    fn read(&self, index: usize, values: &mut [f32]) -> anyhow::Result<()>;
+
+    /// Reads values whose quantisation is what the file holds: the same as [`read`](Tensors::read), but for packed ternary
+    /// tensors, as γ·W₃ has another mean than γ.
+    ///
+    /// # Errors
+    /// As [`read`](Tensors::read).
+    fn read_latent(&self, index: usize, values: &mut [f32]) -> anyhow::Result<()> {
+        self.read(index, values)
+    }
+}
+
+/// The forms that models come in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// A training checkpoint.
+    Checkpoint,
+    /// A Hugging Face folder.
+    Folder,
+    /// A safetensors file alone.
+    Safetensors,
+    /// A PyTorch file.
+    Pth,
+    /// A deployment archive.
+    Archive,
+}
+
+impl Form {
+    /// Its name in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Form::Checkpoint => "training checkpoint",
+            Form::Folder => "Hugging Face folder",
+            Form::Safetensors => "safetensors file",
+            Form::Pth => "PyTorch file",
+            Form::Archive => "deployment archive",
+        }
+    }
+}
+
+/// What a command line adds to what a source says itself.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// A preset, or a file with sizes.
+    pub config: Option<String>,
+    /// A tokenizer.
+    pub tokenizer: Option<PathBuf>,
+    /// Which weights.
+    pub weights: Weights,
+}
+
+impl From<&ConvertArgs> for Options {
+    fn from(args: &ConvertArgs) -> Options {
+        Options { config: args.config.clone(), tokenizer: args.tokenizer.clone(), weights: args.weights }
+    }
+}
+
+impl From<&InspectArgs> for Options {
+    fn from(args: &InspectArgs) -> Options {
+        Options { config: args.config.clone(), tokenizer: None, weights: args.weights }
+    }
+}
+
+impl From<&CompareArgs> for Options {
+    fn from(args: &CompareArgs) -> Options {
+        Options { config: args.config.clone(), tokenizer: args.tokenizer.clone(), weights: args.weights }
+    }
+}
+
+/// An open source.
+pub struct Source {
+    /// Where it is.
+    pub path: PathBuf,
+    /// What it is.
+    pub form: Form,
+    /// More about it, by name.
+    pub facts: Vec<(&'static str, Value)>,
+    /// Sizes of the model; `None` where nobody knows them.
+    pub config: Option<ModelConfig>,
+    /// `tokenizer.json`.
+    pub tokenizer: Option<Vec<u8>>,
+    /// The tensors.
+    pub tensors: Box<dyn Tensors>,
+    /// Whether the weights are a running mean.
+    pub averaged: bool,
+    /// What the user should know.
+    pub notes: Vec<String>,
+    /// Why it cannot be used as it is; empty = sound.
+    pub problems: Vec<String>,
+}
+
+/// A sound source's sizes, and which of its tensors is which parameter.
+pub struct SourceModel {
+    /// Sizes.
+    pub config: ModelConfig,
+    /// Parameters.
+    pub layout: Arc<ParamLayout>,
+    /// For every parameter, the index of its tensor.
+    pub index: Vec<usize>,
+}
+
+impl Source {
+    /// Opens whatever is at `path`.
+    ///
+    /// # Errors
+    /// [`crate::exit::Usage`] where nothing is, or nothing that is known; anything so damaged that its tensors cannot be told.
+    /// What is wrong with a source whose tensors can be listed goes to [`Source::problems`].
+    pub fn open(path: &Path, options: &Options, job: &Job) -> anyhow::Result<Source> {
+        let mut source = if path.is_dir() {
+            open_dir(path, options)?
+        } else if path.is_file() {
+            open_file(path, options, job)?
+        } else {
+            return Err(usage(format!("{}: there is no such file or directory", path.display())));
+        };
+        if let Some(given) = &options.config {
+            let given = named_config(given)?;
+            if source.config.as_ref().is_some_and(|own| *own != given) {
+                return Err(usage(format!("--config: {} says its own sizes, and they are others", path.display())));
+            }
+            source.config = Some(given);
+        }
+        if let Some(tokenizer) = &options.tokenizer {
+            let json = fs::read(tokenizer).map_err(|e| usage(format!("--tokenizer {}: {e}", tokenizer.display())))?;
+            source.tokenizer = Some(json);
+        }
+        source.check();
+        Ok(source)
+    }
+
+    /// Holds tensors and tokenizer against the configuration.
+    fn check(&mut self) {
+        let found: BTreeMap<&str, &[usize]> =
+            self.tensors.list().iter().map(|t| (t.name.as_str(), t.shape.as_slice())).collect();
+        if let Some(config) = &self.config {
+            let layout = ParamLayout::new(config);
+            let expected = layout.params().iter().map(|p| (p.name.as_str(), p.shape.as_slice()));
+            if let Err(e) = hf::check_tensors(expected, &found) {
+                self.problems.push(format!("{e:#}"));
+            }
+            if let Some(Err(e)) = self.tokenizer.as_ref().map(|json| check_tokenizer(json, config)) {
+                self.problems.push(format!("{e:#}"));
+            }
+        } else if self.problems.is_empty() {
+            self.problems.push(format!(
+                "it does not say the sizes of its model, and no preset has them; give --config ({}, a config.json, or the \
+                 config.toml of a run)",
+                PRESETS.join(", ")
+            ));
+        }
+    }
+
+    /// A line about it.
+    pub fn title(&self) -> String {
+        let facts: String = self.facts.iter().map(|(name, value)| format!(", {name} {}", plain(value))).collect();
+        format!("{}{facts}{}", self.form.name(), if self.averaged { ", running mean of the weights" } else { "" })
+    }
+
+    /// Whether it can be used.
+    ///
+    /// # Errors
+    /// All problems.
+    pub fn must_be_sound(&self) -> anyhow::Result<()> {
+        ensure!(self.problems.is_empty(), "{}: {}", self.path.display(), self.problems.join("; "));
+        Ok(())
+    }
+
+    /// What is lost when the values are written as floats.
+    pub fn lossy_note(&self) -> Option<String> {
+        (self.form == Form::Archive).then(|| {
+            "ternary projections are γ·W₃, the values that the archive computes with; the trained float weights are not in \
+             it. Quantised again, their scale comes out as γ times the share of weights that are not 0: train or pack from \
+             a checkpoint instead"
+                .to_string()
+        })
+    }
+
+    /// Sizes and parameters of a source that is sound.
+    ///
+    /// # Errors
+    /// When it is not.
+    pub fn model(&self) -> anyhow::Result<SourceModel> {
+        self.must_be_sound()?;
+        let config = self.config.clone().context("a model without sizes")?;
+        let layout = ParamLayout::new(&config);
+        let by_name: BTreeMap<&str, usize> =
+            self.tensors.list().iter().enumerate().map(|(i, t)| (t.name.as_str(), i)).collect();
+        let place = |name: &str| by_name.get(name).copied().with_context(|| format!("no tensor `{name}`"));
+        let index = layout.params().iter().map(|p| place(&p.name)).collect::<anyhow::Result<_>>()?;
+        Ok(SourceModel { config, layout, index })
+    }
+}
+
+/// A fact without the quotes of JSON.
+pub fn plain(value: &Value) -> String {
+    value.as_str().map_or_else(|| value.to_string(), str::to_string)
+}
+
+fn open_dir(path: &Path, options: &Options) -> anyhow::Result<Source> {
+    if path.join(STATE_FILE).is_file() {
+        checkpoint::open(path, options.weights)
+    } else if path.join(CHECKPOINTS).is_dir() {
+        checkpoint::open_newest(path, options.weights)
+    } else if hf::is_folder(path) {
+        tensor_files::open_folder(path)
+    } else {
+        Err(usage(format!(
+            "{}: neither a training checkpoint ({STATE_FILE}), nor a run ({CHECKPOINTS}/), nor a Hugging Face folder \
+             (config.json, model.safetensors)",
+            path.display()
+        )))
+    }
+}
+
+fn open_file(path: &Path, options: &Options, job: &Job) -> anyhow::Result<Source> {
+    let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default();
+    let map = mapped::map(path)?;
+    match extension {
+        "elleci" => archive::open(path, map),
+        "safetensors" => tensor_files::open_file(path),
+        _ if archive::is_archive(&map) => archive::open(path, map),
+        _ => pth::open(path, map, options, job),
+    }
+}
+
+/// The sizes that `--config` names.
+fn named_config(given: &str) -> anyhow::Result<ModelConfig> {
+    if PRESETS.contains(&given) {
+        return Ok(ModelConfig::preset(given)?);
+    }
+    let path = Path::new(given);
+    if !path.is_file() {
+        return Err(usage(format!("--config {given}: neither a file nor a preset ({})", PRESETS.join(", "))));
+    }
+    let config = match path.extension().is_some_and(|e| e == "toml") {
+        true => layers::load(None, &[Layer::file(path)?])?.model,
+        false => hf::read_config_file(path).context("--config")?,
+    };
+    Ok(config)
+}
+
+/// Whether a tokenizer is one, and its tokens fit the embedding.
+fn check_tokenizer(json: &[u8], config: &ModelConfig) -> anyhow::Result<()> {
+    let tokenizer = Tokenizer::from_json(json.to_vec(), None).context("the tokenizer is unusable")?;
+    let tokens = tokenizer.vocab_size();
+    if tokens > config.vocab_size {
+        bail!(
+            "the tokenizer does not match the model: it has {tokens} tokens and the model's `vocab_size` is {}; give \
+             --tokenizer the one that the model was trained with",
+            config.vocab_size
+        );
+    }
+    Ok(())
+}

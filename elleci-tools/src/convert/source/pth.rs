@@ -1,0 +1,146 @@
+//! PyTorch files as models.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use anyhow::{Context, bail, ensure};
+use elleci_core::config::{ModelConfig, PRESETS};
+use elleci_core::params::ParamLayout;
+use memmap2::Mmap;
+
+use super::super::cli::Weights;
+use super::super::job::Job;
+use super::{Form, Options, Source, TensorInfo, Tensors};
+use crate::exit::usage;
+use crate::hf;
+use crate::pth::{Checksums, Pth, Root, Tensor, describe_misfit};
+
+struct PthTensors {
+    file: Pth<Mmap>,
+    list: Vec<TensorInfo>,
+    /// For every entry of the list, its index in the file.
+    place: Vec<usize>,
+}
+
+impl Tensors for PthTensors {
+    fn list(&self) -> &[TensorInfo] {
+        &self.list
+    }
+
+    fn read(&self, index: usize, values: &mut [f32]) -> anyhow::Result<()> {
+        ensure!(
+            values.len() == self.list[index].elements(),
+            "room for another tensor than `{}`",
+            self.list[index].name
+        );
+        self.file.read(&self.file.tensors()[self.place[index]], 0, values);
+        Ok(())
+    }
+}
+
+/// Opens a file, compares its checksums and looks for a model in it.
+pub fn open(path: &Path, map: Mmap, options: &Options, job: &Job) -> anyhow::Result<Source> {
+    let file = Pth::open(map).with_context(|| path.display().to_string())?;
+    job.begin("checking", file.record_bytes());
+    let sums = file.verify(&mut |bytes| job.advance(bytes)).with_context(|| path.display().to_string())?;
+    let mut notes = Vec::new();
+    if sums == Checksums::Absent {
+        notes.push("the file carries no checksums: damage to its weights cannot be told".to_string());
+    }
+    let mut problems = Vec::new();
+    let roots = Root::all(file.tensors()).with_context(|| path.display().to_string())?;
+    let all = file.tensors();
+    let (mut chosen, averaged) = match choose(&roots, options.weights, path)? {
+        Some(root) => (root.tensors.clone(), root.averaged),
+        None => {
+            problems.push(describe_misfit(all));
+            // Names of another model are listed as they are.
+            (all.iter().enumerate().map(|(i, t)| (t.name.clone(), i)).collect(), false)
+        }
+    };
+    let dir = path.parent().unwrap_or(Path::new("."));
+    let config = match &options.config {
+        Some(_) => None,
+        None if roots.is_empty() => None,
+        None if hf::has_config(dir) => hf::read_config(dir).map_err(|e| problems.push(format!("{e:#}"))).ok(),
+        None => fitting_preset(&chosen, all),
+    };
+    let mut tied = config.as_ref().is_some_and(|c| c.tie_embeddings);
+    if let Some(named) = &options.config {
+        tied = super::named_config(named)?.tie_embeddings;
+    }
+    if tied {
+        drop_tied_head(&mut chosen, all, &file);
+    }
+    let place: Vec<usize> = chosen.values().copied().collect();
+    let list: Vec<TensorInfo> = chosen.iter().map(|(name, &i)| info(name, &all[i])).collect();
+    if !roots.is_empty() {
+        problems.extend(
+            list.iter()
+                .zip(&place)
+                .filter(|(_, i)| !all[**i].view.dtype().is_float())
+                .map(|(t, _)| format!("`{}` has type {}; weights are floats", t.name, t.format)),
+        );
+    }
+    Ok(Source {
+        path: path.to_path_buf(),
+        form: Form::Pth,
+        facts: vec![("format", file.format().into()), ("tensors in the file", all.len().into())],
+        config,
+        tokenizer: std::fs::read(dir.join(hf::TOKENIZER)).ok(),
+        tensors: Box::new(PthTensors { list, place, file }),
+        averaged,
+        notes,
+        problems,
+    })
+}
+
+/// The model that is meant: a file may hold the last weights and their running mean.
+fn choose<'r>(roots: &'r [Root], weights: Weights, path: &Path) -> anyhow::Result<Option<&'r Root>> {
+    let at = path.display();
+    let wanted = |root: &&Root| root.averaged == (weights == Weights::Swa);
+    let fitting: Vec<&Root> = roots.iter().filter(wanted).collect();
+    match (fitting[..].as_ref(), roots, weights) {
+        ([one], _, _) => Ok(Some(one)),
+        // A file with nothing but a running mean is taken for what it is.
+        ([], [one], Weights::Last) => Ok(Some(one)),
+        ([], [], _) => Ok(None),
+        ([], _, Weights::Swa) => Err(usage(format!("--weights swa: {at} holds no running mean of weights"))),
+        (several, _, _) => {
+            let several = if several.is_empty() { roots.iter().collect() } else { several.to_vec() };
+            let names: Vec<String> = several.iter().map(|r| format!("`{}`", r.prefix.trim_end_matches('.'))).collect();
+            bail!("{at}: it holds several models ({}); save one of them alone", names.join(", "))
+        }
+    }
+}
+
+fn info(name: &str, tensor: &Tensor) -> TensorInfo {
+    TensorInfo {
+        name: name.to_string(),
+        stored_as: (tensor.name != name).then(|| tensor.name.clone()),
+        shape: tensor.shape(),
+        format: tensor.view.dtype().name().to_string(),
+        bytes: tensor.view.elements() * tensor.view.dtype().bytes(),
+        gamma: None,
+    }
+}
+
+/// The preset that has exactly these tensors, if one does.
+fn fitting_preset(chosen: &BTreeMap<String, usize>, all: &[Tensor]) -> Option<ModelConfig> {
+    let shapes: Vec<(&str, Vec<usize>)> = chosen.iter().map(|(n, &i)| (n.as_str(), all[i].shape())).collect();
+    let found: BTreeMap<&str, &[usize]> = shapes.iter().map(|(n, s)| (*n, s.as_slice())).collect();
+    PRESETS.iter().filter_map(|name| ModelConfig::preset(name).ok()).find(|config| {
+        let layout = ParamLayout::new(config);
+        let expected = layout.params().iter().map(|p| (p.name.as_str(), p.shape.as_slice()));
+        hf::check_tensors(expected, &found).is_ok()
+    })
+}
+
+/// PyTorch saves a tied head twice: the second time it is the same memory, and not a tensor of its own.
+fn drop_tied_head(chosen: &mut BTreeMap<String, usize>, all: &[Tensor], file: &Pth<Mmap>) {
+    if let (Some(&head), Some(&embedding)) = (chosen.get("lm_head.weight"), chosen.get("tok_emb.weight"))
+        && file.same_memory(&all[head], &all[embedding])
+    {
+        chosen.remove("lm_head.weight");
+    }
+}

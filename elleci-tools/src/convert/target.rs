@@ -1,0 +1,285 @@
+//! Where models go: under a temporary name first, and to their own only when they are whole and on the disk.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{BufWriter, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail, ensure};
+use elleci_core::archive::{Archive, ArchiveWriter, DenseFormat, Format, PackOptions};
+use elleci_core::params::{Id, ParamKind};
+use elleci_core::ternary::packed::Packing;
+use safetensors::Dtype;
+
+use super::cli::{ConvertArgs, PackChoice};
+use super::job::Job;
+use super::packing::Chooser;
+use super::source::{Source, SourceModel};
+use super::{is_packed, read_finite};
+use crate::checkpoint::tensors::{Bytes, Tensor, f32_bytes};
+use crate::data::files::{parent_of, sync_dir};
+use crate::exit::usage;
+use crate::{hf, mapped};
+
+/// A destination.
+pub enum Target {
+    /// A Hugging Face folder.
+    Folder(PathBuf),
+    /// A deployment archive.
+    Archive {
+        /// Its path.
+        path: PathBuf,
+        /// How projections are packed.
+        pack: PackChoice,
+        /// How embedding and head are stored.
+        dense: DenseFormat,
+    },
+}
+
+/// What was written.
+pub struct Written {
+    /// Bytes of all files.
+    pub bytes: u64,
+    /// Ternary tensors by packing; empty for a folder.
+    pub packing: BTreeMap<&'static str, usize>,
+    /// The format of embedding and head in an archive.
+    pub dense: Option<&'static str>,
+}
+
+impl Target {
+    /// The destination of a command line.
+    ///
+    /// # Errors
+    /// [`crate::exit::Usage`] for one that is there and may not be replaced, that cannot be written, or has no use for a flag.
+    pub fn new(path: &Path, args: &ConvertArgs) -> anyhow::Result<Target> {
+        let at = path.display();
+        if path.file_name().is_none() {
+            return Err(usage(format!("{at}: not a name that can be written to")));
+        }
+        let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default();
+        if ["pth", "pt", "bin", "safetensors", "gguf", "onnx"].contains(&extension) {
+            return Err(usage(format!(
+                "{at}: .{extension} files are not written; name a folder, or a file in .elleci"
+            )));
+        }
+        let same = |src: &PathBuf| Some(src.canonicalize().ok()? == path.canonicalize().ok()?);
+        if args.src.as_ref().and_then(same) == Some(true) {
+            return Err(usage(format!("{at}: source and destination are the same")));
+        }
+        if path.symlink_metadata().is_ok() {
+            if !args.force {
+                return Err(usage(format!("{at} is there already; --force replaces it")));
+            }
+            check_replaceable(path, args.packs())?;
+        }
+        if args.packs() {
+            let (pack, dense) = (args.pack.unwrap_or_default(), args.dense.unwrap_or(PackOptions::default().dense));
+            return Ok(Target::Archive { path: path.to_path_buf(), pack, dense });
+        }
+        if args.pack.is_some() || args.dense.is_some() {
+            return Err(usage(format!(
+                "--pack and --dense are for archives, and {at} is a folder, whose weights are float32; name it NAME.elleci"
+            )));
+        }
+        Ok(Target::Folder(path.to_path_buf()))
+    }
+
+    /// The form of what is written.
+    pub fn form(&self) -> &'static str {
+        match self {
+            Target::Folder(_) => "Hugging Face folder",
+            Target::Archive { .. } => "deployment archive",
+        }
+    }
+
+    /// Writes a model.
+    ///
+    /// # Errors
+    /// Whatever the source or the file system reports; nothing is left then, and what was there before stays.
+    pub fn write(&self, source: &Source, model: &SourceModel, job: &Job) -> anyhow::Result<Written> {
+        job.begin("converting", model.layout.len() as u64 * 4);
+        match self {
+            Target::Folder(path) => write_folder(path, source, model, job),
+            Target::Archive { path, pack, dense } => write_archive(path, *pack, *dense, source, model, job),
+        }
+    }
+}
+
+/// `--force` replaces a model by a model: not a home directory by a model.
+fn check_replaceable(path: &Path, packs: bool) -> anyhow::Result<()> {
+    let at = path.display();
+    if packs {
+        return match path.is_file() {
+            true => Ok(()),
+            false => Err(usage(format!("{at} is no file; it is not replaced"))),
+        };
+    }
+    if !path.is_dir() {
+        return Err(usage(format!("{at} is no folder; it is not replaced")));
+    }
+    for entry in fs::read_dir(path).with_context(|| format!("listing {at}"))? {
+        let entry = entry?;
+        let name = entry.file_name();
+        if entry.path().is_dir() || !name.to_str().is_some_and(hf::is_own_file) {
+            return Err(usage(format!(
+                "{at} holds {}, which is no part of a model; --force replaces whole folders, so this one is left alone",
+                name.display()
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// A temporary name beside the final one; what is there when it is dropped goes away.
+struct Temporary {
+    path: PathBuf,
+    target: PathBuf,
+}
+
+impl Temporary {
+    fn beside(target: &Path) -> anyhow::Result<Temporary> {
+        let parent = parent_of(target);
+        fs::create_dir_all(&parent).with_context(|| format!("creating {}", parent.display()))?;
+        let name = target.file_name().context("a path without a name")?.to_string_lossy().into_owned();
+        let temporary = Temporary { path: parent.join(format!(".{name}.tmp")), target: target.to_path_buf() };
+        // What a killed process left.
+        temporary.remove();
+        Ok(temporary)
+    }
+
+    fn remove(&self) {
+        let _ = match self.path.is_dir() {
+            true => fs::remove_dir_all(&self.path),
+            false => fs::remove_file(&self.path),
+        };
+    }
+
+    /// Gives it the final name. A folder cannot replace another in one step: the old one is moved aside, and back if the new
+    /// one cannot take its place.
+    fn publish(self) -> anyhow::Result<()> {
+        let parent = parent_of(&self.target);
+        let at = || format!("renaming {}", self.path.display());
+        if self.target.is_dir() {
+            let old = self.path.with_extension("old");
+            fs::rename(&self.target, &old).with_context(at)?;
+            if let Err(e) = fs::rename(&self.path, &self.target) {
+                fs::rename(&old, &self.target)
+                    .with_context(|| format!("{} is now {}", self.target.display(), old.display()))?;
+                return Err(e).with_context(at);
+            }
+            sync_dir(&parent)?;
+            return fs::remove_dir_all(&old).with_context(|| format!("removing {}", old.display()));
+        }
+        fs::rename(&self.path, &self.target).with_context(at)?;
+        sync_dir(&parent)
+    }
+}
+
+impl Drop for Temporary {
+    fn drop(&mut self) {
+        self.remove();
+    }
+}
+
+fn write_folder(path: &Path, source: &Source, model: &SourceModel, job: &Job) -> anyhow::Result<Written> {
+    let temporary = Temporary::beside(path)?;
+    let tensor = |(i, &index): (usize, &usize)| {
+        let param = &model.layout.params()[i];
+        let make = move || {
+            let mut values = vec![0.0; param.len()];
+            read_finite(source, index, false, &mut values)?;
+            job.advance(values.len() as u64 * 4)?;
+            Ok(f32_bytes(&values).into_owned())
+        };
+        Tensor {
+            name: param.name.clone(),
+            dtype: Dtype::F32,
+            shape: param.shape.clone(),
+            bytes: Bytes::Later(Box::new(make)),
+        }
+    };
+    let weights = model.index.iter().enumerate().map(tensor).collect();
+    hf::write(&temporary.path, &model.config, weights, None)?;
+    if let Some(json) = &source.tokenizer {
+        crate::data::files::write_atomically(&temporary.path.join(hf::TOKENIZER), json)?;
+    }
+    job.check()?;
+    sync_dir(&temporary.path)?;
+    let mut bytes = 0;
+    for entry in fs::read_dir(&temporary.path)? {
+        bytes += entry?.metadata()?.len();
+    }
+    temporary.publish()?;
+    Ok(Written { bytes, packing: BTreeMap::new(), dense: None })
+}
+
+fn write_archive(
+    path: &Path,
+    pack: PackChoice,
+    dense: DenseFormat,
+    source: &Source,
+    model: &SourceModel,
+    job: &Job,
+) -> anyhow::Result<Written> {
+    let temporary = Temporary::beside(path)?;
+    let at = || format!("writing {}", path.display());
+    let fixed = match pack {
+        PackChoice::Auto => None,
+        PackChoice::I2 => Some(Packing::I2),
+        PackChoice::T5 => Some(Packing::T5),
+    };
+    let mut chooser = Chooser::new(fixed, &model.layout);
+    let options = PackOptions { dense, ..PackOptions::default() };
+    let mut writer = ArchiveWriter::new(&model.config, source.tokenizer.as_deref(), options)?;
+    let file = File::create_new(&temporary.path).with_context(at)?;
+    let mut out = BufWriter::with_capacity(1 << 20, file);
+    out.seek(SeekFrom::Start(writer.header_bytes() as u64)).with_context(at)?;
+    let mut values = Vec::new();
+    for (param, &index) in model.layout.params().iter().zip(&model.index) {
+        values.resize(param.len(), 0.0);
+        read_finite(source, index, is_packed(source), &mut values)?;
+        let packing = match param.kind {
+            ParamKind::Ternary => chooser.choose(&values, param.shape[0], param.shape[1]),
+            _ => options.packing,
+        };
+        let section = writer.pack_as(&values, PackOptions { packing, ..options });
+        out.write_all(&section).with_context(at)?;
+        job.advance(param.len() as u64 * 4)?;
+    }
+    drop(values);
+    let header = writer.finish();
+    let written = out.seek(SeekFrom::Start(0)).and_then(|_| out.write_all(&header)).and_then(|()| out.flush());
+    written.with_context(at)?;
+    let file = out.into_inner().map_err(std::io::IntoInnerError::into_error).with_context(at)?;
+    file.sync_all().with_context(at)?;
+    job.check()?;
+    let packing = check_archive(&temporary.path, source, model)?;
+    let bytes = file.metadata().with_context(at)?.len();
+    temporary.publish()?;
+    Ok(Written { bytes, packing, dense: Some(dense.name()) })
+}
+
+/// Opens what was written as a reader would; counts packings.
+fn check_archive(path: &Path, source: &Source, model: &SourceModel) -> anyhow::Result<BTreeMap<&'static str, usize>> {
+    let archive = Archive::open(mapped::map(path)?).context("what was written does not read back")?;
+    let read = archive.model();
+    ensure!(*read.config() == model.config, "what was written has another configuration");
+    if read.tokenizer() != source.tokenizer.as_deref() {
+        bail!("what was written has another tokenizer");
+    }
+    let mut packing = BTreeMap::new();
+    for (i, tensor) in read.tensors().enumerate() {
+        if let Format::Ternary(p) = tensor.format {
+            *packing.entry(p.name()).or_insert(0) += 1;
+            // A packed source must keep its scale to the bit.
+            let source_gamma = source.tensors.list()[model.index[i]].gamma;
+            ensure!(
+                source_gamma.is_none() || source_gamma == tensor.gamma,
+                "`{}`: the scale would change from {source_gamma:?} to {:?}",
+                model.layout.param(Id(i)).name,
+                tensor.gamma
+            );
+        }
+    }
+    Ok(packing)
+}
