@@ -7,7 +7,7 @@
 pub mod cli;
 mod compare;
 mod inspect;
-mod job;
+pub mod job;
 mod packing;
 mod score;
 pub mod source;

@@ -42,7 +42,7 @@ pub enum Command {
 /// Which model, on what.
 #[derive(Debug, Args)]
 pub struct ModelArgs {
-    /// Model: an .elleci archive; a Hugging Face folder, a checkpoint or a run is packed in memory
+    /// Model: an .elleci archive; a Hugging Face folder, a checkpoint, a run or a .pth file is packed in memory
     #[arg(short, long, value_name = "PATH")]
     pub model: PathBuf,
     /// Where to compute.
@@ -251,7 +251,7 @@ Examples:
   elleci-run bench --preset elleci-1.5b -o json          random weights, no file needed"
 )]
 pub struct BenchArgs {
-    /// Model: an .elleci archive; a Hugging Face folder, a checkpoint or a run is packed in memory
+    /// Model: an .elleci archive; a Hugging Face folder, a checkpoint, a run or a .pth file is packed in memory
     #[arg(short, long, value_name = "PATH", required_unless_present = "preset", conflicts_with = "preset")]
     pub model: Option<PathBuf>,
     /// Random weights of a built-in shape in place of a model: nano, mini, small-160m, elleci-1.5b

@@ -109,11 +109,12 @@ fn continue_prompt(
         if args.json {
             return Ok(());
         }
-        match piece.token {
-            Some(token) if args.tokens => write!(out, "{between}{token}")?,
-            _ => out.write_all(piece.text.as_bytes())?,
+        if !args.tokens {
+            out.write_all(piece.text.as_bytes())?;
+        } else if let Some(token) = piece.token {
+            write!(out, "{between}{token}")?;
+            between = " ";
         }
-        between = " ";
         out.flush()
     };
     answer(open, &mut session, &mut sampler, &request, tokens, &mut show)

@@ -1,21 +1,22 @@
 //! Opening a model for inference, from whatever form it has.
 
-use std::fs::File;
 use std::path::Path;
 
 use anyhow::{Context, ensure};
-use elleci_core::archive::{AlignedBytes, Archive, ArchiveWriter, Format, PackOptions, PackedModel, to_bytes};
+use elleci_core::archive::{AlignedBytes, Archive, ArchiveWriter, Format, PackOptions, PackedModel};
 use elleci_core::config::ModelConfig;
-use elleci_core::params::ParamKind;
+use elleci_core::params::{Param, ParamKind};
 use memmap2::Mmap;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
 use crate::checkpoint::write_atomic;
+use crate::convert::job::Job;
+use crate::convert::source::{Options, Source};
 use crate::data::tokenizer::{END_OF_TEXT_ID, IM_END_ID, SPECIALS, Tokenizer};
 use crate::exit::usage;
+use crate::mapped;
 use crate::report::format::si;
-use crate::train::step::load_model;
 
 /// Where the bytes of an archive lie.
 enum ModelBytes {
@@ -43,14 +44,15 @@ pub struct OpenModel {
 }
 
 impl OpenModel {
-    /// Opens an archive by mapping it; packs a folder or a checkpoint in memory, and says so.
+    /// Opens an archive by mapping it; packs every other form that elleci-convert reads in memory, and says so.
     ///
     /// # Errors
     /// What is missing or damaged; a tokenizer that does not fit the model.
     pub fn open(path: &Path) -> anyhow::Result<OpenModel> {
         let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
         let at = || path.display().to_string();
-        let bytes = if path.is_dir() { pack(path)? } else { map(path).with_context(at)? };
+        let other = path.extension().is_some_and(|e| ["pth", "pt", "safetensors"].iter().any(|o| e == *o));
+        let bytes = if path.is_dir() || other { pack(path)? } else { map(path)? };
         OpenModel::from_bytes(name, bytes).with_context(at)
     }
 
@@ -123,13 +125,14 @@ impl OpenModel {
             names.join("+")
         };
         format!(
-            "model {} | {} parameters in {:.1} MiB | ternary {}, dense {} | vocabulary {}",
+            "model {} | {} parameters in {:.1} MiB | ternary {}, dense {} | vocabulary {} | trained on {} tokens at a time",
             self.name,
             si(self.parameters() as f64),
             self.bytes() as f64 / (1 << 20) as f64,
             formats(true),
             formats(false),
-            self.config().vocab_size
+            self.config().vocab_size,
+            self.config().max_seq_len
         )
     }
 
@@ -167,35 +170,32 @@ impl OpenModel {
 }
 
 fn map(path: &Path) -> anyhow::Result<ModelBytes> {
-    let file = File::open(path).context("--model is a file that elleci-convert wrote, or a folder")?;
-    ensure!(file.metadata()?.len() > 0, "the file is empty");
-    // SAFETY: the map is only read. That nobody changes the file meanwhile cannot be enforced; as with every program that maps
-    // its data, doing so is undefined. Checkpoints and archives are replaced by renaming, which leaves the mapped file as it was.
-    let map = unsafe { Mmap::map(&file) }?;
+    let map = mapped::map(path).context("no archive that elleci-convert wrote")?;
+    ensure!(!map.is_empty(), "{} is empty", path.display());
     Ok(ModelBytes::Mapped(map))
 }
 
+/// Packs a model that has float weights, in the default formats.
 fn pack(path: &Path) -> anyhow::Result<ModelBytes> {
-    eprintln!("packing {} in memory; `elleci-convert {} FILE.elleci` does it once", path.display(), path.display());
-    let (config, params) = load_model(path)?;
-    let json = path.join(crate::hf::TOKENIZER);
-    let tokenizer =
-        if json.is_file() { Some(std::fs::read(&json).with_context(|| json.display().to_string())?) } else { None };
-    Ok(ModelBytes::Packed(to_bytes(&config, &params, tokenizer.as_deref(), PackOptions::default())?))
+    let source = Source::open(path, &Options::default(), &Job::quiet())?;
+    let model = source.model()?;
+    let at = path.display();
+    eprintln!("packing {at} ({}) in memory; `elleci-convert {at} MODEL.elleci` does it once", source.title());
+    let mut index = model.index.iter();
+    let bytes = archive(&model.config, source.tokenizer.as_deref(), |param, values| {
+        source.tensors.read(*index.next().context("more parameters than tensors")?, values)?;
+        ensure!(values.iter().all(|v| v.is_finite()), "{at}: `{}` holds values that are not finite", param.name);
+        Ok(())
+    })?;
+    Ok(ModelBytes::Packed(bytes))
 }
 
-/// An archive of random weights, made tensor by tensor: the float weights of the largest shapes never exist together.
-///
-/// Only speed is asked of these: matrices are uniform with the deviation that training starts from, recurrences
-/// decay as they do there.
+/// An archive of random weights. Only speed is asked of these: matrices are uniform with the deviation that training
+/// starts from, recurrences decay as they do there.
 fn random_archive(config: &ModelConfig) -> anyhow::Result<AlignedBytes> {
-    let mut writer = ArchiveWriter::new(config, None, PackOptions::default())?;
-    let mut file = AlignedBytes::zeroed(writer.header_bytes());
     let mut rng = ChaCha8Rng::seed_from_u64(0);
     let mut uniform = move |low: f32, high: f32| low + (high - low) * (rng.next_u32() >> 8) as f32 / (1 << 24) as f32;
-    let mut values = Vec::new();
-    while let Some(param) = writer.next() {
-        values.resize(param.len(), 0.0);
+    archive(config, None, |param, values| {
         match param.kind {
             // Uniform in ±w has deviation w/√3.
             ParamKind::Ternary | ParamKind::Matrix | ParamKind::Embedding => {
@@ -207,6 +207,22 @@ fn random_archive(config: &ModelConfig) -> anyhow::Result<AlignedBytes> {
             ParamKind::ALog => values.fill_with(|| uniform(0.0, 2.7)),
             ParamKind::DtBias => values.fill_with(|| uniform(-6.9, -2.2)),
         }
+        Ok(())
+    })
+}
+
+/// An archive in memory whose parameters `fill` gives one by one: the float weights of a large model never exist together.
+fn archive(
+    config: &ModelConfig,
+    tokenizer: Option<&[u8]>,
+    mut fill: impl FnMut(&Param, &mut [f32]) -> anyhow::Result<()>,
+) -> anyhow::Result<AlignedBytes> {
+    let mut writer = ArchiveWriter::new(config, tokenizer, PackOptions::default())?;
+    let mut file = AlignedBytes::zeroed(writer.header_bytes());
+    let mut values = Vec::new();
+    while let Some(param) = writer.next() {
+        values.resize(param.len(), 0.0);
+        fill(param, &mut values)?;
         file.extend_from_slice(&writer.pack(&values));
     }
     let header = writer.finish();
