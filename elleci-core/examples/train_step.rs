@@ -11,6 +11,7 @@ use elleci_core::memory::work_per_token;
 use elleci_core::model::{Batch, Checkpointing, Model, Workspace};
 use elleci_core::optim::{AdamW, AdamWConfig, StatePrecision, StepRates, norm};
 use elleci_core::params::Params;
+use elleci_core::ternary::GradPrecision;
 use std::time::Instant;
 
 fn main() {
@@ -26,11 +27,15 @@ fn main() {
         (number("--batch", "8"), number("--seq", "256"), number("--threads", "2"), number("--steps", "5"));
     let checkpointing =
         if args.iter().any(|a| a == "--checkpoint") { Checkpointing::EveryLayer } else { Checkpointing::None };
+    let gradients = match value("--gradients", "int16").as_str() {
+        "int16" => GradPrecision::Int16,
+        _ => GradPrecision::Float32,
+    };
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a thread pool");
     pool.install(|| {
         let mut model = Model::new(config.clone(), initialise(&config, 0)).expect("a preset");
         let layout = model.layout().clone();
-        let mut ws = Workspace::new(&config, batch, seq, checkpointing);
+        let mut ws = Workspace::new(&config, batch, seq, checkpointing).with_grad_precision(gradients);
         let mut grads = Params::zeros(layout.clone());
         let mut adamw = AdamW::new(layout.clone(), AdamWConfig::default(), StatePrecision::F32);
         let n = batch * seq;
