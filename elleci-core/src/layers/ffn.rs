@@ -81,7 +81,9 @@ pub fn backward(
         #[inline(always)]
         |t, dx, dgate, dup| {
             let (gate, up) = (&saved.gate[t * f..(t + 1) * f], &saved.up[t * f..(t + 1) * f]);
-            for i in 0..dx.len() {
+            // Of one length all, or the loop is not vectorised.
+            let (dx, dgate, dup) = (&dx[..f], &mut dgate[..f], &mut dup[..f]);
+            for i in 0..f {
                 let r = if gate[i] > 0.0 { gate[i] } else { 0.0 };
                 dgate[i] = dx[i] * 2.0 * r * up[i];
                 dup[i] = dx[i] * r * r;
