@@ -47,7 +47,7 @@ fn main() {
         let mut loss = 0.0;
         for step in 0..steps + 2 {
             let start = Instant::now();
-            grads.data_mut().fill(0.0);
+            grads.clear();
             loss = model.loss_and_grad(&mut ws, &batch, 1.0 / n as f32, &mut grads).expect("a fitting batch") / n as f64;
             let t1 = start.elapsed();
             let factor = norm::clip_factor(norm::global_norm(&grads), 1.0);

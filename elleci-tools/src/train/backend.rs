@@ -164,7 +164,7 @@ impl CpuBackend {
     }
 
     fn clear(&mut self) {
-        self.grads.data_mut().fill(0.0);
+        self.grads.clear();
     }
 }
 

@@ -36,9 +36,8 @@ impl Case {
     fn run(&self, isa: Isa, start: f32, out: Out) -> (Vec<f32>, Vec<f32>) {
         let (out_dim, in_dim) = (self.matrix.out_dim(), self.matrix.in_dim());
         let (mut dx, mut dw) = (vec![start; self.tokens * in_dim], vec![start; out_dim * in_dim]);
-        // Buffers that a larger product has left dirty.
-        let mut scratch = Int16Scratch::default();
-        scratch.words = vec![-1; 7];
+        // Buffers that another product has left dirty.
+        let mut scratch = Int16Scratch { words: vec![-1; 7], ..Int16Scratch::default() };
         let level = self.matrix.gradients_int16_with(isa, &self.dy, self.x(), (&mut dx, out), &mut dw, &mut scratch);
         assert_eq!(level, if isa == Isa::Avx512 { Isa::Avx2 } else { isa });
         (dx, dw)
