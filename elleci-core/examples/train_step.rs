@@ -29,7 +29,8 @@ fn main() {
         if args.iter().any(|a| a == "--checkpoint") { Checkpointing::EveryLayer } else { Checkpointing::None };
     let gradients = match value("--gradients", "int16").as_str() {
         "int16" => GradPrecision::Int16,
-        _ => GradPrecision::Float32,
+        "f32" => GradPrecision::Float32,
+        other => panic!("--gradients {other}: int16 or f32"),
     };
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a thread pool");
     pool.install(|| {
