@@ -19,7 +19,7 @@ pub struct MemoryPlan {
     pub optimizer: usize,
     /// Activations kept for the backward.
     pub activations: usize,
-    /// Buffers shared by all layers, logits of a chunk, float expansions of integer operands.
+    /// Buffers shared by all layers, logits of a chunk, operands of the gradients' products.
     pub scratch: usize,
     /// Running mean of the weights, while it is kept.
     pub average: usize,
@@ -71,7 +71,8 @@ pub fn plan(c: &ModelConfig, o: PlanOptions) -> MemoryPlan {
 pub struct Work {
     /// Forward of the ternary projections: int8 x ternary.
     pub int8_macs: f64,
-    /// Everything in float32: head, `bcdt`, attention, scan, and all of the backward.
+    /// Everything else: head, `bcdt`, attention, scan, and all of the backward. In float32, or the backward of the ternary
+    /// projections in int16 ([`GradPrecision`]).
     pub float_macs: f64,
 }
 

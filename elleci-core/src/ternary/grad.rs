@@ -29,8 +29,8 @@ pub enum GradPrecision {
     /// As it is.
     #[default]
     Float32,
-    /// Rounded to int16: a token at a time for `dx`, an output channel of at most 512 tokens at a time for `dW`. Off by at most
-    /// 1/65,534 of the largest magnitude of that token or channel, an element; twice as fast with AVX-512 VNNI. The other
+    /// Rounded to int16: a token at a time for `dx`, an output channel of at most 512 tokens at a time for `dW`. An element
+    /// is off by at most 1/65,534 of the largest of that token or channel; twice as fast with AVX-512 VNNI. The other
     /// operand is one of exact integers in either case.
     Int16,
 }

@@ -5,20 +5,21 @@
 //!
 //! ```text
 //! dx[t]    = (Σ_o r[t, o] · W₃[o]) · (γ · a_t)     r[t] = rne(dy[t] / a_t),        a_t = max_o |dy[t, o]| / 32767
-//! dW[o]   += (Σ_t c[t, o] · q[t]) · b_o            c[, o] = rne(dy[, o]·scale / b_o), b_o = max_t |dy[t, o]·scale_t| / 32767
+//! dW[o]   += (Σ_t c[t, o] · q[t]) · b_o            c[t, o] = rne(e[t, o] / b_o),     b_o = max_t |e[t, o]| / 32767
+//!                                                  e[t, o] = dy[t, o] · scale[t]
 //! ```
 //!
-//! the second one a chunk of [`CHUNK`] tokens at a time, each with its own `b`. So every channel keeps its own scale, and an
-//! activation's scale, which the integers `q` lack, is folded into `dy` before it is rounded.
+//! the second one a chunk of [`CHUNK`] tokens at a time, each with its own `b`. So every channel keeps its own scale, and
+//! an activation's scale, which the integers `q` lack, is folded into `dy` before it is rounded.
 //!
-//! **Error.** A rounded value is off by at most half a step, `a_t / 2` or `b_o / 2`. Hence `dx[t, i]` by at most
-//! `γ · a_t / 2` times the number of weights of column i that are not zero, and `dW[o, i]` by at most `b_o / 2 · Σ|q[, i]|` a
-//! chunk: 1/65,534 of what the largest term alone could give. The rest is float32 rounding: a conversion and a product, and an addition
-//! a chunk.
+//! **Error.** A rounded value is off by at most half a step, `a_t / 2` or `b_o / 2`: 1/65,534 of the largest of its token
+//! or channel. Hence `dx[t, i]` by at most `γ · a_t / 2` times the number of weights of column i that are not zero, and
+//! `dW[o, i]` by at most `b_o / 2 · Σ|q[, i]|` a chunk. The rest is float32 rounding: of the scales, of a conversion and
+//! a product, and of an addition a chunk.
 //!
-//! **Range.** `|Σ r·W₃| <= 32,767 · depth` stays in an int32 for 65,536 outputs; more are cut at [`DEPTH`] words, as all
-//! are, and the parts added as floats. `|Σ c·q| <= 32,767 · 128 · 512 < 2³¹`. Every kernel gives the same integers, and
-//! what happens to them afterwards is the same code, so all instruction sets give the same bits, at any thread count.
+//! **Range.** `|Σ r·W₃| <= 32,767 · depth` would stay in an int32 for 65,536 outputs; the depth is cut at [`DEPTH`] words
+//! anyway, and the parts are added as floats. `|Σ c·q| <= 32,767 · 128 · 512 < 2³¹`. Every kernel gives the same integers,
+//! and what happens to them afterwards is the same code: all instruction sets give the same bits, at any thread count.
 //!
 //! **What is not finite** reaches the scale of its row or channel, and everything that it touches comes out not finite.
 
@@ -163,6 +164,9 @@ impl WithKernel for Gradients<'_> {
     fn run<K: Kernel>(mut self, kernel: K) {
         let (tokens, out_dim, in_dim) = (self.x.scales.len(), self.matrix.out_dim(), self.matrix.in_dim());
         if tokens == 0 || out_dim == 0 || in_dim == 0 {
+            if self.out == Out::Store {
+                self.dx.fill(0.0);
+            }
             return;
         }
         let Int16Scratch { words, packed, scales, largest } = self.scratch;
