@@ -37,6 +37,10 @@ pub struct Words<'a> {
 
 /// Lines that a kernel asks the cache for while it multiplies: addresses only, never read.
 #[derive(Clone, Copy, Debug)]
+#[cfg_attr(
+    not(all(feature = "std", target_arch = "x86_64")),
+    expect(dead_code, reason = "plain Rust has no prefetch: only the x86 kernels read it")
+)]
 pub struct Ahead {
     /// Where the words of the next rows begin.
     pub words: *const i32,
