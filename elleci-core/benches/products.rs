@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use elleci_core::ops::matmul::{Out, mat, mat_mut, matmul, matmul_serial};
 use elleci_core::simd::{self, Isa};
-use elleci_core::ternary::{TernaryMatrix, quantize_row, weight_grad};
+use elleci_core::ternary::{Activations, GradPrecision, GradScratch, TernaryMatrix, quantize_row, weight_grad};
 
 /// Least wall time over repeated runs, for about 0.15 s.
 fn best(mut f: impl FnMut()) -> f64 {
@@ -151,6 +151,15 @@ fn ternary(r: &Report) {
         });
         r.float(&format!("ternary weight grad {shape}"), macs, || {
             weight_grad(&dy, &q, &scales, tokens, out, input, &mut dw, Out::Add, &mut scratch);
+        });
+        let mut int16 = GradScratch::new(GradPrecision::Int16);
+        r.float(&format!("ternary both grads  {shape}"), 2 * macs, || {
+            m.input_grad(&dy, tokens, &mut dx, Out::Store, &mut scratch);
+            weight_grad(&dy, &q, &scales, tokens, out, input, &mut dw, Out::Add, &mut scratch);
+        });
+        r.float(&format!("ternary both, int16 {shape}"), 2 * macs, || {
+            let x = Activations { codes: &q, scales: &scales };
+            m.gradients(&dy, x, (&mut dx, Out::Store), &mut dw, &mut int16);
         });
         r.line(&format!("ternary update      {shape}"), (w.len() * 4) as f64, "GB/s", f64::INFINITY, || m.update(&w));
         r.line(&format!("quantise rows       {shape}"), (x.len() * 4) as f64, "GB/s", f64::INFINITY, || {

@@ -11,6 +11,7 @@ use elleci_core::memory::work_per_token;
 use elleci_core::model::{Batch, Checkpointing, Model, Workspace};
 use elleci_core::optim::{AdamW, AdamWConfig, StatePrecision, StepRates, norm};
 use elleci_core::params::Params;
+use elleci_core::ternary::GradPrecision;
 use std::time::Instant;
 
 fn main() {
@@ -26,11 +27,16 @@ fn main() {
         (number("--batch", "8"), number("--seq", "256"), number("--threads", "2"), number("--steps", "5"));
     let checkpointing =
         if args.iter().any(|a| a == "--checkpoint") { Checkpointing::EveryLayer } else { Checkpointing::None };
+    let gradients = match value("--gradients", "int16").as_str() {
+        "int16" => GradPrecision::Int16,
+        "f32" => GradPrecision::Float32,
+        other => panic!("--gradients {other}: int16 or f32"),
+    };
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a thread pool");
     pool.install(|| {
         let mut model = Model::new(config.clone(), initialise(&config, 0)).expect("a preset");
         let layout = model.layout().clone();
-        let mut ws = Workspace::new(&config, batch, seq, checkpointing);
+        let mut ws = Workspace::new(&config, batch, seq, checkpointing).with_grad_precision(gradients);
         let mut grads = Params::zeros(layout.clone());
         let mut adamw = AdamW::new(layout.clone(), AdamWConfig::default(), StatePrecision::F32);
         let n = batch * seq;
@@ -42,7 +48,7 @@ fn main() {
         let mut loss = 0.0;
         for step in 0..steps + 2 {
             let start = Instant::now();
-            grads.data_mut().fill(0.0);
+            grads.clear();
             loss = model.loss_and_grad(&mut ws, &batch, 1.0 / n as f32, &mut grads).expect("a fitting batch") / n as f64;
             let t1 = start.elapsed();
             let factor = norm::clip_factor(norm::global_norm(&grads), 1.0);

@@ -4,7 +4,7 @@ use crate::config::{LayerKind, ModelConfig};
 use crate::model::{Checkpointing, Workspace};
 use crate::optim::{StatePrecision, state_bytes};
 use crate::params::{ParamKind, ParamLayout};
-use crate::ternary::TernaryMatrix;
+use crate::ternary::{GradPrecision, TernaryMatrix};
 
 /// Bytes of a training step on the CPU backend, by use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -19,7 +19,7 @@ pub struct MemoryPlan {
     pub optimizer: usize,
     /// Activations kept for the backward.
     pub activations: usize,
-    /// Buffers shared by all layers, logits of a chunk, float expansions of integer operands.
+    /// Buffers shared by all layers, logits of a chunk, operands of the gradients' products.
     pub scratch: usize,
     /// Running mean of the weights, while it is kept.
     pub average: usize,
@@ -43,6 +43,8 @@ pub struct PlanOptions {
     pub checkpointing: Checkpointing,
     /// Precision of the optimiser states.
     pub states: StatePrecision,
+    /// Precision of the gradients that enter the projections' products.
+    pub gradients: GradPrecision,
     /// Whether a running mean of the weights is kept.
     pub average: bool,
 }
@@ -52,7 +54,7 @@ pub fn plan(c: &ModelConfig, o: PlanOptions) -> MemoryPlan {
     let layout = ParamLayout::new(c);
     let floats = 4 * layout.len();
     let ternary = layout.params().iter().filter(|p| p.kind == ParamKind::Ternary);
-    let (activations, scratch) = Workspace::planned_bytes(c, o.batch, o.seq, o.checkpointing);
+    let (activations, scratch) = Workspace::planned_bytes(c, o.batch, o.seq, o.checkpointing, o.gradients);
     MemoryPlan {
         weights: floats,
         ternary: ternary.map(|p| TernaryMatrix::planned_bytes(p.shape[0], p.shape[1])).sum(),
@@ -69,7 +71,8 @@ pub fn plan(c: &ModelConfig, o: PlanOptions) -> MemoryPlan {
 pub struct Work {
     /// Forward of the ternary projections: int8 x ternary.
     pub int8_macs: f64,
-    /// Everything in float32: head, `bcdt`, attention, scan, and all of the backward.
+    /// Everything else: head, `bcdt`, attention, scan, and all of the backward. In float32, or the backward of the ternary
+    /// projections in int16 ([`GradPrecision`]).
     pub float_macs: f64,
 }
 

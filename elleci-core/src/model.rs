@@ -15,7 +15,7 @@ use crate::ops::matmul::{Out, mat, mat_mut, matmul};
 use crate::ops::norm::{QuantizedRows, rmsnorm, rmsnorm_backward, rmsnorm_quantize};
 use crate::ops::rope::RopeTable;
 use crate::params::{Id, LayerIds, MixerIds, ParamKind, ParamLayout, Params};
-use crate::ternary::TernaryMatrix;
+use crate::ternary::{GradPrecision, GradScratch, TernaryMatrix};
 
 /// Tokens and what is to be predicted from them. All `[batch, seq]`, row-major.
 #[derive(Clone, Copy, Debug)]
@@ -141,7 +141,7 @@ pub struct Workspace {
 }
 
 impl Workspace {
-    /// Memory for batches of exactly `batch` sequences of `seq` tokens.
+    /// Memory for batches of exactly `batch` sequences of `seq` tokens. Gradients are computed in float32.
     pub fn new(c: &ModelConfig, batch: usize, seq: usize, checkpointing: Checkpointing) -> Workspace {
         let tokens = batch * seq;
         let segment = checkpointing.segment(c.n_layers);
@@ -160,7 +160,7 @@ impl Workspace {
             starts: (0..c.n_layers.div_ceil(segment)).map(|_| stream()).collect(),
             residuals: (0..2 * segment).map(|_| stream()).collect(),
             saved: saved.collect(),
-            scratch: Scratch::new(c, batch, seq),
+            scratch: Scratch::new(c, batch, seq, GradPrecision::Float32),
             rope: RopeTable::new(c.d_rope, c.rope_base, seq),
             final_rstd: vec![0.0; tokens],
             dh: stream(),
@@ -168,8 +168,21 @@ impl Workspace {
         }
     }
 
-    /// Bytes that [`Workspace::new`] allocates: `(kept for the backward, scratch)`.
-    pub fn planned_bytes(c: &ModelConfig, batch: usize, seq: usize, checkpointing: Checkpointing) -> (usize, usize) {
+    /// The same, for backwards whose projections read their incoming gradient in this precision.
+    #[must_use]
+    pub fn with_grad_precision(mut self, precision: GradPrecision) -> Workspace {
+        self.scratch.grad = GradScratch::new(precision);
+        self
+    }
+
+    /// Bytes that a backward's [`Workspace`] comes to: `(kept for the backward, scratch)`.
+    pub fn planned_bytes(
+        c: &ModelConfig,
+        batch: usize,
+        seq: usize,
+        checkpointing: Checkpointing,
+        precision: GradPrecision,
+    ) -> (usize, usize) {
         let tokens = batch * seq;
         let segment = checkpointing.segment(c.n_layers);
         let stream = 4 * tokens * c.d_model;
@@ -184,7 +197,7 @@ impl Workspace {
             }
         }
         let logits = 4 * chunk_tokens(tokens, c.vocab_size) * c.vocab_size;
-        (kept, Scratch::planned_bytes(c, batch, seq) + stream + logits + 4 * tokens + 4 * seq * c.d_rope)
+        (kept, Scratch::planned_bytes(c, batch, seq, precision) + stream + logits + 4 * tokens + 4 * seq * c.d_rope)
     }
 
     /// `(batch, seq)` that it was made for.

@@ -9,6 +9,7 @@ use elleci_core::memory::{PlanOptions, plan};
 use elleci_core::model::{Batch, Checkpointing, Model, Workspace};
 use elleci_core::optim::{AdamW, AdamWConfig, StatePrecision, StepRates};
 use elleci_core::params::Params;
+use elleci_core::ternary::GradPrecision::{Float32, Int16};
 
 struct Counting;
 static LIVE: AtomicUsize = AtomicUsize::new(0);
@@ -41,7 +42,7 @@ fn measured(c: &ModelConfig, o: PlanOptions) -> usize {
     let before = LIVE.load(Relaxed);
     PEAK.store(before, Relaxed);
     let mut model = Model::new(c.clone(), initialise(c, 1)).unwrap();
-    let mut ws = Workspace::new(c, o.batch, o.seq, o.checkpointing);
+    let mut ws = Workspace::new(c, o.batch, o.seq, o.checkpointing).with_grad_precision(o.gradients);
     let mut grads = Params::zeros(model.layout().clone());
     let mut adamw = AdamW::new(model.layout().clone(), AdamWConfig::default(), o.states);
     let n = o.batch * o.seq;
@@ -60,20 +61,23 @@ fn measured(c: &ModelConfig, o: PlanOptions) -> usize {
 fn the_plan_is_what_the_allocator_sees() {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build().unwrap();
     pool.install(|| {
-        for (preset, batch, seq, checkpointing, states) in [
-            ("nano", 8, 256, Checkpointing::None, StatePrecision::F32),
-            ("nano", 8, 256, Checkpointing::EveryLayer, StatePrecision::Block8),
-            ("mini", 2, 256, Checkpointing::None, StatePrecision::Block8),
-            ("mini", 2, 256, Checkpointing::EveryKth(3), StatePrecision::F32),
+        for (preset, batch, seq, checkpointing, states, gradients) in [
+            ("nano", 8, 256, Checkpointing::None, StatePrecision::F32, Float32),
+            ("nano", 8, 256, Checkpointing::None, StatePrecision::F32, Int16),
+            ("nano", 8, 256, Checkpointing::EveryLayer, StatePrecision::Block8, Int16),
+            ("mini", 2, 256, Checkpointing::None, StatePrecision::Block8, Int16),
+            ("mini", 2, 256, Checkpointing::EveryKth(3), StatePrecision::F32, Float32),
         ] {
             let c = ModelConfig::preset(preset).unwrap();
-            let o = PlanOptions { batch, seq, checkpointing, states, average: false };
+            let o = PlanOptions { batch, seq, checkpointing, states, gradients, average: false };
             let (planned, seen) = (plan(&c, o).total() as f64, measured(&c, o) as f64);
             let ratio = planned / seen;
-            println!("{preset} {checkpointing:?} {states:?}: planned {planned} seen {seen} ratio {ratio:.4}");
+            println!(
+                "{preset} {checkpointing:?} {states:?} {gradients:?}: planned {planned} seen {seen} ratio {ratio:.4}"
+            );
             assert!(
                 (0.95..=1.05).contains(&ratio),
-                "{preset} {checkpointing:?} {states:?}: planned {planned}, seen {seen}"
+                "{preset} {checkpointing:?} {states:?} {gradients:?}: planned {planned}, seen {seen}"
             );
         }
     });
@@ -82,15 +86,31 @@ fn the_plan_is_what_the_allocator_sees() {
 #[test]
 fn what_the_plan_promises() {
     let c = ModelConfig::preset("elleci-1.5b").unwrap();
-    let o =
-        |states| PlanOptions { batch: 1, seq: 1024, checkpointing: Checkpointing::EveryLayer, states, average: false };
+    let o = |states| PlanOptions {
+        batch: 1,
+        seq: 1024,
+        checkpointing: Checkpointing::EveryLayer,
+        states,
+        gradients: Int16,
+        average: false,
+    };
     let (wide, narrow) = (plan(&c, o(StatePrecision::F32)), plan(&c, o(StatePrecision::Block8)));
     assert!(narrow.optimizer as f64 <= 0.35 * wide.optimizer as f64, "{narrow:?} {wide:?}");
     assert!(narrow.total() as f64 <= 0.75 * wide.total() as f64, "{} {}", narrow.total(), wide.total());
     let mini = ModelConfig::preset("mini").unwrap();
     let activations = |checkpointing| {
-        plan(&mini, PlanOptions { batch: 4, seq: 256, checkpointing, states: StatePrecision::F32, average: false })
-            .activations
+        plan(
+            &mini,
+            PlanOptions {
+                batch: 4,
+                seq: 256,
+                checkpointing,
+                states: StatePrecision::F32,
+                gradients: Int16,
+                average: false,
+            },
+        )
+        .activations
     };
     let (all, few) = (activations(Checkpointing::None), activations(Checkpointing::EveryLayer));
     assert!(few as f64 <= 0.6 * all as f64, "{few} of {all}");

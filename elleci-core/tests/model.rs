@@ -4,6 +4,7 @@ use elleci_core::config::ModelConfig;
 use elleci_core::init::initialise;
 use elleci_core::model::{Batch, Checkpointing, Model, ModelError, Workspace};
 use elleci_core::params::Params;
+use elleci_core::ternary::GradPrecision;
 
 /// A small model with sizes that fit no block of any kernel.
 fn odd_config() -> ModelConfig {
@@ -54,9 +55,20 @@ impl Data {
 }
 
 fn gradients(model: &Model, batch: &Batch, checkpointing: Checkpointing, threads: usize) -> (f64, Params) {
+    gradients_in(GradPrecision::Float32, model, batch, checkpointing, threads)
+}
+
+fn gradients_in(
+    precision: GradPrecision,
+    model: &Model,
+    batch: &Batch,
+    checkpointing: Checkpointing,
+    threads: usize,
+) -> (f64, Params) {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
     pool.install(|| {
-        let mut ws = Workspace::new(model.config(), batch.batch, batch.seq, checkpointing);
+        let mut ws =
+            Workspace::new(model.config(), batch.batch, batch.seq, checkpointing).with_grad_precision(precision);
         let mut grads = Params::zeros(model.layout().clone());
         let loss = model.loss_and_grad(&mut ws, batch, 0.01, &mut grads).unwrap();
         assert_eq!(loss, model.loss(&mut ws, batch).unwrap(), "the loss alone has the same bits");
@@ -70,17 +82,44 @@ fn threads_and_checkpointing_do_not_change_a_bit() {
         let model = Model::new(c.clone(), initialise(&c, 3)).unwrap();
         let data = Data::new(&c, 3 * 130);
         let batch = data.batch(3);
-        let (loss, grads) = gradients(&model, &batch, Checkpointing::None, 1);
-        assert!(grads.data().iter().all(|g| g.is_finite()));
-        for (checkpointing, threads) in [
-            (Checkpointing::None, 2),
-            (Checkpointing::None, 5),
-            (Checkpointing::EveryLayer, 2),
-            (Checkpointing::EveryKth(2), 2),
-        ] {
-            let (other_loss, other) = gradients(&model, &batch, checkpointing, threads);
-            assert_eq!(loss.to_bits(), other_loss.to_bits(), "{checkpointing:?} on {threads} threads");
-            assert!(grads.data() == other.data(), "{checkpointing:?} on {threads} threads");
+        for precision in [GradPrecision::Float32, GradPrecision::Int16] {
+            let (loss, grads) = gradients_in(precision, &model, &batch, Checkpointing::None, 1);
+            assert!(grads.data().iter().all(|g| g.is_finite()));
+            for (checkpointing, threads) in [
+                (Checkpointing::None, 2),
+                (Checkpointing::None, 5),
+                (Checkpointing::EveryLayer, 2),
+                (Checkpointing::EveryKth(2), 2),
+            ] {
+                let (other_loss, other) = gradients_in(precision, &model, &batch, checkpointing, threads);
+                let how = format!("{precision:?} {checkpointing:?} on {threads} threads");
+                assert_eq!(loss.to_bits(), other_loss.to_bits(), "{how}");
+                assert!(grads.data() == other.data(), "{how}");
+            }
+        }
+    }
+}
+
+/// Int16 leaves the loss as it is, and every parameter's gradient nearly so. A product's rounding errors are independent
+/// and uniform, of variance 1/12 of a step squared, where a row or channel of n Gaussian values has a largest one of
+/// less than 5 standard deviations, so a step of 5/32767 of one: relative to the product, which has grown by √n
+/// just as they have, that is 5/32767/√12 = 4.4e-5. A gradient passes at most 3 such products a block and 10 blocks, whose
+/// errors add up as squares: 4.4e-5 · √30 = 2.4e-4. Twice that is allowed, as gradients are not Gaussian.
+#[test]
+fn int16_gradients_are_those_of_float32() {
+    for c in [odd_config(), ModelConfig { n_layers: 4, vocab_size: 700, ..ModelConfig::preset("nano").unwrap() }] {
+        let model = Model::new(c.clone(), initialise(&c, 3)).unwrap();
+        let data = Data::new(&c, 3 * 130);
+        let (loss, exact) = gradients(&model, &data.batch(3), Checkpointing::None, 2);
+        let (same, grads) = gradients_in(GradPrecision::Int16, &model, &data.batch(3), Checkpointing::None, 2);
+        assert_eq!(loss.to_bits(), same.to_bits());
+        assert!(grads.data() != exact.data(), "int16 did not run");
+        for p in model.layout().params() {
+            let (a, b) = (&grads.data()[p.range.clone()], &exact.data()[p.range.clone()]);
+            let norm = |d: &mut dyn Iterator<Item = f64>| d.map(|d| d * d).sum::<f64>().sqrt();
+            let error = norm(&mut a.iter().zip(b).map(|(a, b)| (a - b) as f64));
+            let size = norm(&mut b.iter().map(|b| *b as f64));
+            assert!(error <= 4.8e-4 * size, "{}: {:e}", p.name, error / size);
         }
     }
 }

@@ -3,12 +3,11 @@
 use alloc::vec;
 use alloc::vec::Vec;
 
-use super::{Context, Scratch};
+use super::{Context, Scratch, project_backward};
 use crate::config::ModelConfig;
 use crate::ops::matmul::Out;
 use crate::ops::norm::{QuantizedRows, rmsnorm_backward_product, rmsnorm_quantize};
 use crate::params::{FfnIds, Params};
-use crate::ternary::weight_grad;
 
 /// What the backward needs of a forward.
 #[derive(Debug)]
@@ -69,11 +68,10 @@ pub fn backward(
     scratch: &mut Scratch,
     grads: &mut Params,
 ) {
-    let (f, d, tokens) = (ctx.config.ffn_hidden, ctx.config.d_model, ctx.tokens());
-    let Scratch { normed, a, b, c, expand, .. } = scratch;
+    let (f, tokens) = (ctx.config.ffn_hidden, ctx.tokens());
+    let Scratch { normed, a, b, c, grad, .. } = scratch;
     let (dgate, dup, dhidden) = (&mut a[..tokens * f], &mut b[..tokens * f], &mut c[..tokens * f]);
-    ctx.projection(ids.down).input_grad(dy, tokens, dhidden, Out::Store, expand);
-    weight_grad(dy, &saved.hidden.codes, &saved.hidden.scales, tokens, d, f, &mut grads[ids.down], Out::Add, expand);
+    project_backward(ctx, ids.down, &saved.hidden, dy, (dhidden, Out::Store), grads, grad);
     rmsnorm_backward_product(
         #[inline(always)]
         |t, row| activate(&saved.gate[t * f..(t + 1) * f], &saved.up[t * f..(t + 1) * f], row),
@@ -83,7 +81,9 @@ pub fn backward(
         #[inline(always)]
         |t, dx, dgate, dup| {
             let (gate, up) = (&saved.gate[t * f..(t + 1) * f], &saved.up[t * f..(t + 1) * f]);
-            for i in 0..dx.len() {
+            // Of one length all, or the loop is not vectorised.
+            let (dx, dgate, dup) = (&dx[..f], &mut dgate[..f], &mut dup[..f]);
+            for i in 0..f {
                 let r = if gate[i] > 0.0 { gate[i] } else { 0.0 };
                 dgate[i] = dx[i] * 2.0 * r * up[i];
                 dup[i] = dx[i] * r * r;
@@ -93,8 +93,6 @@ pub fn backward(
         (dup, f),
         &mut grads[ids.sub_norm],
     );
-    ctx.projection(ids.gate).input_grad(dgate, tokens, normed, Out::Store, expand);
-    ctx.projection(ids.up).input_grad(dup, tokens, normed, Out::Add, expand);
-    weight_grad(dgate, &n.codes, &n.scales, tokens, f, d, &mut grads[ids.gate], Out::Add, expand);
-    weight_grad(dup, &n.codes, &n.scales, tokens, f, d, &mut grads[ids.up], Out::Add, expand);
+    project_backward(ctx, ids.gate, n, dgate, (normed, Out::Store), grads, grad);
+    project_backward(ctx, ids.up, n, dup, (normed, Out::Add), grads, grad);
 }

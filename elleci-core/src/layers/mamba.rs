@@ -3,7 +3,7 @@
 use alloc::vec;
 use alloc::vec::Vec;
 
-use super::{Context, Scratch, copy_columns};
+use super::{Context, Scratch, copy_columns, project_backward};
 use crate::config::ModelConfig;
 use crate::ops::activation::{exp, sigmoid, silu, silu_grad, softplus};
 use crate::ops::conv::{ConvShape, conv_silu_backward, conv_silu_forward};
@@ -11,7 +11,6 @@ use crate::ops::matmul::{Out, mat, mat_mut, matmul};
 use crate::ops::norm::{QuantizedRows, rmsnorm, rmsnorm_backward_product, rmsnorm_quantize};
 use crate::ops::ssd::{SsdShape, ssd_backward, ssd_forward};
 use crate::params::{MambaIds, Params};
-use crate::ternary::weight_grad;
 
 /// What the backward needs of a forward.
 #[derive(Debug)]
@@ -153,18 +152,7 @@ pub fn backward(
     // out projection, gate and its norm: dz goes straight to its half of dzx
     let dgated = &mut scratch.e[..tokens * di];
     let dscan = &mut scratch.c[..tokens * di];
-    ctx.projection(ids.out).input_grad(dy, tokens, dgated, Out::Store, &mut scratch.expand);
-    weight_grad(
-        dy,
-        &saved.gated.codes,
-        &saved.gated.scales,
-        tokens,
-        d,
-        di,
-        &mut grads[ids.out],
-        Out::Add,
-        &mut scratch.expand,
-    );
+    project_backward(ctx, ids.out, &saved.gated, dy, (dgated, Out::Store), grads, &mut scratch.grad);
     rmsnorm_backward_product(
         #[inline(always)]
         |t, row| gate(&saved.y[t * di..(t + 1) * di], &saved.z[t * di..(t + 1) * di], row),
@@ -244,8 +232,7 @@ pub fn backward(
     copy_columns(dconv, channels, di, dbcdt, bc + heads, 0, bc);
     copy_columns(&ddt, heads, 0, dbcdt, bc + heads, bc, heads);
     let dn = &mut scratch.normed[..];
-    ctx.projection(ids.input).input_grad(dzx, tokens, dn, Out::Store, &mut scratch.expand);
-    weight_grad(dzx, &n.codes, &n.scales, tokens, 2 * di, d, &mut grads[ids.input], Out::Add, &mut scratch.expand);
+    project_backward(ctx, ids.input, n, dzx, (dn, Out::Store), grads, &mut scratch.grad);
     let dbcdt = mat(dbcdt, tokens, bc + heads);
     matmul(dbcdt, mat(&ctx.params[ids.bcdt], bc + heads, d), mat_mut(dn, tokens, d), Out::Add);
     let normed = &mut scratch.b[..tokens * d];

@@ -3,7 +3,7 @@
 use alloc::vec;
 use alloc::vec::Vec;
 
-use super::{Context, Scratch, copy_columns};
+use super::{Context, Scratch, copy_columns, project_backward};
 use crate::config::ModelConfig;
 use crate::ops::attention::{AttentionGrad, AttentionInput, AttentionShape, attention_backward, attention_forward};
 use crate::ops::matmul::Out;
@@ -12,7 +12,6 @@ use crate::ops::rope::RopeTable;
 use crate::ops::rows::{self, rows_per_task};
 use crate::par;
 use crate::params::{MlaIds, Params};
-use crate::ternary::weight_grad;
 
 /// What the backward needs of a forward.
 #[derive(Debug)]
@@ -125,15 +124,14 @@ pub fn backward(
     grads: &mut Params,
 ) {
     let c = ctx.config;
-    let (tokens, d, rank, qk) = (ctx.tokens(), c.d_model, c.kv_rank, c.d_qk());
+    let (tokens, rank, qk) = (ctx.tokens(), c.kv_rank, c.d_qk());
     let (q_row, kv_row, o_row, latent_row) =
         (c.n_heads * qk, c.n_heads * (c.d_nope + c.d_v), c.n_heads * c.d_v, c.kv_rank + c.d_rope);
-    let Scratch { normed: dn, a, b, c: cc, e, expand, .. } = scratch;
+    let Scratch { normed: dn, a, b, c: cc, e, grad, .. } = scratch;
 
     // out projection and its norm
     let dout = &mut e[..tokens * o_row];
-    ctx.projection(ids.out).input_grad(dy, tokens, dout, Out::Store, expand);
-    weight_grad(dy, &saved.out.codes, &saved.out.scales, tokens, d, o_row, &mut grads[ids.out], Out::Add, expand);
+    project_backward(ctx, ids.out, &saved.out, dy, (dout, Out::Store), grads, grad);
     let d_o = &mut cc[..tokens * o_row];
     rmsnorm_backward(
         &saved.o,
@@ -149,8 +147,8 @@ pub fn backward(
     let (dq, dkv, dkr_heads) =
         (&mut a[..tokens * q_row], &mut b[..tokens * kv_row], &mut e[..tokens * c.n_heads * c.d_rope]);
     let input = AttentionInput { q: &saved.q, kv: &saved.kv, ckr: &saved.ckr, rank };
-    let grad = AttentionGrad { dq, dkv, dkr_heads };
-    attention_backward(&attention_shape(ctx), input, &saved.o, &saved.lse, d_o, grad);
+    let towards = AttentionGrad { dq, dkv, dkr_heads };
+    attention_backward(&attention_shape(ctx), input, &saved.o, &saved.lse, d_o, towards);
     rotate(ctx, dq, q_row, qk, c.d_nope, RopeTable::unrotate);
     let dckr = &mut cc[..tokens * latent_row];
     sum_heads(ctx, dkr_heads, dckr);
@@ -158,18 +156,7 @@ pub fn backward(
 
     // latent: its rows stand beside the shared key, so the norm's backward runs on a contiguous copy
     let dlatent_normed = &mut e[..tokens * rank];
-    ctx.projection(ids.kv_up).input_grad(dkv, tokens, dlatent_normed, Out::Store, expand);
-    weight_grad(
-        dkv,
-        &saved.latent.codes,
-        &saved.latent.scales,
-        tokens,
-        kv_row,
-        rank,
-        &mut grads[ids.kv_up],
-        Out::Add,
-        expand,
-    );
+    project_backward(ctx, ids.kv_up, &saved.latent, dkv, (dlatent_normed, Out::Store), grads, grad);
     let mut latent = vec![0.0f32; tokens * rank];
     copy_columns(&saved.ckr, latent_row, 0, &mut latent, rank, 0, rank);
     let mut dlatent = vec![0.0f32; tokens * rank];
@@ -186,10 +173,8 @@ pub fn backward(
     copy_columns(&dlatent, rank, 0, dckr, latent_row, 0, rank);
 
     // projections of the norm
-    ctx.projection(ids.q).input_grad(dq, tokens, dn, Out::Store, expand);
-    ctx.projection(ids.kv_down).input_grad(dckr, tokens, dn, Out::Add, expand);
-    weight_grad(dq, &n.codes, &n.scales, tokens, q_row, d, &mut grads[ids.q], Out::Add, expand);
-    weight_grad(dckr, &n.codes, &n.scales, tokens, latent_row, d, &mut grads[ids.kv_down], Out::Add, expand);
+    project_backward(ctx, ids.q, n, dq, (dn, Out::Store), grads, grad);
+    project_backward(ctx, ids.kv_down, n, dckr, (dn, Out::Add), grads, grad);
 }
 
 /// Sums every head's share `[batch, heads, seq, d_rope]` into the last channels of `dckr` rows, head by head.

@@ -12,13 +12,14 @@ use alloc::vec;
 use alloc::vec::Vec;
 
 use crate::config::{LayerKind, ModelConfig};
+use crate::ops::matmul::Out;
 use crate::ops::norm::QuantizedRows;
 use crate::ops::rope::RopeTable;
 use crate::ops::rows::rows_per_task;
 use crate::ops::ssd::SsdScratch;
 use crate::par;
 use crate::params::{Id, ParamKind, ParamLayout, Params};
-use crate::ternary::TernaryMatrix;
+use crate::ternary::{Activations, GradPrecision, GradScratch, TernaryMatrix};
 
 /// What every layer reads: the model, and the shape of the batch.
 #[derive(Clone, Copy, Debug)]
@@ -54,6 +55,20 @@ impl<'a> Context<'a> {
     }
 }
 
+/// Both gradients of a projection that read `rows`: `dx` `[tokens, in]` `(=|+=)`, and its weight's, added to `grads`.
+pub(crate) fn project_backward(
+    ctx: &Context,
+    id: Id,
+    rows: &QuantizedRows,
+    dy: &[f32],
+    dx: (&mut [f32], Out),
+    grads: &mut Params,
+    scratch: &mut GradScratch,
+) {
+    let x = Activations { codes: &rows.codes, scales: &rows.scales };
+    ctx.projection(id).gradients(dy, x, dx, &mut grads[id], scratch);
+}
+
 /// Buffers that live for one operation, shared by all layers.
 #[derive(Debug)]
 pub struct Scratch {
@@ -63,8 +78,7 @@ pub struct Scratch {
     pub(crate) b: Vec<f32>,
     pub(crate) c: Vec<f32>,
     pub(crate) e: Vec<f32>,
-    /// Float expansions of integer operands, grown on use by the products
-    pub(crate) expand: Vec<f32>,
+    pub(crate) grad: GradScratch,
     pub(crate) ssd: SsdScratch,
 }
 
@@ -84,13 +98,13 @@ impl Scratch {
     }
 
     /// Buffers for `batch` sequences of `seq` tokens.
-    pub fn new(c: &ModelConfig, batch: usize, seq: usize) -> Scratch {
+    pub fn new(c: &ModelConfig, batch: usize, seq: usize, precision: GradPrecision) -> Scratch {
         let [normed, a, b, cc, e] = Scratch::widths(c).map(|w| vec![0.0; w * batch * seq]);
-        Scratch { normed, a, b, c: cc, e, expand: Vec::new(), ssd: SsdScratch::default() }
+        Scratch { normed, a, b, c: cc, e, grad: GradScratch::new(precision), ssd: SsdScratch::default() }
     }
 
     /// Bytes of [`Scratch::new`] once a backward has grown what grows on use.
-    pub fn planned_bytes(c: &ModelConfig, batch: usize, seq: usize) -> usize {
+    pub fn planned_bytes(c: &ModelConfig, batch: usize, seq: usize, precision: GradPrecision) -> usize {
         let tokens = batch * seq;
         let fixed = Scratch::widths(c).iter().sum::<usize>() * tokens;
         let has_mamba = c.layer_kinds().contains(&LayerKind::Mamba);
@@ -98,8 +112,8 @@ impl Scratch {
         let ssd = if has_mamba { ssd.forward_scratch_len().max(ssd.backward_scratch_len()) } else { 0 };
         let layout = ParamLayout::new(c);
         let ternary = layout.params().iter().filter(|p| p.kind == ParamKind::Ternary);
-        let expand = ternary.map(|p| p.len().max(tokens * p.shape[1])).max().unwrap_or(0);
-        4 * (fixed + ssd + expand)
+        let shapes = ternary.map(|p| (p.shape[0], p.shape[1]));
+        4 * (fixed + ssd) + GradScratch::planned_bytes(precision, tokens, shapes)
     }
 }
 

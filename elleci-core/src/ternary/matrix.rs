@@ -108,6 +108,15 @@ impl TernaryMatrix {
         &self.lines[panel * self.panel_lines()..][..self.panel_lines()][group * LINES..]
     }
 
+    /// The codes plus one of rows `2 pair` and `2 pair + 1`, four columns of each at a time, from column `col` (a multiple of
+    /// four) on. A row past the last gives anything.
+    #[inline(always)]
+    pub(super) fn row_pair(&self, pair: usize, col: usize) -> impl Iterator<Item = [u8; 2 * DEPTH]> {
+        let row = 2 * pair;
+        let groups = self.panel(row / ROWS, col / DEPTH).chunks(LINES);
+        groups.map(move |group| group[row % ROWS / 16].0.as_chunks().0[row % 16 / 2])
+    }
+
     /// The integers `W₃ · q`: `q` `[tokens, in]`, `out` `[tokens, out]`.
     ///
     /// # Panics

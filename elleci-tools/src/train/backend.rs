@@ -8,6 +8,7 @@ use elleci_core::optim::schedule::depth_of;
 use elleci_core::optim::swa::Swa;
 use elleci_core::optim::{AdamW, AdamWConfig, StateData, StatePrecision, StateType, StepRates};
 use elleci_core::params::{Id, Params};
+use elleci_core::ternary::GradPrecision;
 use elleci_core::ternary::packed::Packing;
 use safetensors::Dtype;
 
@@ -122,12 +123,19 @@ pub struct CpuBackend {
     average: Option<Swa>,
     depth: Vec<usize>,
     checkpointing: Checkpointing,
+    gradients: GradPrecision,
     workspace: Option<(Checkpointing, Workspace)>,
 }
 
 impl CpuBackend {
     /// Optimizer states at zero.
-    pub fn new(model: Model, adamw: AdamWConfig, states: StatePrecision, checkpointing: Checkpointing) -> CpuBackend {
+    pub fn new(
+        model: Model,
+        adamw: AdamWConfig,
+        states: StatePrecision,
+        checkpointing: Checkpointing,
+        gradients: GradPrecision,
+    ) -> CpuBackend {
         let layout = model.layout().clone();
         let depth = (0..layout.params().len()).map(|i| depth_of(&layout, Id(i))).collect();
         CpuBackend {
@@ -136,6 +144,7 @@ impl CpuBackend {
             average: None,
             depth,
             checkpointing,
+            gradients,
             workspace: None,
             model,
         }
@@ -151,12 +160,13 @@ impl CpuBackend {
         let shape = (batch.batch, batch.seq);
         if !self.workspace.as_ref().is_some_and(|(k, w)| *k == kept && w.shape() == shape) {
             self.workspace = None;
-            self.workspace = Some((kept, Workspace::new(self.model.config(), batch.batch, batch.seq, kept)));
+            let workspace = Workspace::new(self.model.config(), batch.batch, batch.seq, kept);
+            self.workspace = Some((kept, workspace.with_grad_precision(self.gradients)));
         }
     }
 
     fn clear(&mut self) {
-        self.grads.data_mut().fill(0.0);
+        self.grads.clear();
     }
 }
 

@@ -4,9 +4,10 @@ use elleci_core::config::ModelConfig;
 use elleci_core::model::Checkpointing;
 use elleci_core::optim::StatePrecision;
 use elleci_core::optim::schedule::{Cooldown, Lerac, Phases, SequenceCurriculum, StepShape, Wsd, boundary};
+use elleci_core::ternary::GradPrecision;
 
 use super::batches::phase_weights;
-use super::config::{CooldownKind, LeracMode, RunConfig, States};
+use super::config::{CooldownKind, Gradients, LeracMode, RunConfig, States};
 
 /// The schedules of a run.
 pub struct Plan {
@@ -159,6 +160,14 @@ pub fn precision(config: &RunConfig) -> StatePrecision {
     match config.optimizer.states {
         States::F32 => StatePrecision::F32,
         States::EightBit => StatePrecision::Block8,
+    }
+}
+
+/// Precision of the gradients of a configuration.
+pub fn gradients(config: &RunConfig) -> GradPrecision {
+    match config.training.gradients {
+        Gradients::F32 => GradPrecision::Float32,
+        Gradients::Int16 => GradPrecision::Int16,
     }
 }
 

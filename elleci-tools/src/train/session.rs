@@ -17,7 +17,7 @@ use super::cli::TrainArgs;
 use super::config::RunConfig;
 use super::device::{Device, available_memory};
 use super::log::{Log, first_and_last_loss, write_text};
-use super::plan::{Plan, checkpointing, precision, same_model};
+use super::plan::{Plan, checkpointing, gradients, precision, same_model};
 use super::record::Recorder;
 use super::samples::Text;
 use super::step::load_model;
@@ -268,7 +268,8 @@ pub(super) fn cpu_backend(config: &RunConfig, init: Option<&Path>, resumed: bool
     };
     let o = &config.optimizer;
     let adamw = AdamWConfig { beta1: o.betas[0], beta2: o.betas[1], eps: o.eps };
-    Ok(CpuBackend::new(Model::new(config.model.clone(), params)?, adamw, precision(config), checkpointing(config)))
+    let model = Model::new(config.model.clone(), params)?;
+    Ok(CpuBackend::new(model, adamw, precision(config), checkpointing(config), gradients(config)))
 }
 
 fn announce(run: &Run<'_>) {
