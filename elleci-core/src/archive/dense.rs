@@ -12,7 +12,7 @@ use super::{ALIGNMENT, checksum};
 use crate::ops::lanes::{dispatch, dots};
 use crate::ops::matmul::mat_mut;
 use crate::par;
-use crate::simd::vectorize;
+use crate::simd::{prefetch, vectorize};
 
 /// How the values of a full-precision matrix are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -120,6 +120,8 @@ enum Values<'a> {
 /// Rows that meet a token's values together: as many chains of additions hide their latency, and their float32 values stay in the
 /// first-level cache up to some 2,500 columns.
 const ROWS: usize = 4;
+/// Rows that are asked for before they are needed.
+const AHEAD: usize = 3;
 /// Rows are padded to whole vectors of the widest kind.
 const LANES: usize = 16;
 
@@ -177,6 +179,17 @@ impl<'a> DenseMatrix<'a> {
             Values::Int8 { scales, .. } => scales[row],
             _ => 1.0,
         }
+    }
+
+    /// Asks for a row, if there is such a one.
+    #[inline(always)]
+    fn prefetch(&self, row: usize) {
+        let range = row * self.cols..(row + 1) * self.cols;
+        match self.values {
+            Values::F32(v) => v.get(range).map(prefetch),
+            Values::F16(v) | Values::Bf16(v) => v.get(range).map(prefetch),
+            Values::Int8 { codes, .. } => codes.get(range).map(prefetch),
+        };
     }
 
     /// A row without its scale.
@@ -242,6 +255,7 @@ impl WithSimd for Tile<'_> {
         for (b, mut y) in y.axis_chunks_iter_mut(Axis(1), ROWS).enumerate() {
             let first = first + b * ROWS;
             for r in 0..y.ncols() {
+                matrix.prefetch(first + r + AHEAD);
                 matrix.expand(first + r, &mut weights[r * width..][..cols]);
             }
             for (x, mut y) in x.chunks_exact(cols).zip(y.rows_mut()) {
