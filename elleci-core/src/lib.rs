@@ -11,6 +11,7 @@ extern crate alloc;
 
 pub mod archive;
 pub mod config;
+pub mod generate;
 pub mod inference;
 pub mod init;
 pub mod layers;
@@ -20,5 +21,6 @@ pub mod ops;
 pub mod optim;
 pub mod par;
 pub mod params;
+pub mod sampler;
 pub mod simd;
 pub mod ternary;

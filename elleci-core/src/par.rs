@@ -4,18 +4,42 @@
 //! the calling thread. So an application decides about threads by where it calls from (`pool.install(|| ..)`), and
 //! nothing here ever starts one. Items never share output, and how work is cut into items depends on shapes alone:
 //! results are the same bits at every thread count.
+//!
+//! Decoding one token is some two hundred short parallel loops with short serial parts between them. Waking a sleeping
+//! thread takes as long as such a loop, so [`together`] keeps the pool's threads awake and waiting for the next loop for
+//! as long as a closure runs.
 
 use alloc::vec::Vec;
+
+#[cfg(feature = "std")]
+mod team;
 
 /// Runs `f` on every item, in parallel when called from inside a rayon pool.
 pub fn for_each<T: Send>(items: Vec<T>, f: impl Fn(T) + Sync + Send) {
     #[cfg(feature = "std")]
     if items.len() > 1 && rayon::current_thread_index().is_some() && rayon::current_num_threads() > 1 {
         use rayon::iter::{IndexedParallelIterator, IntoParallelIterator, ParallelIterator};
-        items.into_par_iter().with_max_len(1).for_each(f);
-        return;
+        match team::place() {
+            team::Place::Lead(team) => return team.for_each(items, f),
+            // The other threads have items of their own.
+            team::Place::Task => {}
+            team::Place::None => return items.into_par_iter().with_max_len(1).for_each(f),
+        }
     }
     items.into_iter().for_each(f);
+}
+
+/// Runs `f` with the threads of the current pool waiting for its [`for_each`] loops, and nothing else. For work of
+/// milliseconds that is made of many loops of microseconds.
+pub fn together<R>(f: impl FnOnce() -> R) -> R {
+    #[cfg(feature = "std")]
+    if rayon::current_thread_index().is_some()
+        && rayon::current_num_threads() > 1
+        && matches!(team::place(), team::Place::None)
+    {
+        return team::lead(f);
+    }
+    f()
 }
 
 /// Threads that [`for_each`] would use here: 1 outside of a rayon pool.

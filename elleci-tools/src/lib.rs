@@ -8,4 +8,5 @@ pub mod hf;
 pub mod mapped;
 pub mod pth;
 pub mod report;
+pub mod run;
 pub mod train;

@@ -117,6 +117,18 @@ impl Batch {
         visit: &mut dyn FnMut(usize, usize, &[f32]),
     ) -> Result<(), InferenceError> {
         check(model, feeds)?;
+        par::together(|| self.passes(model, feeds, all, visit));
+        Ok(())
+    }
+
+    /// Cuts the feeds into passes and runs them.
+    fn passes(
+        &mut self,
+        model: PackedModel<'_>,
+        feeds: &mut [Feed<'_>],
+        all: bool,
+        visit: &mut dyn FnMut(usize, usize, &[f32]),
+    ) {
         let mut segments = Vec::new();
         let mut rows = 0;
         for feed in 0..feeds.len() {
@@ -133,7 +145,6 @@ impl Batch {
             }
         }
         self.pass(model, feeds, &segments, all, visit);
-        Ok(())
     }
 
     fn pass(

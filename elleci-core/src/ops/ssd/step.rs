@@ -7,10 +7,12 @@ use super::SsdShape;
 use crate::ops::activation::exp;
 use crate::ops::matmul::mat_mut;
 use crate::par;
-use crate::simd::vectorize;
+use crate::simd::{prefetch, vectorize};
 
 /// Channels of one task: its row of the state, its decays and sums stay in the L1 cache.
 const BLOCK: usize = 512;
+/// Rows of the state that are asked for before they are needed: each lies on pages of its own.
+const AHEAD: usize = 2;
 
 /// Advances every sequence of a batch by one token (`shape.seq` must be 1): `state` `[batch, d_state, d_inner]` is
 /// updated in place and `y` `[batch, d_inner]` is written. A zero state starts a sequence.
@@ -47,6 +49,9 @@ pub fn ssd_step(shape: SsdShape, xbc: &[f32], dt: &[f32], a: &[f32], d: &[f32], 
                     }
                     decay.iter_mut().for_each(|v| *v = exp(*v));
                     for n in 0..n_dim {
+                        if n + AHEAD < n_dim {
+                            prefetch(state.row(n + AHEAD).to_slice().expect("columns are contiguous"));
+                        }
                         let row = state.row_mut(n).into_slice().expect("columns are contiguous");
                         for (((s, y), decay), u) in row.iter_mut().zip(&mut *y).zip(&*decay).zip(&*u) {
                             *s = decay * *s + b[n] * u;

@@ -1,0 +1,152 @@
+//! `elleci-run bench`: how fast prompts are read and text is written.
+
+mod table;
+
+use std::io::{self, Write};
+use std::time::Instant;
+
+use anyhow::{Context, ensure};
+use elleci_core::archive::PackedModel;
+use elleci_core::inference::Session;
+use elleci_core::simd::Isa;
+
+use super::cli::BenchArgs;
+use super::model::OpenModel;
+use crate::exit::usage;
+use crate::train::device::Device;
+pub use table::{Row, render};
+
+/// What a test measures.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Test {
+    /// A prompt of so many tokens at once.
+    Prompt(usize),
+    /// So many tokens one by one.
+    Generate(usize),
+}
+
+impl Test {
+    /// Its name, as in llama-bench.
+    pub fn name(self) -> String {
+        match self {
+            Test::Prompt(n) => format!("pp{n}"),
+            Test::Generate(n) => format!("tg{n}"),
+        }
+    }
+
+    fn tokens(self) -> usize {
+        match self {
+            Test::Prompt(n) | Test::Generate(n) => n,
+        }
+    }
+}
+
+/// Runs the verb.
+///
+/// # Errors
+/// [`crate::exit::Usage`] for options without a meaning; a model that cannot be used.
+pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
+    let prompts = args.n_prompt.iter().map(|n| Test::Prompt(*n));
+    let tests: Vec<Test> =
+        prompts.chain(args.n_gen.iter().map(|n| Test::Generate(*n))).filter(|t| t.tokens() > 0).collect();
+    ensure!(!tests.is_empty(), usage("-p and -n are all 0: there is nothing to measure"));
+    let devices = args.threads.iter().map(|n| Device::choose(&args.device, *n)).collect::<anyhow::Result<Vec<_>>>()?;
+    let open = devices[0].install(|| match (&args.model, &args.preset) {
+        (Some(path), _) => OpenModel::open(path).context("--model"),
+        (None, Some(preset)) => OpenModel::random(preset),
+        (None, None) => Err(usage("--model or --preset is needed")),
+    })?;
+    eprintln!("{}", open.announcement());
+    let mut rows = Vec::new();
+    for device in &devices {
+        eprintln!("{}", device.announcement);
+        device.install(|| {
+            for &depth in &args.depth {
+                let mut session = filled(open.packed(), depth)?;
+                for &test in &tests {
+                    let row = measure(&open, &mut session, test, device.threads, args.repetitions)?;
+                    eprintln!("{} threads {}: {}", device.threads, row.test_name(), row.speed());
+                    rows.push(row);
+                }
+            }
+            Ok(())
+        })?;
+    }
+    let mut out = io::stdout().lock();
+    out.write_all(render(&rows, args.output)?.as_bytes()).and_then(|()| out.flush()).context("standard output")
+}
+
+/// Tokens without a pattern; the same every time.
+fn tokens(vocab_size: usize, count: usize) -> Vec<u32> {
+    let mut state = 1u64;
+    let mut next = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (((state >> 32) * vocab_size as u64) >> 32) as u32
+    };
+    (0..count).map(|_| next()).collect()
+}
+
+/// A session that has taken `depth` tokens.
+fn filled(model: PackedModel<'_>, depth: usize) -> anyhow::Result<Session> {
+    let mut session = Session::new(model)?;
+    if depth > 0 {
+        session.extend(model, &tokens(model.config().vocab_size, depth))?;
+    }
+    Ok(session)
+}
+
+fn measure(
+    open: &OpenModel,
+    session: &mut Session,
+    test: Test,
+    threads: usize,
+    repetitions: u32,
+) -> anyhow::Result<Row> {
+    let model = open.packed();
+    let tokens = tokens(model.config().vocab_size, test.tokens());
+    let (depth, mark) = (session.position(), session.clone());
+    let mut seconds = Vec::new();
+    // The first one finds cold caches and grows the buffers; it is not counted.
+    for _ in 0..=repetitions {
+        let start = Instant::now();
+        match test {
+            Test::Prompt(_) => {
+                session.extend(model, &tokens)?;
+            }
+            Test::Generate(_) => {
+                for token in &tokens {
+                    session.extend(model, std::slice::from_ref(token))?;
+                }
+            }
+        }
+        seconds.push(start.elapsed().as_secs_f64());
+        session.rewind(&mark);
+    }
+    seconds.remove(0);
+    Ok(Row {
+        model: open.name.clone(),
+        size: open.bytes() as u64,
+        parameters: open.parameters() as u64,
+        isa: Isa::detect().name(),
+        threads,
+        test,
+        depth,
+        seconds,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tokens_are_in_the_vocabulary_and_spread() {
+        let tokens = tokens(100, 10_000);
+        assert!(tokens.iter().all(|t| *t < 100));
+        for token in 0..100 {
+            let count = tokens.iter().filter(|t| **t == token).count();
+            // 100 expected with a deviation of 10; six of them.
+            assert!((40..160).contains(&count), "{token}: {count}");
+        }
+    }
+}

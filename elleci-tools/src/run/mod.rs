@@ -1,0 +1,24 @@
+//! `elleci-run`: a model at work.
+
+pub mod answer;
+pub mod bench;
+pub mod chat;
+pub mod cli;
+pub mod generate;
+mod interrupt;
+pub mod logits;
+pub mod model;
+pub mod text;
+
+/// Runs what the command line asks for.
+///
+/// # Errors
+/// Whatever the verb reports.
+pub fn run(cli: &cli::Cli) -> anyhow::Result<()> {
+    match &cli.command {
+        cli::Command::Generate(args) => generate::run(args),
+        cli::Command::Chat(args) => chat::run(args),
+        cli::Command::Bench(args) => bench::run(args),
+        cli::Command::Logits(args) => logits::run(args),
+    }
+}

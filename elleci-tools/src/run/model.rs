@@ -1,0 +1,204 @@
+//! Opening a model for inference, from whatever form it has.
+
+use std::fs::File;
+use std::path::Path;
+
+use anyhow::{Context, ensure};
+use elleci_core::archive::{AlignedBytes, Archive, ArchiveWriter, Format, PackOptions, PackedModel, to_bytes};
+use elleci_core::config::ModelConfig;
+use elleci_core::params::ParamKind;
+use memmap2::Mmap;
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{Rng, SeedableRng};
+
+use crate::data::tokenizer::{END_OF_TEXT_ID, IM_END_ID, SPECIALS, Tokenizer};
+use crate::exit::usage;
+use crate::report::format::si;
+use crate::train::step::load_model;
+
+/// Where the bytes of an archive lie.
+enum ModelBytes {
+    /// In a file.
+    Mapped(Mmap),
+    /// In memory, made by this process.
+    Packed(AlignedBytes),
+}
+
+impl AsRef<[u8]> for ModelBytes {
+    fn as_ref(&self) -> &[u8] {
+        match self {
+            ModelBytes::Mapped(map) => map,
+            ModelBytes::Packed(bytes) => bytes.as_ref(),
+        }
+    }
+}
+
+/// A model that is open, with its tokenizer if it has one.
+pub struct OpenModel {
+    /// What it is called in reports: the name of its file or folder.
+    pub name: String,
+    archive: Archive<ModelBytes>,
+    tokenizer: Option<Tokenizer>,
+}
+
+impl OpenModel {
+    /// Opens an archive by mapping it; packs a folder or a checkpoint in memory, and says so.
+    ///
+    /// # Errors
+    /// What is missing or damaged; a tokenizer that does not fit the model.
+    pub fn open(path: &Path) -> anyhow::Result<OpenModel> {
+        let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
+        let at = || path.display().to_string();
+        let bytes = if path.is_dir() { pack(path)? } else { map(path).with_context(at)? };
+        OpenModel::from_bytes(name, bytes).with_context(at)
+    }
+
+    /// Random weights of a built-in shape, in the default formats and without a tokenizer.
+    ///
+    /// # Errors
+    /// [`crate::exit::Usage`] for a name that there is not.
+    pub fn random(preset: &str) -> anyhow::Result<OpenModel> {
+        let config = ModelConfig::preset(preset).map_err(|e| usage(format!("--preset: {e}")))?;
+        OpenModel::from_bytes(preset.to_string(), ModelBytes::Packed(random_archive(&config)?))
+    }
+
+    fn from_bytes(name: String, bytes: ModelBytes) -> anyhow::Result<OpenModel> {
+        let archive = Archive::open(bytes)?;
+        let model = archive.model();
+        let tokenizer = model.tokenizer().map(|json| Tokenizer::from_json(json.to_vec(), None)).transpose();
+        let tokenizer = tokenizer.context("its tokenizer is unusable")?;
+        if let Some(tokenizer) = &tokenizer {
+            let (tokens, rows) = (tokenizer.config().tokens, model.config().vocab_size);
+            ensure!(
+                tokens <= rows,
+                "its tokenizer has {tokens} tokens, more than the model's `vocab_size` of {rows}: they do not belong \
+                 together"
+            );
+        }
+        Ok(OpenModel { name, archive, tokenizer })
+    }
+
+    /// The model, as sessions take it.
+    pub fn packed(&self) -> PackedModel<'_> {
+        self.archive.model()
+    }
+
+    /// Its shape.
+    pub fn config(&self) -> &ModelConfig {
+        self.archive.model().config()
+    }
+
+    /// Bytes of the archive.
+    pub fn bytes(&self) -> usize {
+        self.archive.model().archive_bytes()
+    }
+
+    /// Number of parameters.
+    pub fn parameters(&self) -> usize {
+        self.archive.model().layout().len()
+    }
+
+    /// One line on what was opened.
+    pub fn announcement(&self) -> String {
+        let model = self.archive.model();
+        let formats = |ternary: bool| {
+            let mut names: Vec<&str> = model
+                .tensors()
+                .filter(|t| t.format != Format::Floats && matches!(t.format, Format::Ternary(_)) == ternary)
+                .map(|t| t.format.name())
+                .collect();
+            names.sort_unstable();
+            names.dedup();
+            names.join("+")
+        };
+        format!(
+            "model {} | {} parameters in {:.1} MiB | ternary {}, dense {} | vocabulary {}",
+            self.name,
+            si(self.parameters() as f64),
+            self.bytes() as f64 / (1 << 20) as f64,
+            formats(true),
+            formats(false),
+            self.config().vocab_size
+        )
+    }
+
+    /// The tokenizer, where the model has one.
+    pub fn tokenizer(&self) -> Option<&Tokenizer> {
+        self.tokenizer.as_ref()
+    }
+
+    /// The tokenizer.
+    ///
+    /// # Errors
+    /// When the model has none.
+    pub fn need_tokenizer(&self) -> anyhow::Result<&Tokenizer> {
+        self.tokenizer.as_ref().with_context(|| {
+            format!(
+                "{} has no tokenizer: only `generate --tokens`, `bench` and `logits` can use it; \
+                 `elleci-convert --tokenizer` adds one",
+                self.name
+            )
+        })
+    }
+
+    /// Tokens that end a text.
+    pub fn ends(&self) -> &'static [&'static [u32]] {
+        if self.tokenizer.is_some() { &[&[END_OF_TEXT_ID], &[IM_END_ID]] } else { &[] }
+    }
+
+    /// Tokens that must never be chosen: rows that only pad the vocabulary, and special tokens that no text holds; with
+    /// `ends_too`, those that would end the text.
+    pub fn banned(&self, ends_too: bool) -> Vec<u32> {
+        let Some(tokenizer) = &self.tokenizer else { return Vec::new() };
+        let specials = (0..SPECIALS.len() as u32).filter(|t| ends_too || ![END_OF_TEXT_ID, IM_END_ID].contains(t));
+        specials.chain(tokenizer.config().tokens as u32..self.config().vocab_size as u32).collect()
+    }
+}
+
+fn map(path: &Path) -> anyhow::Result<ModelBytes> {
+    let file = File::open(path).context("--model is a file that elleci-convert wrote, or a folder")?;
+    ensure!(file.metadata()?.len() > 0, "the file is empty");
+    // SAFETY: the map is only read. That nobody changes the file meanwhile cannot be enforced; as with every program that maps
+    // its data, doing so is undefined. Checkpoints and archives are replaced by renaming, which leaves the mapped file as it was.
+    let map = unsafe { Mmap::map(&file) }?;
+    Ok(ModelBytes::Mapped(map))
+}
+
+fn pack(path: &Path) -> anyhow::Result<ModelBytes> {
+    eprintln!("packing {} in memory; `elleci-convert {} FILE.elleci` does it once", path.display(), path.display());
+    let (config, params) = load_model(path)?;
+    let json = path.join(crate::hf::TOKENIZER);
+    let tokenizer =
+        if json.is_file() { Some(std::fs::read(&json).with_context(|| json.display().to_string())?) } else { None };
+    Ok(ModelBytes::Packed(to_bytes(&config, &params, tokenizer.as_deref(), PackOptions::default())?))
+}
+
+/// An archive of random weights, made tensor by tensor: the float weights of the largest shapes never exist together.
+///
+/// Only speed is asked of these: matrices are uniform with the deviation that training starts from, recurrences
+/// decay as they do there.
+fn random_archive(config: &ModelConfig) -> anyhow::Result<AlignedBytes> {
+    let mut writer = ArchiveWriter::new(config, None, PackOptions::default())?;
+    let mut file = AlignedBytes::zeroed(writer.header_bytes());
+    let mut rng = ChaCha8Rng::seed_from_u64(0);
+    let mut uniform = move |low: f32, high: f32| low + (high - low) * (rng.next_u32() >> 8) as f32 / (1 << 24) as f32;
+    let mut values = Vec::new();
+    while let Some(param) = writer.next() {
+        values.resize(param.len(), 0.0);
+        match param.kind {
+            // Uniform in ±w has deviation w/√3.
+            ParamKind::Ternary | ParamKind::Matrix | ParamKind::Embedding => {
+                values.fill_with(|| uniform(-0.0346, 0.0346));
+            }
+            ParamKind::Norm | ParamKind::Skip => values.fill(1.0),
+            ParamKind::ConvWeight => values.fill_with(|| uniform(-0.5, 0.5)),
+            ParamKind::ConvBias => values.fill(0.0),
+            ParamKind::ALog => values.fill_with(|| uniform(0.0, 2.7)),
+            ParamKind::DtBias => values.fill_with(|| uniform(-6.9, -2.2)),
+        }
+        file.extend_from_slice(&writer.pack(&values));
+    }
+    let header = writer.finish();
+    file.as_mut_slice()[..header.len()].copy_from_slice(&header);
+    Ok(file)
+}
