@@ -264,6 +264,7 @@ fn wrong_usage() {
         (&["run", "a.elleci", "--dense", "int4"], &["f32, f16, bf16, int8"]),
         (&["run", "a.elleci", "--pack", "i3"], &["--pack"]),
         (&["run", "a.elleci", "--config", "mini"], &["--config", "others"]),
+        (&[&fixture("model.pth"), "a.elleci", "--weights", "swa"], &["no running mean"]),
         (&["run", "a.elleci", "--tokenizer", "none.json"], &["--tokenizer", "none.json"]),
         (&["run", "a.elleci", "--text", "none.txt"], &["--text", "none.txt"]),
         (&["run", "text.txt"], &["text.txt", "--force"]),
@@ -276,6 +277,7 @@ fn wrong_usage() {
     }
     // --force replaces models, and nothing else.
     scene.ok(&["run", "model"]);
+    scene.fails(&["model", "a.elleci", "--weights", "swa"], 2, &["one set of weights"]);
     scene.ok(&["run", "model", "--force"]);
     fs::write(scene.path("model/thesis.txt"), "years of work").unwrap();
     scene.fails(&["run", "model", "--force"], 2, &["thesis.txt", "left alone"]);

@@ -42,26 +42,33 @@ impl Tensors for ArchiveTensors {
 
 /// Turns γ·W₃ into values that the quantiser takes back to exactly γ and W₃.
 ///
-/// Quantising γ·W₃ itself gives the scale p·γ, p the share of values that are not 0. The values ±γ/p have the mean γ, but for the
-/// rounding of γ/p; what that leaves, at most 2^-24·γ/p a value, is spread over some values, none of which moves by more
-/// than a few hundredths: `rne(v/γ)` stays ±1.
+/// Quantising γ·W₃ itself gives the scale p·γ, p the share of values that are not 0. Values of ±γ/p have the mean γ, but for the
+/// rounding of γ/p, which is downwards here. What is missing in the sum, less than 2^-23·γ/p a value, goes to some of the
+/// values, by at most a 64th of each, and what is too small for them to one of the zeros: `rne(v/γ)` stays what it was.
 fn requantisable(gamma: f32, values: &mut [f32]) {
-    /// Enough that each moves by at most 2^-24 · 2^24 / 64 = 1/64 of itself, for up to 2^24 values.
-    const SPREAD: usize = 64;
     let nonzero = values.iter().filter(|v| **v != 0.0).count();
     if nonzero == 0 {
         return;
     }
+    // Products of 24-bit numbers: exact.
     let sum = f64::from(gamma) * values.len() as f64;
-    let magnitude = (sum / nonzero as f64) as f32;
+    let magnitude = f64::from(round_down(sum / nonzero as f64));
+    let mut missing = sum - magnitude * nonzero as f64;
     for v in values.iter_mut().filter(|v| **v != 0.0) {
-        *v = magnitude.copysign(*v);
+        let more = round_down(magnitude + missing.min(magnitude / 64.0));
+        missing -= f64::from(more) - magnitude;
+        *v = more.copysign(*v);
     }
-    let moved = nonzero.min(SPREAD);
-    let step = (sum - f64::from(magnitude) * nonzero as f64) / moved as f64;
-    for v in values.iter_mut().filter(|v| **v != 0.0).take(moved) {
-        *v = ((f64::from(magnitude) + step) as f32).copysign(*v);
+    // Where there is no zero, p is 1 and nothing is missing.
+    if let Some(zero) = values.iter_mut().find(|v| **v == 0.0) {
+        *zero = missing as f32;
     }
+}
+
+/// The largest float32 that is not above `x`.
+fn round_down(x: f64) -> f32 {
+    let nearest = x as f32;
+    if f64::from(nearest) > x { nearest.next_down() } else { nearest }
 }
 
 /// Opens an archive and verifies all checksums that opening verifies.

@@ -175,6 +175,10 @@ impl Source {
         } else {
             return Err(usage(format!("{}: there is no such file or directory", path.display())));
         };
+        if options.weights == Weights::Swa && !source.averaged {
+            let form = source.form.name();
+            return Err(usage(format!("--weights swa: {} is a {form} with one set of weights", path.display())));
+        }
         if let Some(given) = &options.config {
             let given = named_config(given)?;
             if source.config.as_ref().is_some_and(|own| *own != given) {
