@@ -10,6 +10,8 @@
 extern crate alloc;
 
 pub mod archive;
+#[cfg(feature = "capi-core")]
+pub mod capi;
 pub mod config;
 pub mod generate;
 pub mod inference;
