@@ -26,3 +26,8 @@ pub mod params;
 pub mod sampler;
 pub mod simd;
 pub mod ternary;
+
+/// The Rust of docs/embedding.md compiles and runs.
+#[cfg(doctest)]
+#[doc = include_str!("../../docs/embedding.md")]
+pub struct Embedding;

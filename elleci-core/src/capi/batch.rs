@@ -5,9 +5,9 @@ use alloc::vec::Vec;
 use core::mem::MaybeUninit;
 
 use super::arrays::{Room, array};
-use super::status::{Failure, Guarded, MessageOut, call, free, given};
+use super::status::{Failure, Guarded, call, free, given};
 use super::threads::on;
-use super::{ElleciSession, ElleciStatus, ElleciThreads};
+use super::{ElleciMessage, ElleciSession, ElleciStatus, ElleciThreads};
 use crate::inference::{Batch, Feed, InferenceError};
 
 /// Working memory for advancing several sessions at once. It holds no state between calls.
@@ -30,7 +30,7 @@ pub struct ElleciFeed {
 #[unsafe(no_mangle)]
 pub extern "C" fn elleci_batch_new(
     batch: Option<&mut MaybeUninit<*mut ElleciBatch>>,
-    message: MessageOut<'_>,
+    message: Option<&mut MaybeUninit<ElleciMessage>>,
 ) -> ElleciStatus {
     call(message, || {
         let batch = given(batch, "batch")?;
@@ -56,7 +56,7 @@ pub unsafe extern "C" fn elleci_batch_extend(
     feed_count: usize,
     logits: *mut f32,
     logits_capacity: usize,
-    message: MessageOut<'_>,
+    message: Option<&mut MaybeUninit<ElleciMessage>>,
 ) -> ElleciStatus {
     call(message, || {
         let batch = given(batch, "batch")?;

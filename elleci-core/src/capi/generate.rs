@@ -6,9 +6,9 @@ use core::mem::MaybeUninit;
 use core::ops::ControlFlow;
 
 use super::arrays::array;
-use super::status::{Failure, MessageOut, call, given};
+use super::status::{Failure, call, given};
 use super::threads::on;
-use super::{ElleciSampler, ElleciSession, ElleciStatus, ElleciThreads};
+use super::{ElleciMessage, ElleciSampler, ElleciSession, ElleciStatus, ElleciThreads};
 use crate::generate::{GenerateOptions, Generated, LogitsHook, StopReason, generate};
 
 /// Sees every token of the text as soon as it is certain that it belongs to it. Anything but 0 ends the text.
@@ -125,7 +125,7 @@ pub unsafe extern "C" fn elleci_generate(
     prompt: *const u32,
     prompt_count: usize,
     generated: Option<&mut MaybeUninit<ElleciGenerated>>,
-    message: MessageOut<'_>,
+    message: Option<&mut MaybeUninit<ElleciMessage>>,
 ) -> ElleciStatus {
     call(message, || {
         let (session, sampler) = (given(session, "session")?, given(sampler, "sampler")?);

@@ -14,7 +14,10 @@
 //!
 //! References stand in the signatures where C has pointers (`Option<&T>` is a pointer that may be null): a caller from C
 //! vouches that a pointer which is not null is the handle or the structure that its type says.
-#![expect(clippy::missing_safety_doc, reason = "one contract holds for all functions and stands at the head of the module")]
+#![expect(
+    clippy::missing_safety_doc,
+    reason = "one contract holds for all functions and stands at the head of the module"
+)]
 
 mod arrays;
 mod batch;

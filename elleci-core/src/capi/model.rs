@@ -8,9 +8,9 @@ use core::ffi::c_char;
 use core::mem::MaybeUninit;
 
 use super::arrays::array;
-use super::status::{Failure, MessageOut, call, free, given};
+use super::status::{Failure, call, free, given};
 use super::threads::on;
-use super::{ElleciStatus, ElleciThreads};
+use super::{ElleciMessage, ElleciStatus, ElleciThreads};
 use crate::archive::{AlignedBytes, Archive};
 
 /// Where the bytes of an archive lie.
@@ -44,7 +44,7 @@ pub unsafe extern "C" fn elleci_model_open(
     path: *const c_char,
     threads: Option<&ElleciThreads>,
     model: Option<&mut MaybeUninit<*mut ElleciModel>>,
-    message: MessageOut<'_>,
+    message: Option<&mut MaybeUninit<ElleciMessage>>,
 ) -> ElleciStatus {
     call(message, || {
         // SAFETY: the caller vouches for a string that ends.
@@ -59,7 +59,7 @@ pub unsafe extern "C" fn elleci_model_open_copy(
     length: usize,
     threads: Option<&ElleciThreads>,
     model: Option<&mut MaybeUninit<*mut ElleciModel>>,
-    message: MessageOut<'_>,
+    message: Option<&mut MaybeUninit<ElleciMessage>>,
 ) -> ElleciStatus {
     call(message, || {
         // SAFETY: the caller vouches for the array.
@@ -76,7 +76,7 @@ pub unsafe extern "C" fn elleci_model_open_static(
     length: usize,
     threads: Option<&ElleciThreads>,
     model: Option<&mut MaybeUninit<*mut ElleciModel>>,
-    message: MessageOut<'_>,
+    message: Option<&mut MaybeUninit<ElleciMessage>>,
 ) -> ElleciStatus {
     call(message, || {
         // SAFETY: the caller vouches for the array, for as long as anything has it.
@@ -160,7 +160,7 @@ pub struct ElleciModelInfo {
 pub extern "C" fn elleci_model_info(
     model: Option<&ElleciModel>,
     info: Option<&mut MaybeUninit<ElleciModelInfo>>,
-    message: MessageOut<'_>,
+    message: Option<&mut MaybeUninit<ElleciMessage>>,
 ) -> ElleciStatus {
     call(message, || {
         let (model, info) = (given(model, "model")?.0.model(), given(info, "info")?);
@@ -185,7 +185,7 @@ pub extern "C" fn elleci_model_tokenizer(
     model: Option<&ElleciModel>,
     bytes: Option<&mut MaybeUninit<*const u8>>,
     length: Option<&mut MaybeUninit<usize>>,
-    message: MessageOut<'_>,
+    message: Option<&mut MaybeUninit<ElleciMessage>>,
 ) -> ElleciStatus {
     call(message, || {
         let (model, bytes, length) = (given(model, "model")?, given(bytes, "bytes")?, given(length, "length")?);

@@ -3,9 +3,9 @@
 use alloc::boxed::Box;
 use core::mem::MaybeUninit;
 
-use super::ElleciStatus;
 use super::arrays::{Room, array, array_mut};
-use super::status::{Guarded, MessageOut, call, free, given};
+use super::status::{Guarded, call, free, given};
+use super::{ElleciMessage, ElleciStatus};
 use crate::sampler::{Sampler, SamplerOptions};
 
 /// How tokens are chosen, and how many draws have been made.
@@ -41,7 +41,7 @@ const _: () = assert!(ELLECI_SAMPLER_BYTES == Sampler::STATE_BYTES, "the constan
 #[unsafe(no_mangle)]
 pub extern "C" fn elleci_sampler_defaults(
     options: Option<&mut MaybeUninit<ElleciSamplerOptions>>,
-    message: MessageOut<'_>,
+    message: Option<&mut MaybeUninit<ElleciMessage>>,
 ) -> ElleciStatus {
     call(message, || {
         let options = given(options, "options")?;
@@ -64,7 +64,7 @@ pub extern "C" fn elleci_sampler_defaults(
 pub extern "C" fn elleci_sampler_new(
     options: Option<&ElleciSamplerOptions>,
     sampler: Option<&mut MaybeUninit<*mut ElleciSampler>>,
-    message: MessageOut<'_>,
+    message: Option<&mut MaybeUninit<ElleciMessage>>,
 ) -> ElleciStatus {
     call(message, || {
         let sampler = given(sampler, "sampler")?.write(core::ptr::null_mut());
@@ -105,7 +105,7 @@ pub unsafe extern "C" fn elleci_sampler_sample(
     history: *const u32,
     history_count: usize,
     token: Option<&mut MaybeUninit<u32>>,
-    message: MessageOut<'_>,
+    message: Option<&mut MaybeUninit<ElleciMessage>>,
 ) -> ElleciStatus {
     call(message, || {
         let (sampler, token) = (given(sampler, "sampler")?, given(token, "token")?);
@@ -123,7 +123,7 @@ pub unsafe extern "C" fn elleci_sampler_save(
     sampler: Option<&ElleciSampler>,
     bytes: *mut u8,
     capacity: usize,
-    message: MessageOut<'_>,
+    message: Option<&mut MaybeUninit<ElleciMessage>>,
 ) -> ElleciStatus {
     call(message, || {
         let sampler = given(sampler, "sampler")?;
@@ -139,7 +139,7 @@ pub unsafe extern "C" fn elleci_sampler_restore(
     bytes: *const u8,
     length: usize,
     sampler: Option<&mut MaybeUninit<*mut ElleciSampler>>,
-    message: MessageOut<'_>,
+    message: Option<&mut MaybeUninit<ElleciMessage>>,
 ) -> ElleciStatus {
     call(message, || {
         let sampler = given(sampler, "sampler")?.write(core::ptr::null_mut());

@@ -6,9 +6,9 @@ use core::mem::MaybeUninit;
 
 use super::arrays::{Room, array};
 use super::model::Bytes;
-use super::status::{Failure, Guarded, MessageOut, call, free, given};
+use super::status::{Failure, Guarded, call, free, given};
 use super::threads::on;
-use super::{ElleciModel, ElleciStatus, ElleciThreads};
+use super::{ElleciMessage, ElleciModel, ElleciStatus, ElleciThreads};
 use crate::archive::Archive;
 use crate::inference::{InferenceError, Session};
 
@@ -30,7 +30,7 @@ impl ElleciSession {
 pub extern "C" fn elleci_session_new(
     model: Option<&ElleciModel>,
     session: Option<&mut MaybeUninit<*mut ElleciSession>>,
-    message: MessageOut<'_>,
+    message: Option<&mut MaybeUninit<ElleciMessage>>,
 ) -> ElleciStatus {
     call(message, || {
         let session = given(session, "session")?.write(core::ptr::null_mut());
@@ -51,7 +51,7 @@ pub extern "C" fn elleci_session_free(session: Option<Box<ElleciSession>>) -> El
 pub extern "C" fn elleci_session_fork(
     session: Option<&ElleciSession>,
     fork: Option<&mut MaybeUninit<*mut ElleciSession>>,
-    message: MessageOut<'_>,
+    message: Option<&mut MaybeUninit<ElleciMessage>>,
 ) -> ElleciStatus {
     call(message, || {
         let fork = given(fork, "fork")?.write(core::ptr::null_mut());
@@ -67,7 +67,7 @@ pub extern "C" fn elleci_session_fork(
 pub extern "C" fn elleci_session_rewind(
     session: Option<&ElleciSession>,
     mark: Option<&ElleciSession>,
-    message: MessageOut<'_>,
+    message: Option<&mut MaybeUninit<ElleciMessage>>,
 ) -> ElleciStatus {
     call(message, || {
         let (session, mark) = (given(session, "session")?, given(mark, "mark")?);
@@ -85,7 +85,7 @@ pub extern "C" fn elleci_session_rewind(
 pub extern "C" fn elleci_session_position(
     session: Option<&ElleciSession>,
     position: Option<&mut MaybeUninit<usize>>,
-    message: MessageOut<'_>,
+    message: Option<&mut MaybeUninit<ElleciMessage>>,
 ) -> ElleciStatus {
     call(message, || {
         let (session, position) = (given(session, "session")?, given(position, "position")?);
@@ -102,7 +102,7 @@ pub unsafe extern "C" fn elleci_session_tokens(
     tokens: *mut u32,
     capacity: usize,
     count: Option<&mut MaybeUninit<usize>>,
-    message: MessageOut<'_>,
+    message: Option<&mut MaybeUninit<ElleciMessage>>,
 ) -> ElleciStatus {
     call(message, || {
         let (session, count) = (given(session, "session")?, given(count, "count")?);
@@ -125,7 +125,7 @@ pub unsafe extern "C" fn elleci_session_extend(
     token_count: usize,
     logits: *mut f32,
     logits_capacity: usize,
-    message: MessageOut<'_>,
+    message: Option<&mut MaybeUninit<ElleciMessage>>,
 ) -> ElleciStatus {
     call(message, || {
         let session = given(session, "session")?;
@@ -157,7 +157,7 @@ pub unsafe extern "C" fn elleci_session_save(
     bytes: *mut u8,
     capacity: usize,
     length: Option<&mut MaybeUninit<usize>>,
-    message: MessageOut<'_>,
+    message: Option<&mut MaybeUninit<ElleciMessage>>,
 ) -> ElleciStatus {
     call(message, || {
         let (session, length) = (given(session, "session")?, given(length, "length")?);
@@ -176,7 +176,7 @@ pub unsafe extern "C" fn elleci_session_restore(
     bytes: *const u8,
     length: usize,
     session: Option<&mut MaybeUninit<*mut ElleciSession>>,
-    message: MessageOut<'_>,
+    message: Option<&mut MaybeUninit<ElleciMessage>>,
 ) -> ElleciStatus {
     call(message, || {
         let session = given(session, "session")?.write(core::ptr::null_mut());

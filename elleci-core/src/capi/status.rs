@@ -77,9 +77,6 @@ impl ElleciMessage {
     }
 }
 
-/// Where a call's message goes: null when the caller wants none.
-pub(super) type MessageOut<'a> = Option<&'a mut MaybeUninit<ElleciMessage>>;
-
 /// Why a call fails.
 #[derive(Debug)]
 pub(super) struct Failure {
@@ -137,8 +134,11 @@ impl From<GenerateError> for Failure {
     }
 }
 
-/// Runs a call and tells the caller what became of it. A panic ends here.
-pub(super) fn call(message: MessageOut<'_>, f: impl FnOnce() -> Result<(), Failure>) -> ElleciStatus {
+/// Runs a call and tells the caller what became of it; `message` is null when it wants no words. A panic ends here.
+pub(super) fn call(
+    message: Option<&mut MaybeUninit<ElleciMessage>>,
+    f: impl FnOnce() -> Result<(), Failure>,
+) -> ElleciStatus {
     match caught(f) {
         Ok(()) => ElleciStatus::Ok,
         Err(failure) => {
@@ -194,7 +194,10 @@ impl<T> Guarded<T> {
 
     fn lock(&self) -> Result<AtomicRefMut<'_, Contents<T>>, Failure> {
         self.cell.try_borrow_mut().map_err(|_| {
-            Failure::new(ElleciStatus::Busy, format!("the {} is in use by another call; wait for that to return", self.name))
+            Failure::new(
+                ElleciStatus::Busy,
+                format!("the {} is in use by another call; wait for that to return", self.name),
+            )
         })
     }
 
@@ -247,10 +250,7 @@ impl<T> Guarded<T> {
 }
 
 /// Frees a handle that no call uses; null is fine. `guarded` says whether one does.
-pub(super) fn free<T>(
-    handle: Option<Box<T>>,
-    guarded: impl FnOnce(&T) -> Result<(), Failure>,
-) -> ElleciStatus {
+pub(super) fn free<T>(handle: Option<Box<T>>, guarded: impl FnOnce(&T) -> Result<(), Failure>) -> ElleciStatus {
     let Some(handle) = handle else { return ElleciStatus::Ok };
     call(None, || {
         let free = guarded(&handle);

@@ -5,8 +5,8 @@ use alloc::boxed::Box;
 use alloc::{format, sync::Arc};
 use core::mem::MaybeUninit;
 
-use super::ElleciStatus;
-use super::status::{Failure, MessageOut, call, free, given};
+use super::status::{Failure, call, free, given};
+use super::{ElleciMessage, ElleciStatus};
 
 /// The most threads that a pool may have.
 pub const ELLECI_MAX_THREADS: usize = 1024;
@@ -23,7 +23,7 @@ pub struct ElleciThreads {
 pub extern "C" fn elleci_threads_new(
     count: usize,
     threads: Option<&mut MaybeUninit<*mut ElleciThreads>>,
-    message: MessageOut<'_>,
+    message: Option<&mut MaybeUninit<ElleciMessage>>,
 ) -> ElleciStatus {
     call(message, || {
         let threads = given(threads, "threads")?.write(core::ptr::null_mut());
