@@ -122,9 +122,6 @@ typedef struct ElleciMessage {
   char text[ELLECI_MESSAGE_BYTES];
 } ElleciMessage;
 
-// Where a call's message goes: null when the caller wants none.
-typedef struct ElleciMessage *MessageOut;
-
 // Tokens for one session.
 typedef struct ElleciFeed {
   // The sequence.
@@ -224,7 +221,7 @@ extern "C" {
 uint32_t elleci_abi_version(void);
 
 // Makes an empty batch.
-ElleciStatus elleci_batch_new(struct ElleciBatch **batch, MessageOut message);
+ElleciStatus elleci_batch_new(struct ElleciBatch **batch, struct ElleciMessage *message);
 
 // Frees a batch that no call uses. Null is fine.
 ElleciStatus elleci_batch_free(struct ElleciBatch *batch);
@@ -238,7 +235,7 @@ ElleciStatus elleci_batch_extend(const struct ElleciBatch *batch,
                                  size_t feed_count,
                                  float *logits,
                                  size_t logits_capacity,
-                                 MessageOut message);
+                                 struct ElleciMessage *message);
 
 // Feeds `prompt`, which may not be empty, to the session and continues it. Afterwards the session has taken the prompt and
 // everything that was chosen except for the last token, which has not been needed yet: begin the next prompt with what
@@ -250,21 +247,21 @@ ElleciStatus elleci_generate(const struct ElleciSession *session,
                              const uint32_t *prompt,
                              size_t prompt_count,
                              struct ElleciGenerated *generated,
-                             MessageOut message);
+                             struct ElleciMessage *message);
 
 // Opens an archive file by mapping it into memory. The file must not be written to while the model or a session of it
 // lives; to replace it, rename another over it. `path` is UTF-8, except on Unix, where it is any bytes.
 ElleciStatus elleci_model_open(const char *path,
                                const struct ElleciThreads *threads,
                                struct ElleciModel **model,
-                               MessageOut message);
+                               struct ElleciMessage *message);
 
 // Opens an archive from a copy of `bytes`, which are not needed afterwards.
 ElleciStatus elleci_model_open_copy(const uint8_t *bytes,
                                     size_t length,
                                     const struct ElleciThreads *threads,
                                     struct ElleciModel **model,
-                                    MessageOut message);
+                                    struct ElleciMessage *message);
 
 // Opens an archive where it lies: `bytes` must start at a multiple of 64, and must stay and not change until the model and
 // all sessions of it have been freed. Nothing is copied: right for an archive in a constant of the program.
@@ -272,28 +269,30 @@ ElleciStatus elleci_model_open_static(const uint8_t *bytes,
                                       size_t length,
                                       const struct ElleciThreads *threads,
                                       struct ElleciModel **model,
-                                      MessageOut message);
+                                      struct ElleciMessage *message);
 
 // Frees the handle. The weights go with the last session of the model. Null is fine.
 ElleciStatus elleci_model_free(struct ElleciModel *model);
 
 // Tells what a model is.
-ElleciStatus elleci_model_info(const struct ElleciModel *model, struct ElleciModelInfo *info, MessageOut message);
+ElleciStatus elleci_model_info(const struct ElleciModel *model,
+                               struct ElleciModelInfo *info,
+                               struct ElleciMessage *message);
 
 // The `tokenizer.json` that travels with the model, as bytes that stay for as long as the model or a session of it; null
 // and 0 when there is none.
 ElleciStatus elleci_model_tokenizer(const struct ElleciModel *model,
                                     const uint8_t **bytes,
                                     size_t *length,
-                                    MessageOut message);
+                                    struct ElleciMessage *message);
 
 // Sets the options that one starts from: temperature 0.8, top-k 40, top-p 0.95, min-p 0.05, no penalty, seed 0.
-ElleciStatus elleci_sampler_defaults(struct ElleciSamplerOptions *options, MessageOut message);
+ElleciStatus elleci_sampler_defaults(struct ElleciSamplerOptions *options, struct ElleciMessage *message);
 
 // Makes a sampler that has drawn nothing yet.
 ElleciStatus elleci_sampler_new(const struct ElleciSamplerOptions *options,
                                 struct ElleciSampler **sampler,
-                                MessageOut message);
+                                struct ElleciMessage *message);
 
 // Frees a sampler that no call uses. Null is fine.
 ElleciStatus elleci_sampler_free(struct ElleciSampler *sampler);
@@ -306,36 +305,42 @@ ElleciStatus elleci_sampler_sample(const struct ElleciSampler *sampler,
                                    const uint32_t *history,
                                    size_t history_count,
                                    uint32_t *token,
-                                   MessageOut message);
+                                   struct ElleciMessage *message);
 
 // Writes everything that the next choices depend on: ELLECI_SAMPLER_BYTES.
 ElleciStatus elleci_sampler_save(const struct ElleciSampler *sampler,
                                  uint8_t *bytes,
                                  size_t capacity,
-                                 MessageOut message);
+                                 struct ElleciMessage *message);
 
 // Makes a sampler from what elleci_sampler_save wrote. It makes the choices that the saved one would have made.
 ElleciStatus elleci_sampler_restore(const uint8_t *bytes,
                                     size_t length,
                                     struct ElleciSampler **sampler,
-                                    MessageOut message);
+                                    struct ElleciMessage *message);
 
 // Begins an empty sequence.
-ElleciStatus elleci_session_new(const struct ElleciModel *model, struct ElleciSession **session, MessageOut message);
+ElleciStatus elleci_session_new(const struct ElleciModel *model,
+                                struct ElleciSession **session,
+                                struct ElleciMessage *message);
 
 // Frees a session that no call uses. Null is fine.
 ElleciStatus elleci_session_free(struct ElleciSession *session);
 
 // Makes a second session that stands where this one does. It is cheap: the two share what neither has changed since.
-ElleciStatus elleci_session_fork(const struct ElleciSession *session, struct ElleciSession **fork, MessageOut message);
+ElleciStatus elleci_session_fork(const struct ElleciSession *session,
+                                 struct ElleciSession **fork,
+                                 struct ElleciMessage *message);
 
 // Puts a session where `mark` stands, another session of the same model: mostly an earlier fork, to come back to.
 ElleciStatus elleci_session_rewind(const struct ElleciSession *session,
                                    const struct ElleciSession *mark,
-                                   MessageOut message);
+                                   struct ElleciMessage *message);
 
 // Tokens that the sequence has so far.
-ElleciStatus elleci_session_position(const struct ElleciSession *session, size_t *position, MessageOut message);
+ElleciStatus elleci_session_position(const struct ElleciSession *session,
+                                     size_t *position,
+                                     struct ElleciMessage *message);
 
 // Copies the tokens that the sequence has so far. `count` is set to their number, also when `capacity` is too small for
 // them.
@@ -343,7 +348,7 @@ ElleciStatus elleci_session_tokens(const struct ElleciSession *session,
                                    uint32_t *tokens,
                                    size_t capacity,
                                    size_t *count,
-                                   MessageOut message);
+                                   struct ElleciMessage *message);
 
 // Takes the next tokens, a prompt or a single one, and writes the logits of the token after them: `vocab_size` floats.
 // `logits` may be null, with a capacity of 0, when they are not wanted.
@@ -353,7 +358,7 @@ ElleciStatus elleci_session_extend(const struct ElleciSession *session,
                                    size_t token_count,
                                    float *logits,
                                    size_t logits_capacity,
-                                   MessageOut message);
+                                   struct ElleciMessage *message);
 
 // Writes the whole state of a session. `length` is set to its bytes, also when `capacity` is too small for them: a first
 // call with a capacity of 0 asks for the size.
@@ -361,177 +366,22 @@ ElleciStatus elleci_session_save(const struct ElleciSession *session,
                                  uint8_t *bytes,
                                  size_t capacity,
                                  size_t *length,
-                                 MessageOut message);
+                                 struct ElleciMessage *message);
 
 // Makes a session from what elleci_session_save wrote, of the same model. It goes on to the bit as the saved one would.
 ElleciStatus elleci_session_restore(const struct ElleciModel *model,
                                     const uint8_t *bytes,
                                     size_t length,
                                     struct ElleciSession **session,
-                                    MessageOut message);
+                                    struct ElleciMessage *message);
 
 // Starts `count` threads; 0 means as many as the machine runs at once. Results are the same bits with any number of them.
 ElleciStatus elleci_threads_new(size_t count,
                                 struct ElleciThreads **threads,
-                                MessageOut message);
+                                struct ElleciMessage *message);
 
 // Ends the threads once no call works on them. Null is fine.
 ElleciStatus elleci_threads_free(struct ElleciThreads *threads);
-
-// Starts `count` threads; 0 means as many as the machine runs at once. Results are the same bits with any number of them.
-ElleciStatus elleci_threads_new(size_t count,
-                                struct ElleciThreads **threads,
-                                MessageOut message);
-
-// Ends the threads once no call works on them. Null is fine.
-ElleciStatus elleci_threads_free(struct ElleciThreads *threads);
-
-// Opens an archive file by mapping it into memory. The file must not be written to while the model or a session of it
-// lives; to replace it, rename another over it. `path` is UTF-8, except on Unix, where it is any bytes.
-ElleciStatus elleci_model_open(const char *path,
-                               const struct ElleciThreads *threads,
-                               struct ElleciModel **model,
-                               MessageOut message);
-
-// Opens an archive from a copy of `bytes`, which are not needed afterwards.
-ElleciStatus elleci_model_open_copy(const uint8_t *bytes,
-                                    size_t length,
-                                    const struct ElleciThreads *threads,
-                                    struct ElleciModel **model,
-                                    MessageOut message);
-
-// Opens an archive where it lies: `bytes` must start at a multiple of 64, and must stay and not change until the model and
-// all sessions of it have been freed. Nothing is copied: right for an archive in a constant of the program.
-ElleciStatus elleci_model_open_static(const uint8_t *bytes,
-                                      size_t length,
-                                      const struct ElleciThreads *threads,
-                                      struct ElleciModel **model,
-                                      MessageOut message);
-
-// Frees the handle. The weights go with the last session of the model. Null is fine.
-ElleciStatus elleci_model_free(struct ElleciModel *model);
-
-// Tells what a model is.
-ElleciStatus elleci_model_info(const struct ElleciModel *model, struct ElleciModelInfo *info, MessageOut message);
-
-// The `tokenizer.json` that travels with the model, as bytes that stay for as long as the model or a session of it; null
-// and 0 when there is none.
-ElleciStatus elleci_model_tokenizer(const struct ElleciModel *model,
-                                    const uint8_t **bytes,
-                                    size_t *length,
-                                    MessageOut message);
-
-// Begins an empty sequence.
-ElleciStatus elleci_session_new(const struct ElleciModel *model, struct ElleciSession **session, MessageOut message);
-
-// Frees a session that no call uses. Null is fine.
-ElleciStatus elleci_session_free(struct ElleciSession *session);
-
-// Makes a second session that stands where this one does. It is cheap: the two share what neither has changed since.
-ElleciStatus elleci_session_fork(const struct ElleciSession *session, struct ElleciSession **fork, MessageOut message);
-
-// Puts a session where `mark` stands, another session of the same model: mostly an earlier fork, to come back to.
-ElleciStatus elleci_session_rewind(const struct ElleciSession *session,
-                                   const struct ElleciSession *mark,
-                                   MessageOut message);
-
-// Tokens that the sequence has so far.
-ElleciStatus elleci_session_position(const struct ElleciSession *session, size_t *position, MessageOut message);
-
-// Copies the tokens that the sequence has so far. `count` is set to their number, also when `capacity` is too small for
-// them.
-ElleciStatus elleci_session_tokens(const struct ElleciSession *session,
-                                   uint32_t *tokens,
-                                   size_t capacity,
-                                   size_t *count,
-                                   MessageOut message);
-
-// Takes the next tokens, a prompt or a single one, and writes the logits of the token after them: `vocab_size` floats.
-// `logits` may be null, with a capacity of 0, when they are not wanted.
-ElleciStatus elleci_session_extend(const struct ElleciSession *session,
-                                   const struct ElleciThreads *threads,
-                                   const uint32_t *tokens,
-                                   size_t token_count,
-                                   float *logits,
-                                   size_t logits_capacity,
-                                   MessageOut message);
-
-// Writes the whole state of a session. `length` is set to its bytes, also when `capacity` is too small for them: a first
-// call with a capacity of 0 asks for the size.
-ElleciStatus elleci_session_save(const struct ElleciSession *session,
-                                 uint8_t *bytes,
-                                 size_t capacity,
-                                 size_t *length,
-                                 MessageOut message);
-
-// Makes a session from what elleci_session_save wrote, of the same model. It goes on to the bit as the saved one would.
-ElleciStatus elleci_session_restore(const struct ElleciModel *model,
-                                    const uint8_t *bytes,
-                                    size_t length,
-                                    struct ElleciSession **session,
-                                    MessageOut message);
-
-// Sets the options that one starts from: temperature 0.8, top-k 40, top-p 0.95, min-p 0.05, no penalty, seed 0.
-ElleciStatus elleci_sampler_defaults(struct ElleciSamplerOptions *options, MessageOut message);
-
-// Makes a sampler that has drawn nothing yet.
-ElleciStatus elleci_sampler_new(const struct ElleciSamplerOptions *options,
-                                struct ElleciSampler **sampler,
-                                MessageOut message);
-
-// Frees a sampler that no call uses. Null is fine.
-ElleciStatus elleci_sampler_free(struct ElleciSampler *sampler);
-
-// Chooses a token. `logits` are used as scratch; `history` is the sequence so far, prompt included, for the repetition
-// penalty. A logit that is not finite is never chosen, so that -INFINITY bans a token.
-ElleciStatus elleci_sampler_sample(const struct ElleciSampler *sampler,
-                                   float *logits,
-                                   size_t logit_count,
-                                   const uint32_t *history,
-                                   size_t history_count,
-                                   uint32_t *token,
-                                   MessageOut message);
-
-// Writes everything that the next choices depend on: ELLECI_SAMPLER_BYTES.
-ElleciStatus elleci_sampler_save(const struct ElleciSampler *sampler,
-                                 uint8_t *bytes,
-                                 size_t capacity,
-                                 MessageOut message);
-
-// Makes a sampler from what elleci_sampler_save wrote. It makes the choices that the saved one would have made.
-ElleciStatus elleci_sampler_restore(const uint8_t *bytes,
-                                    size_t length,
-                                    struct ElleciSampler **sampler,
-                                    MessageOut message);
-
-// Feeds `prompt`, which may not be empty, to the session and continues it. Afterwards the session has taken the prompt and
-// everything that was chosen except for the last token, which has not been needed yet: begin the next prompt with what
-// elleci_session_tokens lacks. `generated` may be null. After a failure, the tokens that the callback has seen stand.
-ElleciStatus elleci_generate(const struct ElleciSession *session,
-                             const struct ElleciSampler *sampler,
-                             const struct ElleciGenerateOptions *options,
-                             const struct ElleciThreads *threads,
-                             const uint32_t *prompt,
-                             size_t prompt_count,
-                             struct ElleciGenerated *generated,
-                             MessageOut message);
-
-// Makes an empty batch.
-ElleciStatus elleci_batch_new(struct ElleciBatch **batch, MessageOut message);
-
-// Frees a batch that no call uses. Null is fine.
-ElleciStatus elleci_batch_free(struct ElleciBatch *batch);
-
-// Advances every session by its tokens and writes the logits after the last of each: `vocab_size` floats a feed, in the
-// order of the feeds. All sessions are of one model, and none comes twice. What a session computes does not depend on its
-// company: the bits are those of elleci_session_extend. `logits` may be null, with a capacity of 0, when they are not wanted.
-ElleciStatus elleci_batch_extend(const struct ElleciBatch *batch,
-                                 const struct ElleciThreads *threads,
-                                 const struct ElleciFeed *feeds,
-                                 size_t feed_count,
-                                 float *logits,
-                                 size_t logits_capacity,
-                                 MessageOut message);
 
 #ifdef __cplusplus
 }  // extern "C"

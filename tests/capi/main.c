@@ -68,6 +68,7 @@ typedef struct Watch {
     size_t count, stop_after, choices;
     ElleciSession *session;
     ElleciSampler *sampler;
+    ElleciThreads *threads;
 } Watch;
 
 static int on_token(uint32_t token, void *user) {
@@ -85,6 +86,7 @@ static int on_token_meddling(uint32_t token, void *user) {
     REFUSED(BUSY, "sampler is in use", elleci_sampler_save(watch->sampler, state, sizeof state, &message));
     CHECK(elleci_session_free(watch->session) == ELLECI_STATUS_BUSY);
     CHECK(elleci_sampler_free(watch->sampler) == ELLECI_STATUS_BUSY);
+    CHECK(elleci_threads_free(watch->threads) == (watch->threads ? ELLECI_STATUS_BUSY : ELLECI_STATUS_OK));
     return on_token(token, user);
 }
 
@@ -267,10 +269,10 @@ static void samplers(void) {
     OK(elleci_sampler_free(NULL));
 }
 
-static void generation(const ElleciModel *model, const ElleciThreads *threads) {
+static void generation(const ElleciModel *model, ElleciThreads *threads) {
     ElleciSession *empty = new_session(model), *session = new_session(model);
     ElleciSampler *sampler = new_sampler(0.0f);
-    Watch watch = {.session = session, .sampler = sampler};
+    Watch watch = {.session = session, .sampler = sampler, .threads = threads};
     ElleciGenerateOptions options = {.max_tokens = TEXT, .on_token = on_token_meddling, .user = &watch};
     ElleciGenerated text;
     OK(elleci_generate(session, sampler, &options, threads, PROMPT, 3, &text, &message));

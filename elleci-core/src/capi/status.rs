@@ -43,7 +43,7 @@ pub enum ElleciStatus {
     Saved = 10,
     /// No logit is a finite number: there is no token to choose.
     NoCandidate = 11,
-    /// The session, sampler or batch is in use by another call.
+    /// The session, sampler, batch or threads are in use by another call.
     Busy = 12,
     /// The system gives no threads.
     Threads = 13,
