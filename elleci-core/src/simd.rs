@@ -99,14 +99,23 @@ pub fn vectorize<R>(f: impl FnOnce() -> R) -> R {
 /// 4 KiB; this is for reading across many pages, or many runs.
 #[inline(always)]
 pub fn prefetch<T>(values: &[T]) {
-    #[cfg(target_arch = "x86_64")]
     for at in (0..size_of_val(values)).step_by(64) {
+        prefetch_line(values.as_ptr().cast::<u8>().wrapping_add(at));
+    }
+}
+
+/// [`prefetch`] of one cache line. The address may be any.
+#[inline(always)]
+pub fn prefetch_line(at: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    #[allow(unused_unsafe, reason = "newer compilers take this intrinsic for safe")]
+    // SAFETY: SSE is part of x86-64, and prefetching never faults.
+    unsafe {
         use core::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        // SAFETY: SSE is part of x86-64, and prefetching never faults.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(values.as_ptr().cast::<i8>().wrapping_add(at)) }
+        _mm_prefetch::<_MM_HINT_T0>(at.cast())
     }
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = values;
+    let _ = at;
 }
 
 #[cfg(all(feature = "std", target_arch = "x86_64"))]

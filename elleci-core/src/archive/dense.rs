@@ -119,7 +119,7 @@ enum Values<'a> {
 
 /// Rows that meet a token's values together: as many chains of additions hide their latency, and their float32 values stay in the
 /// first-level cache up to some 2,500 columns.
-const ROWS: usize = 4;
+pub(super) const ROWS: usize = 4;
 /// Rows that are asked for before they are needed.
 const AHEAD: usize = 3;
 /// Rows are padded to whole vectors of the widest kind.
@@ -193,7 +193,6 @@ impl<'a> DenseMatrix<'a> {
     }
 
     /// A row without its scale.
-
     #[inline(always)]
     fn expand(&self, row: usize, out: &mut [f32]) {
         let range = row * self.cols..(row + 1) * self.cols;
@@ -216,11 +215,15 @@ impl<'a> DenseMatrix<'a> {
         if tokens == 0 || self.rows == 0 || self.cols == 0 {
             return;
         }
-        // Rows of a task: a quarter of a megabyte of weights.
-        let task = ((1 << 18) / (self.cols * size_of::<f32>())).next_multiple_of(ROWS).max(ROWS);
+        // Rows of a task: a megabyte of float32 weights.
+        let task = ((1 << 20) / (self.cols * size_of::<f32>())).next_multiple_of(ROWS).max(ROWS);
         let mut y = mat_mut(y, tokens, self.rows);
         let items: Vec<_> = y.axis_chunks_iter_mut(Axis(1), task).enumerate().collect();
         par::for_each(items, |(i, mut y)| {
+            #[cfg(all(feature = "std", target_arch = "x86_64"))]
+            if tokens == 1 && self.one_token(i * task, x, y.as_slice_mut().expect("one row")) {
+                return;
+            }
             let width = self.cols.next_multiple_of(LANES);
             let mut weights = vec![0.0f32; ROWS * width];
             let mut padded = vec![0.0f32; width];
@@ -233,6 +236,38 @@ impl<'a> DenseMatrix<'a> {
                 padded: &mut padded,
             });
         });
+    }
+}
+
+#[cfg(all(feature = "std", target_arch = "x86_64"))]
+impl DenseMatrix<'_> {
+    /// The products of rows `first ..` with one token, if there is a kernel for that.
+    fn one_token(&self, first: usize, x: &[f32], y: &mut [f32]) -> bool {
+        use super::dense_avx512::{detect, dots};
+        let Some(simd) = detect() else { return false };
+        if !matches!(self.values, Values::Int8 { .. } | Values::F16(_)) {
+            return false;
+        }
+        let whole = y.len() / ROWS * ROWS;
+        for (b, y) in y[..whole].chunks_exact_mut(ROWS).enumerate() {
+            let row = first + b * ROWS;
+            let range = row * self.cols..(row + ROWS) * self.cols;
+            let sums = match self.values {
+                Values::Int8 { codes, .. } => dots(simd, &codes[range], x),
+                Values::F16(v) => dots(simd, &v[range], x),
+                Values::F32(_) | Values::Bf16(_) => unreachable!("sorted out above"),
+            };
+            y.iter_mut().zip(sums).enumerate().for_each(|(r, (y, sum))| *y = sum * self.row_scale(row + r));
+        }
+        // What is left over, less than a block: once a matrix.
+        let mut row = vec![0.0; self.cols];
+        for (r, y) in y.iter_mut().enumerate().skip(whole) {
+            self.expand(first + r, &mut row);
+            let one = DenseMatrix { rows: 1, cols: self.cols, values: Values::F32(&row) };
+            one.forward(x, 1, core::slice::from_mut(y));
+            *y *= self.row_scale(first + r);
+        }
+        true
     }
 }
 

@@ -13,6 +13,8 @@
 
 mod aligned;
 mod dense;
+#[cfg(all(feature = "std", target_arch = "x86_64"))]
+mod dense_avx512;
 mod error;
 mod schema;
 mod writer;

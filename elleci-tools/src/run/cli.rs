@@ -257,6 +257,9 @@ pub struct BenchArgs {
     /// Random weights of a built-in shape in place of a model: nano, mini, small-160m, elleci-1.5b
     #[arg(long, value_name = "NAME")]
     pub preset: Option<String>,
+    /// Writes the random model to this archive and measures it from there, as a real one would be
+    #[arg(long, value_name = "FILE", requires = "preset")]
+    pub save: Option<PathBuf>,
     /// Lengths of prompts; 0 = none
     #[arg(short = 'p', long, value_name = "N,…", value_delimiter = ',', default_value = "512")]
     pub n_prompt: Vec<usize>,

@@ -11,6 +11,7 @@ use memmap2::Mmap;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
+use crate::checkpoint::write_atomic;
 use crate::data::tokenizer::{END_OF_TEXT_ID, IM_END_ID, SPECIALS, Tokenizer};
 use crate::exit::usage;
 use crate::report::format::si;
@@ -60,6 +61,16 @@ impl OpenModel {
     pub fn random(preset: &str) -> anyhow::Result<OpenModel> {
         let config = ModelConfig::preset(preset).map_err(|e| usage(format!("--preset: {e}")))?;
         OpenModel::from_bytes(preset.to_string(), ModelBytes::Packed(random_archive(&config)?))
+    }
+
+    /// As [`OpenModel::random`], into a file.
+    ///
+    /// # Errors
+    /// A name that there is not; a file that cannot be written.
+    pub fn save_random(preset: &str, path: &Path) -> anyhow::Result<()> {
+        let config = ModelConfig::preset(preset).map_err(|e| usage(format!("--preset: {e}")))?;
+        let bytes = random_archive(&config)?;
+        write_atomic(path, |path| Ok(std::fs::write(path, bytes.as_ref())?)).context("--save")
     }
 
     fn from_bytes(name: String, bytes: ModelBytes) -> anyhow::Result<OpenModel> {

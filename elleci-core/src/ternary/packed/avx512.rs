@@ -10,7 +10,7 @@ use super::super::kernel::{Line, ROWS};
 use super::kernel::{self, PackedKernel};
 use super::t5::{ESCAPE, LOW};
 use super::{LINES, Packing};
-use crate::simd::Isa;
+use crate::simd::{Isa, prefetch_line};
 
 /// Where the kernels add up each code of an I2 byte, in bits. 3 · 16 · 128 a column leaves an int32 room for any row.
 const I2_BITS: [u32; LINES] = [0, 2, 4, 4];
@@ -52,13 +52,10 @@ fn load(line: &Line) -> __m512i {
 /// of the bandwidth unused (docs/LOG.md).
 const AHEAD: usize = 64;
 
-/// Asks for the line [`AHEAD`] of this one; what lies behind the end of a matrix is not read, only fetched.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+/// Asks for the line [`AHEAD`] of this one; what lies behind the end of a matrix is fetched, but not read.
+#[inline(always)]
 fn prefetch(line: &Line) {
-    let ahead = (line as *const Line).wrapping_add(AHEAD);
-    // SAFETY: prefetching never faults, whatever the address.
-    unsafe { _mm_prefetch::<_MM_HINT_T0>(ahead.cast()) }
+    prefetch_line((line as *const Line).wrapping_add(AHEAD).cast());
 }
 
 #[inline]

@@ -3,6 +3,7 @@
 mod table;
 
 use std::io::{self, Write};
+use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context, ensure};
@@ -52,8 +53,14 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
     ensure!(!tests.is_empty(), usage("-p and -n are all 0: there is nothing to measure"));
     let devices = args.threads.iter().map(|n| Device::choose(&args.device, *n)).collect::<anyhow::Result<Vec<_>>>()?;
     let open = devices[0].install(|| match (&args.model, &args.preset) {
-        (Some(path), _) => OpenModel::open(path).context("--model"),
-        (None, Some(preset)) => OpenModel::random(preset),
+        (Some(path), _) => open_timed(path).context("--model"),
+        (None, Some(preset)) => match &args.save {
+            Some(path) => {
+                OpenModel::save_random(preset, path)?;
+                open_timed(path)
+            }
+            None => OpenModel::random(preset),
+        },
         (None, None) => Err(usage("--model or --preset is needed")),
     })?;
     eprintln!("{}", open.announcement());
@@ -74,6 +81,17 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
     }
     let mut out = io::stdout().lock();
     out.write_all(render(&rows, args.output)?.as_bytes()).and_then(|()| out.flush()).context("standard output")
+}
+
+/// Opens a model and takes a first token, with the times of both.
+fn open_timed(path: &Path) -> anyhow::Result<OpenModel> {
+    let start = Instant::now();
+    let open = OpenModel::open(path)?;
+    let opened = start.elapsed().as_secs_f64() * 1e3;
+    Session::new(open.packed())?.extend(open.packed(), &[0])?;
+    let first = start.elapsed().as_secs_f64() * 1e3;
+    eprintln!("opened in {opened:.1} ms, first logits {first:.1} ms after the start");
+    Ok(open)
 }
 
 /// Tokens without a pattern; the same every time.
