@@ -5,8 +5,8 @@
 // - Every call returns an ElleciStatus. A last argument `message`, which may be null, takes the reason in words.
 // - Where nothing else is said, a pointer may not be null, handles come from this library and have not been freed, and arrays
 //   have as many elements as their count says. Null pointers, misaligned arrays and counts that do not fit are refused.
-// - Handles may be freed in any order: a session keeps its model alive. Only what a call uses at the moment may not be freed;
-//   sessions, samplers and batches refuse that.
+// - Handles may be freed in any order: a session keeps its model alive. What a call uses at the moment is not freed: that
+//   answers ELLECI_STATUS_BUSY.
 // - Models and threads may be used by any number of threads at once. A session, sampler or batch takes one call at a time, from
 //   any thread, and answers ELLECI_STATUS_BUSY to a second one.
 // - A null `threads` means that the call works on the calling thread. Results are the same bits with any threads.
@@ -62,7 +62,7 @@ enum ElleciStatus
   ELLECI_STATUS_SAVED = 10,
   // No logit is a finite number: there is no token to choose.
   ELLECI_STATUS_NO_CANDIDATE = 11,
-  // The session, sampler or batch is in use by another call.
+  // The session, sampler, batch or threads are in use by another call.
   ELLECI_STATUS_BUSY = 12,
   // The system gives no threads.
   ELLECI_STATUS_THREADS = 13,
@@ -380,7 +380,7 @@ ElleciStatus elleci_threads_new(size_t count,
                                 struct ElleciThreads **threads,
                                 struct ElleciMessage *message);
 
-// Ends the threads once no call works on them. Null is fine.
+// Ends threads that no call works on, and waits for them. Null is fine.
 ElleciStatus elleci_threads_free(struct ElleciThreads *threads);
 
 #ifdef __cplusplus
