@@ -31,8 +31,8 @@
 // The most threads that a pool may have.
 #define ELLECI_MAX_THREADS 1024
 
-// What became of a call. Except for ELLECI_STATUS_INTERNAL, a call that fails has changed nothing but its outputs, which
-// it sets to null or leaves alone.
+// What became of a call. One that fails has changed nothing but its outputs, which it sets to null or leaves alone; except that
+// after ELLECI_STATUS_INTERNAL all is open, and that elleci_generate keeps what it has fed until then.
 enum ElleciStatus
 #if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
   : int32_t
@@ -68,7 +68,7 @@ enum ElleciStatus
   ELLECI_STATUS_THREADS = 13,
   // This library was built without what the call needs: files or threads.
   ELLECI_STATUS_UNSUPPORTED = 14,
-  // A fault of this library. A session or batch that was in the call can only be freed, or rewound.
+  // A fault of this library. What was in the call can only be freed; a session may be rewound.
   ELLECI_STATUS_INTERNAL = 15,
 };
 #ifndef __cplusplus

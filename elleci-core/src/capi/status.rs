@@ -14,8 +14,8 @@ use crate::generate::GenerateError;
 use crate::inference::InferenceError;
 use crate::sampler::SamplerError;
 
-/// What became of a call. Except for ELLECI_STATUS_INTERNAL, a call that fails has changed nothing but its outputs, which
-/// it sets to null or leaves alone.
+/// What became of a call. One that fails has changed nothing but its outputs, which it sets to null or leaves alone; except that
+/// after ELLECI_STATUS_INTERNAL all is open, and that elleci_generate keeps what it has fed until then.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(i32)]
 pub enum ElleciStatus {
@@ -49,7 +49,7 @@ pub enum ElleciStatus {
     Threads = 13,
     /// This library was built without what the call needs: files or threads.
     Unsupported = 14,
-    /// A fault of this library. A session or batch that was in the call can only be freed, or rewound.
+    /// A fault of this library. What was in the call can only be freed; a session may be rewound.
     Internal = 15,
 }
 
