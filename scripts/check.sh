@@ -4,7 +4,7 @@
 #   scripts/check.sh                  all stages
 #   scripts/check.sh fmt lint         only these
 #
-# Stages: fmt lint nostd test isa parity doc
+# Stages: fmt lint nostd capi test isa parity doc
 #
 # ELLECI_CHECK_ISA   instruction-set levels to run the core's tests under ("portable avx2 avx512"); the default is every
 #                    level below this machine's own. A level that is named here and cannot run is a failure.
@@ -14,7 +14,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 
-stages="fmt lint nostd test isa parity doc"
+stages="fmt lint nostd capi test isa parity doc"
 for stage in "$@"; do
     case " $stages " in
     *" $stage "*) ;;
@@ -51,13 +51,38 @@ stage_lint() {
     cargo clippy --release --all-targets --locked -- -D warnings
 }
 
-# A static library without the standard library, linked into a C program that runs it against the ordinary build.
+# A static library without the standard library, linked into a C program that runs it against the ordinary build; and a
+# program without it that runs the model in its own data.
 stage_nostd() {
     cargo build --release --locked --manifest-path tests/no-std/Cargo.toml
-    cc -O1 -Wall -Wextra -Werror -o "$target/no-std-probe" tests/no-std/main.c "$target/release/libelleci_no_std.a" -lm
+    cc -O1 -Wall -Wextra -Werror -Ielleci-core/include -o "$target/no-std-probe" tests/no-std/main.c \
+        "$target/release/libelleci_no_std.a" -lm
     expected=$(cargo run --release --quiet -p elleci-core --example probe)
     # shellcheck disable=SC2086  # four arguments
     "$target/no-std-probe" $expected
+    "$target/release/tiny" || { echo "tests/no-std/src/bin/tiny.rs: failed with $?" >&2; return 1; }
+}
+
+# The C ABI: a program that calls all of it, with the shared and the static library, and the program of docs/embedding.md.
+stage_capi() {
+    cargo clippy --release --locked -p elleci-core --lib --tests --features capi -- -D warnings
+    cargo test --release --locked --quiet -p elleci-core --features capi --lib capi
+    cargo rustc --release --locked --quiet -p elleci-core --features capi --crate-type cdylib,staticlib
+    libraries="$target/release" archives=fixtures/archive
+    flags="-std=c11 -O1 -Wall -Wextra -Werror -Ielleci-core/include"
+    # What `rustc --print native-static-libs` names for Linux, and harmless elsewhere.
+    system="-lpthread -ldl -lm"
+    # shellcheck disable=SC2086  # lists
+    {
+        cc $flags -o "$target/capi-static" tests/capi/main.c "$libraries/libelleci_core.a" $system
+        cc $flags -o "$target/capi-shared" tests/capi/main.c -L"$libraries" -lelleci_core -Wl,-rpath,"$libraries" -lm
+        sed -n '/^```c$/,/^```$/{/^```/d;p;}' docs/embedding.md > "$target/embedding.c"
+        cc $flags -o "$target/embedding" "$target/embedding.c" "$libraries/libelleci_core.a" $system
+    }
+    for kind in static shared; do
+        "$target/capi-$kind" "$archives/tiny-t5.elleci" "$archives/tiny-i2.elleci"
+    done
+    "$target/embedding" "$archives/tiny-t5.elleci"
 }
 
 stage_test() {

@@ -4,7 +4,19 @@ use elleci_core::config::ModelConfig;
 use elleci_core::inference::*;
 use elleci_core::ternary::packed::Packing;
 use std::time::Instant;
-fn rss() -> f64 { std::fs::read_to_string("/proc/self/status").unwrap().lines().find(|l| l.starts_with("VmRSS")).unwrap().split_whitespace().nth(1).unwrap().parse::<f64>().unwrap() / 1024.0 }
+fn rss() -> f64 {
+    std::fs::read_to_string("/proc/self/status")
+        .unwrap()
+        .lines()
+        .find(|l| l.starts_with("VmRSS"))
+        .unwrap()
+        .split_whitespace()
+        .nth(1)
+        .unwrap()
+        .parse::<f64>()
+        .unwrap()
+        / 1024.0
+}
 fn main() {
     let threads: usize = std::env::args().nth(1).map_or(2, |a| a.parse().unwrap());
     let packing = if std::env::args().nth(2).as_deref() == Some("i2") { Packing::I2 } else { Packing::T5 };
@@ -17,7 +29,12 @@ fn main() {
         while let Some(p) = w.next() {
             let n = p.len();
             let norm = matches!(p.kind, elleci_core::params::ParamKind::Norm);
-            let v: Vec<f32> = (0..n).map(|_| { s = s.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407); if norm { 1.0 } else { ((s >> 40) as f32 / (1 << 23) as f32 - 1.0) * 0.03 } }).collect();
+            let v: Vec<f32> = (0..n)
+                .map(|_| {
+                    s = s.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+                    if norm { 1.0 } else { ((s >> 40) as f32 / (1 << 23) as f32 - 1.0) * 0.03 }
+                })
+                .collect();
             file.extend_from_slice(&w.pack(&v));
         }
         let h = w.finish();
@@ -37,14 +54,19 @@ fn main() {
         let t = Instant::now();
         s.extend(m, &[5]).unwrap();
         println!("first {:.1} ms", t.elapsed().as_secs_f64() * 1e3);
-        let mut best = f64::MAX; let n = if std::env::args().nth(3).is_some() { 100 } else { 24 };
+        let mut best = f64::MAX;
+        let n = if std::env::args().nth(3).is_some() { 100 } else { 24 };
         for _ in 0..3 {
             let t = Instant::now();
-            for i in 0..n { s.extend(m, &[i * 3 + 1]).unwrap(); }
+            for i in 0..n {
+                s.extend(m, &[i * 3 + 1]).unwrap();
+            }
             best = best.min(t.elapsed().as_secs_f64() / n as f64);
         }
         println!("decode {:.1} ms, {:.1} tok/s; rss {:.0}", best * 1e3, 1.0 / best, rss());
-        if std::env::args().nth(3).is_some() { return; }
+        if std::env::args().nth(3).is_some() {
+            return;
+        }
         let toks: Vec<u32> = (0..256).map(|i| i * 17 + 3).collect();
         let mut best = f64::MAX;
         for _ in 0..2 {

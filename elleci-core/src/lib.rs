@@ -10,6 +10,8 @@
 extern crate alloc;
 
 pub mod archive;
+#[cfg(feature = "capi-core")]
+pub mod capi;
 pub mod config;
 pub mod generate;
 pub mod inference;
@@ -24,3 +26,8 @@ pub mod params;
 pub mod sampler;
 pub mod simd;
 pub mod ternary;
+
+/// The Rust of docs/embedding.md compiles and runs.
+#[cfg(doctest)]
+#[doc = include_str!("../../docs/embedding.md")]
+pub struct Embedding;

@@ -6,6 +6,8 @@
  * steps of AdamW their float32 rounding (1e-7), and now and then an int8 code on the other side of a tie, move a loss
  * near 4 in its fourth or fifth digit. 2e-3 leaves room for that; a wrong step moves it by some hundredths.
  */
+#include "elleci.h"
+
 #include <math.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -25,6 +27,19 @@ static int differs(const char *name, double found, const char *expected, double 
     return wrong;
 }
 
+/* The C ABI is there in this library, too, less files and threads. */
+static int abi_is_wrong(void) {
+    ElleciMessage message = {{0}};
+    ElleciModel *model = NULL;
+    ElleciThreads *threads = NULL;
+    int wrong = elleci_abi_version() != ELLECI_ABI_VERSION;
+    wrong |= elleci_model_open("model.elleci", NULL, &model, &message) != ELLECI_STATUS_UNSUPPORTED;
+    printf("C ABI %u: %s\n", elleci_abi_version(), message.text);
+    wrong |= elleci_threads_new(2, &threads, &message) != ELLECI_STATUS_UNSUPPORTED;
+    wrong |= elleci_model_open_copy((const uint8_t *)"no archive", 10, NULL, &model, &message) != ELLECI_STATUS_ARCHIVE;
+    return wrong;
+}
+
 int main(int argc, char **argv) {
     if (argc != 5) {
         fprintf(stderr, "usage: probe CODES BEFORE AFTER DECODED\n");
@@ -38,5 +53,6 @@ int main(int argc, char **argv) {
     wrong |= differs("loss after training", p.after, argv[3], 2e-3);
     wrong |= differs("largest decoded logit", p.decoded, argv[4], 2e-2);
     wrong |= !(p.after < p.before);
+    wrong |= abi_is_wrong();
     return wrong;
 }

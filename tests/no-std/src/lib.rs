@@ -1,65 +1,16 @@
-//! elleci-core without the standard library: this crate brings the two things that a bare program must, an allocator and
-//! a panic handler. Were any dependency to link `std`, its panic handler would clash with the one here.
+//! elleci-core without the standard library: its mathematics and its C ABI in a static library.
 #![no_std]
 
 extern crate alloc;
 
 mod probe;
-
-use core::alloc::{GlobalAlloc, Layout};
-use core::cell::UnsafeCell;
-use core::sync::atomic::{AtomicUsize, Ordering};
-
-/// 64 MiB that are handed out once and never taken back.
-const ARENA_BYTES: usize = 64 << 20;
-
-struct Arena {
-    memory: UnsafeCell<[u8; ARENA_BYTES]>,
-    used: AtomicUsize,
-}
-
-// SAFETY: the memory is only reached through pointers to disjoint pieces, which `used` hands out atomically.
-unsafe impl Sync for Arena {}
-
-// SAFETY: every piece lies within the arena, is aligned as asked, and overlaps no other.
-unsafe impl GlobalAlloc for Arena {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        let base = self.memory.get().cast::<u8>();
-        let mut piece = 0;
-        let taken = self.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |used| {
-            piece = (base as usize + used).checked_next_multiple_of(layout.align())? - base as usize;
-            piece.checked_add(layout.size()).filter(|end| *end <= ARENA_BYTES)
-        });
-        match taken {
-            // SAFETY: `piece + size` is at most the arena's length.
-            Ok(_) => unsafe { base.add(piece) },
-            Err(_) => core::ptr::null_mut(),
-        }
-    }
-
-    unsafe fn dealloc(&self, _: *mut u8, _: Layout) {}
-}
-
-#[global_allocator]
-static ARENA: Arena = Arena { memory: UnsafeCell::new([0; ARENA_BYTES]), used: AtomicUsize::new(0) };
-
-unsafe extern "C" {
-    fn abort() -> !;
-}
-
-#[panic_handler]
-fn panic(_: &core::panic::PanicInfo) -> ! {
-    // SAFETY: the C library's `abort` takes nothing and does not return.
-    unsafe { abort() }
-}
-
-/// The shipped `alloc` was compiled to unwind and names this symbol, which `std` would define; nothing here unwinds
-/// (`panic = "abort"`), so it is never called.
-#[unsafe(no_mangle)]
-pub extern "C" fn rust_eh_personality() {}
+mod runtime;
 
 /// Runs the probe; called by `main.c`.
 #[unsafe(no_mangle)]
 pub extern "C" fn elleci_probe(out: &mut probe::Probe) {
     *out = probe::run();
 }
+
+/// The C ABI has its symbols in this library because it is named here.
+pub use elleci_core::capi::elleci_abi_version;
