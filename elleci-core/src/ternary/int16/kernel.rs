@@ -79,7 +79,7 @@ pub fn dispatch(ceiling: Isa, work: impl WithKernel) -> Isa {
             && let Some(kernel) = Vnni::detect()
         {
             work.run(kernel);
-            return Isa::Avx512Vnni;
+            return ceiling.min(Isa::machine());
         }
         if ceiling >= Isa::Avx2
             && let Some(kernel) = Avx2::detect()
