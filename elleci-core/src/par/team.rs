@@ -248,7 +248,7 @@ mod tests {
     fn items_are_dropped_by_their_loop() {
         in_pool(2, || {
             let token = std::sync::Arc::new(());
-            together(|| for_each((0..20).map(|_| token.clone()).collect(), |t| drop(t)));
+            together(|| for_each((0..20).map(|_| token.clone()).collect(), drop));
             assert_eq!(std::sync::Arc::strong_count(&token), 1);
         });
     }

@@ -27,7 +27,7 @@ pub(super) const LOW: [[u8; 3]; 32] = {
 /// The byte of five trits, each in {0, 1, 2}.
 pub const fn encode(t: [u8; 5]) -> u8 {
     let (low, high) = (t[0] + 3 * t[1] + 9 * t[2], t[3] + 3 * t[4]);
-    if high < 8 { low | high << 5 } else { (28 + low / 8) | low % 8 << 5 }
+    if high < 8 { low | (high << 5) } else { (28 + low / 8) | ((low % 8) << 5) }
 }
 
 /// The five trits of a byte; every byte has a meaning.
