@@ -9,6 +9,7 @@ mod container;
 mod globals;
 mod names;
 mod pickle;
+mod rebuild;
 mod view;
 
 use std::ops::Range;
