@@ -6,7 +6,7 @@
 Everything runs in turn, round by round, on the same machine; the best and the median of each figure count, as what disturbs
 them only ever slows. Prints a table in Markdown; what each program said goes to standard error.
 """
-import argparse, json, pathlib, re, resource, statistics, subprocess, sys
+import argparse, json, os, pathlib, re, statistics, subprocess, sys, tempfile
 
 root = pathlib.Path(__file__).resolve().parent.parent
 ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -18,20 +18,25 @@ ap.add_argument("--only", choices=["ours", "peer", "matvec"])
 a = ap.parse_args()
 
 
-def run(cmd, **kw):
+def run(cmd):
+    """Standard output, standard error, and the most memory in MB that the process itself ever had."""
     print("+", *cmd, file=sys.stderr)
-    done = subprocess.run([str(c) for c in cmd], cwd=root, text=True, capture_output=True, **kw)
-    if done.returncode != 0:
-        sys.exit(f"{cmd[0]}: exit {done.returncode}\n{done.stdout}{done.stderr}")
-    print(done.stdout + done.stderr, file=sys.stderr)
-    return done.stdout, done.stderr
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        child = subprocess.Popen([str(c) for c in cmd], cwd=root, text=True, stdout=out, stderr=err)
+        _, status, usage = os.wait4(child.pid, 0)
+        out.seek(0), err.seek(0)
+        texts = out.read(), err.read()
+    print(*texts, file=sys.stderr)
+    if status != 0:
+        sys.exit(f"{cmd[0]}: status {status}\n{texts[1]}")
+    return *texts, usage.ru_maxrss * 1024 / 1e6
 
 
 def rows(argv):
-    """The rows of `elleci-run bench -o json`: test name to tokens a second of its best repetition."""
-    out, err = run([root / "target/release/elleci-run", "bench", "-m", model, "-t", a.threads, "-o", "json", *argv])
+    """The rows of `elleci-run bench -o json`, the times of opening and of the first logits in ms, and peak memory in MB."""
+    out, err, peak = run([root / "target/release/elleci-run", "bench", "-m", model, "-t", a.threads, "-o", "json", *argv])
     times = re.search(r"opened in ([\d.]+) ms, first logits ([\d.]+) ms", err)
-    return json.loads(out), float(times[1]), float(times[2])
+    return json.loads(out), float(times[1]), float(times[2]), peak
 
 
 figures = {}
@@ -48,22 +53,20 @@ if a.only in (None, "ours"):
         run([root / "target/release/elleci-run", "bench", "--preset", "elleci-1.5b", "--save", model, "-p", 0, "-n", 1, "-r", 1])
 for _ in range(a.rounds):
     if a.only in (None, "ours"):
-        tests, opened, first = rows(["-p", 256, "-n", 32, "-r", 2])
+        tests, opened, first, _ = rows(["-p", 256, "-n", 32, "-r", 2])
         for t in tests:
             note("prefill 256, tok/s" if t["n_prompt"] else "decode, tok/s", max(t["samples_ts"]))
         note("open, ms", opened)
         note("open to first logits, ms", first)
-        before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-        rows(["-p", 0, "-n", 8, "-r", 1, "-d", 1016])
-        note("resident, 1024 tokens, MB", resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e6)
+        note("resident, 1024 tokens, MB", rows(["-p", 0, "-n", 8, "-r", 1, "-d", 1016])[3])
     if a.python and a.only in (None, "peer"):
-        out, _ = run([a.python, root / "bench/llamacpp_ternary.py", "--threads", a.threads, "--dir", a.dir])
+        out, _, _ = run([a.python, root / "bench/llamacpp_ternary.py", "--threads", a.threads, "--dir", a.dir])
         peer = json.loads(out.strip().splitlines()[-1])
         note("llama.cpp TQ2_0 prefill 256, tok/s", peer["prefill_tok_s"])
         note("llama.cpp TQ2_0 decode, tok/s", peer["decode_max"])
     if a.only in (None, "matvec"):
         for threads in sorted({1, a.threads}):
-            out, _ = run(["cargo", "bench", "--locked", "-p", "elleci-core", "--bench", "matvec", "--", threads])
+            out, _, _ = run(["cargo", "bench", "--locked", "-p", "elleci-core", "--bench", "matvec", "--", threads])
             for line in out.splitlines():
                 cells = [c.strip() for c in line.strip("|").split("|")]
                 if len(cells) == 4 and cells[0] in ("reading", "i2", "t5", "I2_S"):

@@ -37,7 +37,7 @@ pub fn is_folder(dir: &Path) -> bool {
     [WEIGHTS, INDEX, CONFIG].iter().any(|name| dir.join(name).is_file())
 }
 
-/// Whether a file of this name belongs to a folder that [`write`] or `elleci-data tokenizer` wrote.
+/// Whether a file of this name belongs to a folder that [`write()`] or `elleci-data tokenizer` wrote.
 pub fn is_own_file(name: &str) -> bool {
     let shard = name.starts_with("model-") && name.ends_with(".safetensors");
     shard || [WEIGHTS, INDEX, CONFIG, TOKENIZER, "tokenizer.config.json"].contains(&name)

@@ -1,7 +1,7 @@
 //! `elleci-convert`: models from every form to every form that can be written, and what is in a file.
 //!
 //! A [`source::Source`] is a checkpoint, a Hugging Face folder, a safetensors or PyTorch file or an archive: a configuration,
-//! a tokenizer and tensors that are read one at a time. A [`target::Target`] takes them one at a time, under a temporary name.
+//! a tokenizer and tensors that are read one at a time. A `Target` takes them one at a time, under a temporary name.
 //! So memory is that of the largest tensor, and what is interrupted leaves nothing.
 
 pub mod cli;

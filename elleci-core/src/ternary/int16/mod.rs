@@ -125,7 +125,7 @@ impl TernaryMatrix {
         self.gradients_int16_with(Isa::detect(), dy, x, (dx, out), dw, scratch);
     }
 
-    /// [`TernaryMatrix::gradients_int16`] with the kernels of one instruction set at most; returns the one that ran.
+    /// `gradients_int16` with the kernels of one instruction set at most; returns the one that ran.
     ///
     /// # Panics
     /// When a slice does not have its size.
