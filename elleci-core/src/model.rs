@@ -14,6 +14,7 @@ use crate::ops::loss::{HeadInput, chunk_tokens, head_loss, head_loss_grad};
 use crate::ops::matmul::{Out, mat, mat_mut, matmul};
 use crate::ops::norm::{QuantizedRows, rmsnorm, rmsnorm_backward, rmsnorm_quantize};
 use crate::ops::rope::RopeTable;
+use crate::par;
 use crate::params::{Id, LayerIds, MixerIds, ParamKind, ParamLayout, Params};
 use crate::ternary::{GradPrecision, GradScratch, TernaryMatrix};
 
@@ -279,14 +280,16 @@ impl Model {
 
     /// Changes the weights and derives their ternary forms again.
     pub fn update<R>(&mut self, change: impl FnOnce(&mut Params) -> R) -> R {
-        let result = change(&mut self.params);
-        let layout = self.params.layout().clone();
-        for (matrix, p) in self.ternary.iter_mut().zip(layout.params()) {
-            if let Some(matrix) = matrix {
-                matrix.update(&self.params.data()[p.range.clone()]);
+        par::together(|| {
+            let result = change(&mut self.params);
+            let layout = self.params.layout().clone();
+            for (matrix, p) in self.ternary.iter_mut().zip(layout.params()) {
+                if let Some(matrix) = matrix {
+                    matrix.update(&self.params.data()[p.range.clone()]);
+                }
             }
-        }
-        result
+            result
+        })
     }
 
     /// The weights, when the model is no longer needed.
@@ -351,6 +354,11 @@ impl Model {
         if grads.data().len() != self.layout().len() {
             return Err(ModelError::Layout { expected: self.layout().len(), got: grads.data().len() });
         }
+        Ok(par::together(|| self.step(ws, batch, scale, grads)))
+    }
+
+    /// [`Model::loss_and_grad`] of a batch that fits.
+    fn step(&self, ws: &mut Workspace, batch: &Batch, scale: f32, grads: &mut Params) -> f64 {
         let layout = self.layout().clone();
         self.forward(ws, batch.tokens);
         // scratch.a takes the gradient of the final norm's output; the layers have no use for it yet
@@ -374,7 +382,7 @@ impl Model {
         for (dh, &token) in ws.dh.chunks_exact(d).zip(batch.tokens) {
             crate::ops::rows::add_scaled(&mut demb[token as usize * d..(token as usize + 1) * d], 1.0, dh);
         }
-        Ok(loss)
+        loss
     }
 
     fn head_input<'a>(&'a self, normed: &'a [f32], batch: &Batch<'a>) -> HeadInput<'a> {
