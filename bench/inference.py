@@ -1,6 +1,6 @@
 """Inference of elleci-1.5b's shapes with random weights, beside llama.cpp (TQ2_0) and the layout of bitnet.cpp's I2_S.
 
-    python3 -m venv V && V/bin/pip install numpy gguf llama-cpp-python      # builds llama.cpp; 10 minutes
+    python3 -m venv V && V/bin/pip install numpy gguf llama-cpp-python      # builds llama.cpp
     python3 bench/inference.py --python V/bin/python [--threads 2] [--rounds 3] [--dir /tmp] [--only ours]
 
 Everything runs in turn, round by round, on the same machine; the best and the median of each figure count, as what disturbs
@@ -13,7 +13,7 @@ ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDe
 ap.add_argument("--python", help="an interpreter with numpy, gguf and llama-cpp-python; without it the peer is left out")
 ap.add_argument("--threads", type=int, default=2)
 ap.add_argument("--rounds", type=int, default=3)
-ap.add_argument("--dir", default="/tmp", help="for the two models, 400 and 490 MB")
+ap.add_argument("--dir", default="/tmp", help="for the two models, 430 and 490 MB")
 ap.add_argument("--only", choices=["ours", "peer", "matvec"])
 a = ap.parse_args()
 

@@ -9,8 +9,8 @@
 # ELLECI_CHECK_ISA   instruction-set levels to run the core's tests under ("portable avx2 avx512"); the default is every
 #                    level below this machine's own. A level that is named here and cannot run is a failure.
 #
-# Needs Rust, a C++ compiler and python3 with pip. About 15 minutes from a clean clone on two cores, of which LibTorch's
-# wrapper takes 5, once.
+# Needs Rust, a C++ compiler and python3 with pip. LibTorch's wrapper alone takes
+# 5 minutes to build, once.
 set -eu
 cd "$(dirname "$0")/.."
 

@@ -1,33 +1,14 @@
 //! Sessions against the training forward, and against each other.
 
+mod common;
+
+use common::odd_config;
 use elleci_core::archive::{AlignedBytes, Archive, DenseFormat, PackOptions, to_bytes};
 use elleci_core::config::ModelConfig;
 use elleci_core::inference::{Batch, Feed, InferenceError, Session};
 use elleci_core::init::initialise;
 use elleci_core::model::{Batch as TrainBatch, Checkpointing, Model, Workspace};
 use elleci_core::ternary::packed::Packing;
-
-/// A small model with sizes that fit no block of any kernel.
-fn odd_config() -> ModelConfig {
-    ModelConfig {
-        vocab_size: 301,
-        d_model: 72,
-        n_layers: 5,
-        layer_pattern: "SSA".into(),
-        max_seq_len: 160,
-        n_heads: 3,
-        kv_rank: 40,
-        d_nope: 10,
-        d_rope: 6,
-        d_v: 14,
-        d_inner: 120,
-        head_dim: 24,
-        d_state: 20,
-        d_conv: 3,
-        ffn_hidden: 100,
-        ..ModelConfig::preset("nano").unwrap()
-    }
-}
 
 const EXACT: PackOptions = PackOptions { packing: Packing::T5, dense: DenseFormat::F32 };
 

@@ -1,32 +1,13 @@
-//! The whole model against itself: threads, checkpointing and decoding must not change what it computes.
+//! The whole model against itself: threads and checkpointing must not change what it computes.
 
+mod common;
+
+use common::odd_config;
 use elleci_core::config::ModelConfig;
 use elleci_core::init::initialise;
 use elleci_core::model::{Batch, Checkpointing, Model, ModelError, Workspace};
 use elleci_core::params::Params;
 use elleci_core::ternary::GradPrecision;
-
-/// A small model with sizes that fit no block of any kernel.
-fn odd_config() -> ModelConfig {
-    ModelConfig {
-        vocab_size: 301,
-        d_model: 72,
-        n_layers: 5,
-        layer_pattern: "SSA".into(),
-        max_seq_len: 160,
-        n_heads: 3,
-        kv_rank: 40,
-        d_nope: 10,
-        d_rope: 6,
-        d_v: 14,
-        d_inner: 120,
-        head_dim: 24,
-        d_state: 20,
-        d_conv: 3,
-        ffn_hidden: 100,
-        ..ModelConfig::preset("nano").unwrap()
-    }
-}
 
 struct Data {
     tokens: Vec<u32>,

@@ -79,7 +79,9 @@ impl DenseFormat {
         match self {
             DenseFormat::F32 => values.iter().enumerate().for_each(|(i, v)| put(i, &v.to_le_bytes(), codes)),
             DenseFormat::F16 => {
-                values.iter().enumerate().for_each(|(i, v)| put(i, &f16::from_f32(*v).to_le_bytes(), codes));
+                // What is too large for binary16 becomes its largest number: no infinity gets into an archive.
+                let half = |v: f32| f16::from_f32(v.clamp(f16::MIN.to_f32(), f16::MAX.to_f32()));
+                values.iter().enumerate().for_each(|(i, v)| put(i, &half(*v).to_le_bytes(), codes));
             }
             DenseFormat::Bf16 => {
                 values.iter().enumerate().for_each(|(i, v)| put(i, &bf16::from_f32(*v).to_le_bytes(), codes));
@@ -245,19 +247,15 @@ impl DenseMatrix<'_> {
     fn one_token(&self, first: usize, x: &[f32], y: &mut [f32]) -> bool {
         use super::dense_avx512::{detect, dots};
         let Some(simd) = detect() else { return false };
-        if !matches!(self.values, Values::Int8 { .. } | Values::F16(_)) {
-            return false;
-        }
+        let products: &dyn Fn(usize) -> [f32; ROWS] = match self.values {
+            Values::Int8 { codes, .. } => &|row| dots(simd, &codes[row * self.cols..(row + ROWS) * self.cols], x),
+            Values::F16(v) => &|row| dots(simd, &v[row * self.cols..(row + ROWS) * self.cols], x),
+            Values::F32(_) | Values::Bf16(_) => return false,
+        };
         let whole = y.len() / ROWS * ROWS;
         for (b, y) in y[..whole].chunks_exact_mut(ROWS).enumerate() {
             let row = first + b * ROWS;
-            let range = row * self.cols..(row + ROWS) * self.cols;
-            let sums = match self.values {
-                Values::Int8 { codes, .. } => dots(simd, &codes[range], x),
-                Values::F16(v) => dots(simd, &v[range], x),
-                Values::F32(_) | Values::Bf16(_) => unreachable!("sorted out above"),
-            };
-            y.iter_mut().zip(sums).enumerate().for_each(|(r, (y, sum))| *y = sum * self.row_scale(row + r));
+            y.iter_mut().zip(products(row)).enumerate().for_each(|(r, (y, sum))| *y = sum * self.row_scale(row + r));
         }
         // What is left over, less than a block: once a matrix.
         let mut row = vec![0.0; self.cols];
@@ -324,6 +322,14 @@ mod tests {
                 assert_eq!(f16_value(bits).to_bits(), want.to_f32().to_bits(), "{bits:#x}");
             }
         }
+    }
+
+    #[test]
+    fn what_is_too_large_for_binary16_stays_finite() {
+        let mut bytes = [0; ALIGNMENT];
+        DenseFormat::F16.encode(&[1e6, -1e6, 65504.0, 1.0], 4, &mut bytes);
+        let read: Vec<f32> = bytes[..8].chunks(2).map(|b| f16_value(u16::from_le_bytes([b[0], b[1]]))).collect();
+        assert_eq!(read, [65504.0, -65504.0, 65504.0, 1.0]);
     }
 
     #[test]

@@ -276,14 +276,19 @@ impl<'a> PackedModel<'a> {
 
     /// One row of a full-precision matrix, verified where that is left to its use.
     pub(crate) fn row(&self, id: Id, row: usize, values: &mut [f32]) -> Result<(), ArchiveError> {
-        let matrix = self.dense(id);
+        self.verify_row(id, row)?;
+        self.dense(id).row(row, values);
+        Ok(())
+    }
+
+    /// The check of [`PackedModel::row`] alone.
+    pub(crate) fn verify_row(&self, id: Id, row: usize) -> Result<(), ArchiveError> {
         if let Some(hashes) = &self.index.sections[id.0].row_hashes {
             let hash = hashes.start + 8 * row;
-            if self.bytes[hash..hash + 8] != matrix.row_hash(row).to_le_bytes() {
+            if self.bytes[hash..hash + 8] != self.dense(id).row_hash(row).to_le_bytes() {
                 return Err(ArchiveError::DamagedRow { tensor: self.layout().param(id).name.clone(), row });
             }
         }
-        matrix.row(row, values);
         Ok(())
     }
 }

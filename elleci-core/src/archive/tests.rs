@@ -55,6 +55,7 @@ fn what_is_written_is_read() {
                     }
                     Format::Dense(DenseFormat::F32) | Format::Floats => assert_eq!(read, trained, "{}", p.name),
                     Format::Dense(_) => {
+                        // Half a step of int8 is amax/254; binary16 and bf16 are finer.
                         let amax = trained.iter().fold(0.0f32, |a, w| a.max(w.abs()));
                         assert!(read.iter().zip(trained).all(|(a, w)| (a - w).abs() <= amax / 250.0), "{}", p.name);
                     }

@@ -67,6 +67,25 @@ impl<T: Copy> Room<'_, T> {
         Ok(Room { pointer, capacity, name, borrows: PhantomData })
     }
 
+    /// [`Room::new`] for `count` elements; `None` for a null pointer of capacity 0, when they are not wanted.
+    ///
+    /// # Safety
+    /// As for [`Room::new`].
+    pub unsafe fn wanted(
+        pointer: *mut T,
+        capacity: usize,
+        count: usize,
+        name: &'static str,
+    ) -> Result<Option<Self>, Failure> {
+        if pointer.is_null() && capacity == 0 {
+            return Ok(None);
+        }
+        // SAFETY: the caller's promise.
+        let room = unsafe { Room::new(pointer, capacity, name) }?;
+        room.fits(count)?;
+        Ok(Some(room))
+    }
+
     /// Whether `count` elements fit.
     pub fn fits(&self, count: usize) -> Result<(), Failure> {
         if count <= self.capacity {

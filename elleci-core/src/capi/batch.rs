@@ -70,14 +70,9 @@ pub unsafe extern "C" fn elleci_batch_extend(
             feeds.collect::<Result<Vec<(&ElleciSession, &[u32])>, Failure>>()?
         };
         let model = feeds.first().ok_or(InferenceError::NoTokens)?.0.archive.model();
-        let room = if logits.is_null() && logits_capacity == 0 {
-            None
-        } else {
-            // SAFETY: the caller vouches for the array.
-            let room = unsafe { Room::new(logits, logits_capacity, "logits") }?;
-            room.fits(feeds.len().saturating_mul(model.config().vocab_size))?;
-            Some(room)
-        };
+        let count = feeds.len().saturating_mul(model.config().vocab_size);
+        // SAFETY: the caller vouches for the array.
+        let room = unsafe { Room::wanted(logits, logits_capacity, count, "logits") }?;
         batch.0.with(|batch| {
             Guarded::with_all(feeds.iter().map(|(session, _)| &session.state), |sessions| {
                 let tokens = feeds.iter().map(|(_, tokens)| *tokens);

@@ -1,4 +1,4 @@
-//! The C ABI: what `include/elleci.h` declares. The header is made from these modules by cbindgen, and `tests/header.rs`
+//! The C ABI: what `include/elleci.h` declares. The header is made from these modules by cbindgen, and `tests/committed.rs`
 //! holds it to them.
 //!
 //! The rules, which the header states for its readers, too:

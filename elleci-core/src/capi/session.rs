@@ -132,14 +132,9 @@ pub unsafe extern "C" fn elleci_session_extend(
         let model = session.archive.model();
         // SAFETY: the caller vouches for the array.
         let tokens = unsafe { array(tokens, token_count, "tokens") }?;
-        let room = if logits.is_null() && logits_capacity == 0 {
-            None
-        } else {
-            // SAFETY: the caller vouches for the array.
-            let room = unsafe { Room::new(logits, logits_capacity, "logits") }?;
-            room.fits(model.config().vocab_size)?;
-            Some(room)
-        };
+        let count = model.config().vocab_size;
+        // SAFETY: the caller vouches for the array.
+        let room = unsafe { Room::wanted(logits, logits_capacity, count, "logits") }?;
         session.state.with(|s| {
             on(threads, || {
                 let logits = s.extend(model, tokens)?;

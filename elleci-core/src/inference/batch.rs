@@ -225,7 +225,6 @@ impl Batch {
 /// Everything that can go wrong, before anything changes.
 fn check(model: PackedModel<'_>, feeds: &[Feed<'_>]) -> Result<(), InferenceError> {
     let c = model.config();
-    let mut row = vec![0.0; c.d_model];
     for feed in feeds {
         if feed.session.fingerprint != model.fingerprint() {
             return Err(InferenceError::OtherModel);
@@ -237,7 +236,7 @@ fn check(model: PackedModel<'_>, feeds: &[Feed<'_>]) -> Result<(), InferenceErro
             if token as usize >= c.vocab_size {
                 return Err(InferenceError::Token { token, vocab_size: c.vocab_size });
             }
-            model.row(model.layout().tok_emb(), token as usize, &mut row)?;
+            model.verify_row(model.layout().tok_emb(), token as usize)?;
         }
     }
     Ok(())

@@ -76,7 +76,7 @@ pub enum Gradients {
     #[default]
     #[serde(rename = "f32")]
     F32,
-    /// int16 with a scale a token or channel: exact integer products, twice as fast with AVX-512 VNNI.
+    /// int16 with a scale a token or channel: exact integer products, faster with AVX-512 VNNI (docs/LOG.md).
     #[serde(rename = "int16")]
     Int16,
 }

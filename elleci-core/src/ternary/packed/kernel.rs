@@ -28,37 +28,37 @@ pub trait WithPackedKernel {
 
 /// Runs `work` with the best kernel that this machine has, at most `ceiling`; returns the level that ran.
 pub fn dispatch(ceiling: Isa, work: impl WithPackedKernel) -> Isa {
-    let level = ceiling.min(Isa::machine());
     #[cfg(all(feature = "std", target_arch = "x86_64"))]
     {
         use super::{avx2::Avx2, avx512::Avx512, avx512::Vbmi, avx512::Vnni};
-        if level >= Isa::Avx512Vbmi
+        if ceiling >= Isa::Avx512Vbmi
             && let Some(kernel) = Vbmi::detect()
         {
             work.run(kernel);
-            return level;
+            return Isa::Avx512Vbmi;
         }
-        if level >= Isa::Avx512Vnni
+        if ceiling >= Isa::Avx512Vnni
             && let Some(kernel) = Vnni::detect()
         {
             work.run(kernel);
-            return level;
+            return Isa::Avx512Vnni;
         }
-        if level >= Isa::Avx512
+        if ceiling >= Isa::Avx512
             && let Some(kernel) = Avx512::detect()
         {
             work.run(kernel);
-            return level;
+            return Isa::Avx512;
         }
-        if level >= Isa::Avx2
+        if ceiling >= Isa::Avx2
             && let Some(kernel) = Avx2::detect()
         {
             work.run(kernel);
-            return level;
+            return Isa::Avx2;
         }
     }
+    let _ = ceiling;
     work.run(Portable);
-    level
+    Isa::Portable
 }
 
 /// The shape check that the pointers of [`PackedKernel::dot`] rest on.
