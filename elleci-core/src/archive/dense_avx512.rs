@@ -54,14 +54,13 @@ pub(super) fn detect() -> Option<V4> {
 pub(super) fn dots<T: Stored>(simd: V4, rows: &[T], x: &[f32]) -> [f32; ROWS] {
     assert_eq!(rows.len(), ROWS * x.len(), "rows");
     // SAFETY: `simd` is proof of the features, and the lengths were checked.
-    let sums = unsafe { sums(rows, x) };
-    sums.map(|sum| simd.reduce_sum_f32s(bytemuck::cast(sum)))
+    unsafe { sums(simd, rows, x) }
 }
 
 /// # Safety
 /// AVX-512 F, BW and VL are there, and `rows` has [`ROWS`] times `x.len()` values.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn sums<T: Stored>(rows: &[T], x: &[f32]) -> [__m512; ROWS] {
+unsafe fn sums<T: Stored>(simd: V4, rows: &[T], x: &[f32]) -> [f32; ROWS] {
     let cols = x.len();
     let mut acc = [_mm512_setzero_ps(); ROWS];
     let mut at = 0;
@@ -80,5 +79,5 @@ unsafe fn sums<T: Stored>(rows: &[T], x: &[f32]) -> [__m512; ROWS] {
         }
         at += 16;
     }
-    acc
+    acc.map(#[inline(always)] |sum| simd.reduce_sum_f32s(bytemuck::cast(sum)))
 }

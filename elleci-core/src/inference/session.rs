@@ -31,7 +31,7 @@ pub(super) enum LayerState {
     Mla(MlaCache),
 }
 
-/// `scan` `[d_state, d_inner]` and the last inputs of the convolution `[d_conv - 1, channels]`, oldest first.
+/// `scan`, the state as [`ssd_step`](crate::ops::ssd::ssd_step) keeps it, and the last inputs of the convolution `[d_conv - 1, channels]`, oldest first.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct MambaState {
     pub scan: Vec<f32>,

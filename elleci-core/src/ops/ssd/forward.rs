@@ -1,7 +1,7 @@
 //! The chunked form, forward: see `chunked.rs` for the formulas.
 
 use alloc::vec::Vec;
-use ndarray::{ArrayView2, ArrayViewMut2, Axis, s};
+use ndarray::{ArrayView2, ArrayViewMut2, s};
 
 use pulp::{Simd, WithSimd};
 
@@ -17,8 +17,8 @@ use crate::simd::vectorize;
 enum States<'a> {
     /// One slot for every chunk entry but the first, for the backward pass.
     Save(&'a mut [f32]),
-    /// One slot `[d_state, channels]`, advanced in place: entry state in, final state out.
-    Carry(ArrayViewMut2<'a, f32>),
+    /// One slot `[d_state, channels]` a group, advanced in place: entry state in, final state out.
+    Carry(&'a mut [f32]),
 }
 
 /// Writes `y`, and saves in `states` (of `shape.states_len()`) what [`ssd_backward`](super::ssd_backward) needs. Sequences start from a
@@ -45,8 +45,8 @@ pub fn ssd_forward(
     forward(Inputs { shape, xbc, dt, a, d }, y, states, scratch);
 }
 
-/// As [`ssd_forward`] without a backward pass: every sequence starts from its `state` `[batch, d_state, d_inner]` and
-/// leaves its final state there, from which [`ssd_step`](super::ssd_step) goes on.
+/// As [`ssd_forward`] without a backward pass: every sequence starts from its `state` (see
+/// [`SsdShape::state_len`]) and leaves its final state there, from which [`ssd_step`](super::ssd_step) goes on.
 ///
 /// # Panics
 /// When a slice does not have the size that the shape gives it.
@@ -63,16 +63,9 @@ pub fn ssd_prefill(
 ) {
     shape.check(xbc, dt, a, d, y);
     assert_eq!(state.len(), shape.batch * shape.state_len(), "ssd: state");
-    let mut states = Vec::new();
     let mut rest = state;
-    for _ in 0..shape.batch {
-        let mut state = mat_mut(take(&mut rest, shape.state_len()), shape.d_state, shape.d_inner());
-        for (_, _, heads) in tasks(&shape).take_while(|(batch, _, _)| *batch == 0) {
-            let (now, later) = state.split_at(Axis(1), heads * shape.head_dim);
-            states.push(States::Carry(now));
-            state = later;
-        }
-    }
+    let slot = shape.d_state * shape.head_dim;
+    let states = tasks(&shape).map(|(_, _, heads)| States::Carry(take(&mut rest, heads * slot))).collect();
     forward(Inputs { shape, xbc, dt, a, d }, y, states, scratch);
 }
 
@@ -112,7 +105,7 @@ fn forward_group(
     let columns = s![.., first..first + channels];
     let mut states = match states {
         States::Save(rest) => States::Save(take(rest, (shape.chunks() - 1) * shape.d_state * channels)),
-        States::Carry(all) => States::Carry(all.slice_mut(columns)),
+        States::Carry(rest) => States::Carry(take(rest, shape.d_state * channels)),
     };
     let mut y = y.slice_mut(columns);
     for chunk in 0..shape.chunks() {
@@ -151,7 +144,7 @@ impl States<'_> {
     fn entry(&self, chunk: usize, n_dim: usize, channels: usize) -> Option<ArrayView2<'_, f32>> {
         match self {
             States::Save(slots) => saved_entry(slots, chunk, n_dim, channels),
-            States::Carry(state) => Some(state.view()),
+            States::Carry(state) => Some(mat(state, n_dim, channels)),
         }
     }
 
@@ -189,15 +182,15 @@ impl States<'_> {
                 vectorize(
                     #[inline(always)]
                     || {
-                        for n in 0..n_dim {
-                            for (h, state) in row_mut(state, n).chunks_exact_mut(p_dim).enumerate() {
+                        for row in state.chunks_exact_mut(channels) {
+                            for (h, state) in row.chunks_exact_mut(p_dim).enumerate() {
                                 let decay = decays.whole(span, h);
                                 state.iter_mut().for_each(|s| *s *= decay);
                             }
                         }
                     },
                 );
-                (state.view_mut(), Out::Add)
+                (mat_mut(state, n_dim, channels), Out::Add)
             }
         };
         dispatch(Product { a: inputs.b_left(span, true), b: weighted, c: next, out, panel });

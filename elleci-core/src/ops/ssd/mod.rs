@@ -9,7 +9,8 @@
 //!
 //! Buffers: `xbc` `[tokens, d_inner + 2 d_state]` holds x, B and C side by side, as the convolution leaves them;
 //! `dt` `[tokens, heads]` is positive (after softplus); `a` and `d` are `[heads]`; `y` is `[tokens, d_inner]`.
-//! States are kept as `[d_state, d_inner]`: then every product with B or C is one large product over all heads.
+//! The states of a group of heads are kept together as `[d_state, channels]`: then every product with B or C is one large product over
+//! the heads of a group, and a step reads and writes memory in one run.
 
 mod backward;
 mod chunked;
@@ -77,7 +78,8 @@ impl SsdShape {
         self.batch * self.chunks().saturating_sub(1) * self.state_len()
     }
 
-    /// Elements of the state of one sequence, `[d_state, d_inner]`.
+    /// Elements of the state of one sequence: `[d_state, channels]` a group of heads (512 channels, the last group what is left),
+    /// one group after the other.
     pub fn state_len(&self) -> usize {
         self.d_state * self.d_inner()
     }

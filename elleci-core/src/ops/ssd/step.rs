@@ -1,22 +1,19 @@
 //! One step of the recurrence, for decoding.
 
+use alloc::vec;
 use alloc::vec::Vec;
-use ndarray::Axis;
+use pulp::{Simd, WithSimd};
 
 use super::SsdShape;
 use crate::ops::activation::exp;
-use crate::ops::matmul::mat_mut;
+use crate::ops::lanes::dispatch;
 use crate::par;
 use crate::simd::{prefetch_line, vectorize};
 
-/// Channels of one task: its row of the state, its decays and sums stay in the L1 cache.
-const BLOCK: usize = 512;
-/// Rows of the state that are asked for before they are needed.
-const AHEAD: usize = 2;
-/// Channels between two requests.
-const RUN: usize = 64;
+/// Elements of the state that are asked for before they are needed.
+const AHEAD: usize = 1024;
 
-/// Advances every sequence of a batch by one token (`shape.seq` must be 1): `state` `[batch, d_state, d_inner]` is
+/// Advances every sequence of a batch by one token (`shape.seq` must be 1): `state` (see [`SsdShape::state_len`]) is
 /// updated in place and `y` `[batch, d_inner]` is written. A zero state starts a sequence.
 ///
 /// # Panics
@@ -25,49 +22,75 @@ pub fn ssd_step(shape: SsdShape, xbc: &[f32], dt: &[f32], a: &[f32], d: &[f32], 
     shape.check(xbc, dt, a, d, y);
     assert_eq!(shape.seq, 1, "ssd step: one token a sequence");
     assert_eq!(state.len(), shape.batch * shape.state_len(), "ssd step: state");
-    let (d_inner, n_dim) = (shape.d_inner(), shape.d_state);
+    let (d_inner, group) = (shape.d_inner(), shape.group_heads() * shape.head_dim);
     if d_inner == 0 {
         return;
     }
     for (i, y) in y.chunks_exact_mut(d_inner).enumerate() {
-        let mut state = mat_mut(&mut state[i * shape.state_len()..][..shape.state_len()], n_dim, d_inner);
+        let state = &mut state[i * shape.state_len()..][..shape.state_len()];
         let row = &xbc[i * shape.width()..][..shape.width()];
         let (x, bc) = row.split_at(d_inner);
-        let (b, c) = bc.split_at(n_dim);
+        let (b, c) = bc.split_at(shape.d_state);
         let dt = &dt[i * shape.heads..][..shape.heads];
-        let items: Vec<_> = state.axis_chunks_iter_mut(Axis(1), BLOCK).zip(y.chunks_mut(BLOCK)).enumerate().collect();
-        par::for_each(items, |(block, (mut state, y))| {
-            let first = block * BLOCK;
-            let (mut decay, mut u) = ([0.0; BLOCK], [0.0; BLOCK]);
-            let (decay, u) = (&mut decay[..y.len()], &mut u[..y.len()]);
+        // A task is a group of heads: its state is one run of memory, so that no two threads ask for lines of the same page.
+        let items: Vec<_> = state.chunks_mut((shape.d_state * group).max(1)).zip(y.chunks_mut(group)).enumerate().collect();
+        par::for_each(items, |(task, (state, y))| {
+            let mut decay_u = vec![0.0; 2 * y.len()];
+            let (decay, u) = decay_u.split_at_mut(y.len());
             vectorize(
                 #[inline(always)]
                 || {
-                    for i in 0..y.len() {
-                        let head = (first + i) / shape.head_dim;
-                        decay[i] = dt[head] * a[head];
-                        u[i] = dt[head] * x[first + i];
-                        y[i] = d[head] * x[first + i];
-                    }
-                    decay.iter_mut().for_each(|v| *v = exp(*v));
-                    for n in 0..n_dim {
-                        // Each row lies on pages of its own. Asked for line by line, as the work goes: a whole row at once would
-                        // wait for the machine's few places for lines on their way.
-                        let ahead = state.row(n).as_ptr().wrapping_add(AHEAD * d_inner);
-                        let row = state.row_mut(n).into_slice().expect("columns are contiguous");
-                        let runs = row.chunks_mut(RUN).zip(y.chunks_mut(RUN)).zip(decay.chunks(RUN).zip(u.chunks(RUN)));
-                        for (i, ((row, y), (decay, u))) in runs.enumerate() {
-                            for line in 0..RUN / 16 {
-                                prefetch_line(ahead.wrapping_add(i * RUN + 16 * line).cast());
-                            }
-                            for (((s, y), decay), u) in row.iter_mut().zip(y).zip(decay).zip(u) {
-                                *s = decay * *s + b[n] * u;
-                                *y += c[n] * *s;
-                            }
+                    let channels = decay.chunks_mut(shape.head_dim).zip(u.chunks_mut(shape.head_dim));
+                    let outputs = y.chunks_mut(shape.head_dim).zip(x[task * group..].chunks(shape.head_dim));
+                    for (h, ((decay, u), (y, x))) in channels.zip(outputs).enumerate() {
+                        let h = task * shape.group_heads() + h;
+                        decay.fill(exp(dt[h] * a[h]));
+                        for ((u, y), x) in u.iter_mut().zip(y).zip(x) {
+                            *u = dt[h] * x;
+                            *y = d[h] * x;
                         }
                     }
                 },
             );
+            dispatch(Advance { state, decay, u, b, c, y });
         });
+    }
+}
+
+/// `s = decay ⊙ s + b[n] u` and `y += c[n] s` for every row n of the state.
+struct Advance<'a> {
+    /// `[d_state, channels]`
+    state: &'a mut [f32],
+    decay: &'a [f32],
+    u: &'a [f32],
+    b: &'a [f32],
+    c: &'a [f32],
+    y: &'a mut [f32],
+}
+
+impl WithSimd for Advance<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Advance { state, decay, u, b, c, y } = self;
+        let channels = y.len();
+        let (y, y_tail) = S::as_mut_simd_f32s(y);
+        let ((decay, decay_tail), (u, u_tail)) = (S::as_simd_f32s(decay), S::as_simd_f32s(u));
+        for (row, (b, c)) in state.chunks_exact_mut(channels).zip(b.iter().zip(c)) {
+            let ahead = row.as_ptr().wrapping_add(AHEAD).cast::<u8>();
+            let (bn, cn) = (simd.splat_f32s(*b), simd.splat_f32s(*c));
+            let (row, tail) = S::as_mut_simd_f32s(row);
+            let vectors = row.iter_mut().zip(y.iter_mut()).zip(decay.iter().zip(u));
+            for (i, ((s, y), (decay, u))) in vectors.enumerate() {
+                prefetch_line(ahead.wrapping_add(i * size_of::<S::f32s>()));
+                *s = simd.mul_add_e_f32s(*decay, *s, simd.mul_f32s(bn, *u));
+                *y = simd.mul_add_e_f32s(cn, *s, *y);
+            }
+            let channels = tail.iter_mut().zip(y_tail.iter_mut()).zip(decay_tail.iter().zip(u_tail));
+            for ((s, y), (decay, u)) in channels {
+                *s = decay * *s + b * u;
+                *y += c * *s;
+            }
+        }
     }
 }
