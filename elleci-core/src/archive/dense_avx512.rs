@@ -7,10 +7,10 @@ use pulp::Simd;
 use pulp::x86::V4;
 
 use super::dense::ROWS;
-use crate::simd::{Isa, prefetch_line};
+use crate::simd::{Isa, prefetch_run};
 
-/// Bytes that are asked for before they are needed.
-const AHEAD: usize = 8192;
+/// Values of a vector.
+const LANES: usize = 16;
 
 /// Values of a row as they are stored.
 pub(super) trait Stored: Copy {
@@ -63,21 +63,30 @@ pub(super) fn dots<T: Stored>(simd: V4, rows: &[T], x: &[f32]) -> [f32; ROWS] {
 unsafe fn sums<T: Stored>(simd: V4, rows: &[T], x: &[f32]) -> [f32; ROWS] {
     let cols = x.len();
     let mut acc = [_mm512_setzero_ps(); ROWS];
-    let mut at = 0;
-    while at < cols {
-        let mask = if cols - at < 16 { (1u16 << (cols - at)) - 1 } else { u16::MAX };
-        // SAFETY: the mask has a bit for every column from `at` to the end, at most 16.
-        let x = unsafe { _mm512_maskz_loadu_ps(mask, x.as_ptr().add(at)) };
-        for r in 0..ROWS {
-            // SAFETY: row r begins at `r * cols` and has the columns of the mask.
-            let values = unsafe {
-                let row = rows.as_ptr().add(r * cols + at);
-                prefetch_line(row.cast::<u8>().wrapping_add(AHEAD));
-                T::load(row, mask)
-            };
-            acc[r] = _mm512_fmadd_ps(values, x, acc[r]);
+    // SAFETY: `add` is called with the columns of every mask in `x` and in all rows.
+    let mut add = |at: usize, mask: u16| unsafe {
+        let x = _mm512_maskz_loadu_ps(mask, x.as_ptr().add(at));
+        for (r, acc) in acc.iter_mut().enumerate() {
+            *acc = _mm512_fmadd_ps(T::load(rows.as_ptr().add(r * cols + at), mask), x, *acc);
         }
-        at += 16;
+    };
+    let line = 64 / size_of::<T>();
+    let whole = cols / line * line;
+    for first in (0..whole).step_by(line) {
+        for r in 0..ROWS {
+            prefetch_run(rows.as_ptr().wrapping_add(r * cols + first).cast());
+        }
+        for at in (first..first + line).step_by(LANES) {
+            add(at, u16::MAX);
+        }
     }
-    acc.map(#[inline(always)] |sum| simd.reduce_sum_f32s(bytemuck::cast(sum)))
+    for at in (whole..cols).step_by(LANES) {
+        add(at, u16::MAX >> LANES.saturating_sub(cols - at));
+    }
+    // `map` would leave the features of this function behind.
+    let mut sums = [0.0; ROWS];
+    for (to, sum) in sums.iter_mut().zip(acc) {
+        *to = simd.reduce_sum_f32s(bytemuck::cast(sum));
+    }
+    sums
 }

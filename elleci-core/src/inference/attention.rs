@@ -99,19 +99,11 @@ fn absorbed(c: &ModelConfig, kv_up: &PackedTernary, cache: &MlaCache, q: &[f32],
     let mut queries = vec![0.0f32; heads * width];
     let items = queries.chunks_exact_mut(width).zip(q.chunks_exact(c.d_qk())).enumerate().collect();
     par::for_each(items, |(h, (query, q)): (usize, (&mut [f32], &[f32]))| {
-        let mut codes = vec![0i8; dn * rank];
-        kv_up.row_codes(h * (dn + dv)..h * (dn + dv) + dn, &mut codes);
-        vectorize(
-            #[inline(always)]
-            || {
-                let (latent, rope) = query.split_at_mut(rank);
-                for (q, codes) in q.iter().zip(codes.chunks_exact(rank)) {
-                    let q = q * scale * kv_up.gamma();
-                    latent.iter_mut().zip(codes).for_each(|(l, code)| *l += q * *code as f32);
-                }
-                rope.iter_mut().zip(&q[dn..]).for_each(|(r, q)| *r = q * scale);
-            },
-        );
+        let (latent, rope) = query.split_at_mut(rank);
+        let first = h * (dn + dv);
+        kv_up.add_transposed_times(first..first + dn, &q[..dn], latent);
+        latent.iter_mut().for_each(|l| *l *= scale * kv_up.gamma());
+        rope.iter_mut().zip(&q[dn..]).for_each(|(r, q)| *r = q * scale);
     });
 
     let blocks = cache.len.div_ceil(BLOCK);
@@ -125,28 +117,22 @@ fn absorbed(c: &ModelConfig, kv_up: &PackedTernary, cache: &MlaCache, q: &[f32],
     let items = o.chunks_exact_mut(dv).enumerate().collect();
     let partials = &partials;
     par::for_each(items, |(h, o): (usize, &mut [f32])| {
-        let mut codes = vec![0i8; dv * rank];
-        let first = h * (dn + dv) + dn;
-        kv_up.row_codes(first..first + dv, &mut codes);
+        let (mut mixed, mut total) = (vec![0.0f32; rank], 0.0);
         vectorize(
             #[inline(always)]
             || {
                 let of_head = || partials.chunks_exact(rank + 2).skip(h).step_by(heads);
                 let max = of_head().fold(f32::NEG_INFINITY, |m, p| m.max(p[rank]));
-                let (mut total, mut mixed) = (0.0, vec![0.0f32; rank]);
                 for partial in of_head() {
                     let weight = exp(partial[rank] - max);
                     total += weight * partial[rank + 1];
                     rows::add_scaled(&mut mixed, weight, &partial[..rank]);
                 }
-                let factor = kv_up.gamma() / total;
-                let mut row = vec![0.0f32; rank];
-                for (o, codes) in o.iter_mut().zip(codes.chunks_exact(rank)) {
-                    row.iter_mut().zip(codes).for_each(|(r, code)| *r = *code as f32);
-                    *o = factor * rows::dot(&mixed, &row);
-                }
             },
         );
+        let first = h * (dn + dv) + dn;
+        kv_up.times(first..first + dv, &mixed, o);
+        o.iter_mut().for_each(|o| *o *= kv_up.gamma() / total);
     });
 }
 

@@ -69,7 +69,12 @@ pub(crate) fn dots<S: Simd, const R: usize>(simd: S, rows: &[f32], x: &[f32]) ->
             acc[r] = simd.mul_add_e_f32s(rows[r][k], x[k], acc[r]);
         }
     }
-    acc.map(|sum| simd.reduce_sum_f32s(sum))
+    // `map` would leave the vectors' features behind.
+    let mut sums = [0.0; R];
+    for (to, sum) in sums.iter_mut().zip(acc) {
+        *to = simd.reduce_sum_f32s(sum);
+    }
+    sums
 }
 
 /// [`exp`](super::activation::exp) of numbers at most 0; larger ones count as 0. The same 1.5 ulp.

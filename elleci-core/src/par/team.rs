@@ -1,7 +1,8 @@
 //! The threads of a rayon pool as a team that waits, awake, for one thread's loops.
 //!
 //! The leader publishes a loop and takes items of it like everyone else, so that nobody has to arrive: members that are
-//! late, or busy elsewhere in the pool, find fewer items or none. A loop lives on the leader's stack. Its members enter by
+//! late, or busy elsewhere in the pool, find fewer items or none. Every thread begins with a run of items of its own, as
+//! neighbouring items mostly read neighbouring memory, and then helps with the runs of the others. A loop lives on the leader's stack. Its members enter by
 //! raising `inside` and only then look whether the loop is still open; the leader closes it and waits for `inside` to fall
 //! to zero before it returns. Both orders are sequentially consistent: either the leader sees the member inside, or the member
 //! sees the loop closed.
@@ -9,6 +10,7 @@
 use alloc::vec::Vec;
 use core::cell::{Cell, UnsafeCell};
 use core::mem::MaybeUninit;
+use core::ops::Range;
 use core::ptr;
 use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering::SeqCst};
 
@@ -44,26 +46,51 @@ pub(super) fn place<'a>() -> Place<'a> {
 /// A loop as its members see it.
 struct Job<'a> {
     run: &'a (dyn Fn(usize) + Sync),
+    /// Items `bounds(r)` are those of run r; `next[r]` is the first that nobody has taken, or any number behind them.
     items: usize,
-    next: AtomicUsize,
+    next: &'a [Next],
     panicked: AtomicBool,
 }
 
+/// A counter with a cache line of its own, and the one that comes with it.
+#[derive(Default)]
+#[repr(align(128))]
+struct Next(AtomicUsize);
+
 impl Job<'_> {
+    fn bounds(&self, run: usize) -> Range<usize> {
+        let bound = |run: usize| self.items * run / self.next.len();
+        bound(run)..bound(run + 1)
+    }
+
+    fn open(&self) -> bool {
+        (0..self.next.len()).any(|r| self.next[r].0.load(SeqCst) < self.bounds(r).end)
+    }
+
+    fn close(&self) {
+        self.next.iter().for_each(|next| _ = next.0.fetch_add(self.items, SeqCst));
+    }
+
     fn work(&self) {
         let _in_task = Restore::set(&IN_TASK, true);
-        loop {
-            let item = self.next.fetch_add(1, SeqCst);
-            if item >= self.items {
-                return;
+        let own = rayon::current_thread_index().unwrap_or(0);
+        for r in 0..self.next.len() {
+            let run = (own + r) % self.next.len();
+            let end = self.bounds(run).end;
+            loop {
+                let item = self.next[run].0.fetch_add(1, SeqCst);
+                if item >= end {
+                    break;
+                }
+                (self.run)(item);
             }
-            (self.run)(item);
         }
     }
 }
 
-#[derive(Default)]
 pub(super) struct Team {
+    /// A counter a thread
+    next: Vec<Next>,
     /// The open loop, null between loops
     job: AtomicPtr<()>,
     /// Members that may be looking at it
@@ -73,7 +100,8 @@ pub(super) struct Team {
 
 /// Runs `f` as the leader of the current pool's threads.
 pub(super) fn lead<R>(f: impl FnOnce() -> R) -> R {
-    let team = Team::default();
+    let next = (0..rayon::current_num_threads()).map(|_| Next::default()).collect();
+    let team = Team { next, job: AtomicPtr::default(), inside: AtomicUsize::new(0), done: AtomicBool::new(false) };
     rayon::in_place_scope(|scope| {
         // The team is over when `f` is, by return or by panic: the scope waits for its members.
         let _end = OnDrop(|| team.done.store(true, SeqCst));
@@ -97,7 +125,7 @@ impl Team {
                 // SAFETY: the loop was open after `inside` was raised, so that the leader waits for this member before it
                 // leaves the function whose stack holds the job.
                 if let Some(job) = unsafe { job.as_ref() }
-                    && job.next.load(SeqCst) < job.items
+                    && job.open()
                 {
                     let panicked = OnDrop(|| job.panicked.store(true, SeqCst));
                     job.work();
@@ -117,13 +145,15 @@ impl Team {
     pub(super) fn for_each<T: Send>(&self, items: Vec<T>, f: impl Fn(T) + Sync + Send) {
         let slots = Slots(items.into_iter().map(|item| UnsafeCell::new(MaybeUninit::new(item))).collect());
         let count = slots.0.len();
-        // SAFETY: `next` gives every index below `count` to one caller only.
+        // SAFETY: the runs' counters give every index below `count` to one caller only.
         let run = |i: usize| f(unsafe { slots.take(i) });
-        let job = Job { run: &run, items: count, next: AtomicUsize::new(0), panicked: AtomicBool::new(false) };
+        // Nobody is inside between loops, so that nobody sees the counters being set.
+        let job = Job { run: &run, items: count, next: &self.next, panicked: AtomicBool::new(false) };
+        self.next.iter().enumerate().for_each(|(r, next)| next.0.store(job.bounds(r).start, SeqCst));
         {
             // By return or by panic: nobody looks at the job when this block is left.
             let _close = OnDrop(|| {
-                job.next.fetch_add(count, SeqCst);
+                job.close();
                 self.job.store(ptr::null_mut(), SeqCst);
                 while self.inside.load(SeqCst) > 0 {
                     core::hint::spin_loop();

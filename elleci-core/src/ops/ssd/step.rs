@@ -8,10 +8,7 @@ use super::SsdShape;
 use crate::ops::activation::exp;
 use crate::ops::lanes::dispatch;
 use crate::par;
-use crate::simd::{prefetch_line, vectorize};
-
-/// Elements of the state that are asked for before they are needed.
-const AHEAD: usize = 1024;
+use crate::simd::{prefetch_run, vectorize};
 
 /// Advances every sequence of a batch by one token (`shape.seq` must be 1): `state` (see [`SsdShape::state_len`]) is
 /// updated in place and `y` `[batch, d_inner]` is written. A zero state starts a sequence.
@@ -77,12 +74,11 @@ impl WithSimd for Advance<'_> {
         let (y, y_tail) = S::as_mut_simd_f32s(y);
         let ((decay, decay_tail), (u, u_tail)) = (S::as_simd_f32s(decay), S::as_simd_f32s(u));
         for (row, (b, c)) in state.chunks_exact_mut(channels).zip(b.iter().zip(c)) {
-            let ahead = row.as_ptr().wrapping_add(AHEAD).cast::<u8>();
             let (bn, cn) = (simd.splat_f32s(*b), simd.splat_f32s(*c));
             let (row, tail) = S::as_mut_simd_f32s(row);
             let vectors = row.iter_mut().zip(y.iter_mut()).zip(decay.iter().zip(u));
-            for (i, ((s, y), (decay, u))) in vectors.enumerate() {
-                prefetch_line(ahead.wrapping_add(i * size_of::<S::f32s>()));
+            for ((s, y), (decay, u)) in vectors {
+                prefetch_run(core::ptr::from_ref(s).cast());
                 *s = simd.mul_add_e_f32s(*decay, *s, simd.mul_f32s(bn, *u));
                 *y = simd.mul_add_e_f32s(cn, *s, *y);
             }

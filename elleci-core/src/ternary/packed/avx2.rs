@@ -6,7 +6,7 @@ use super::super::kernel::{Line, ROWS};
 use super::kernel::{self, PackedKernel};
 use super::t5::{ESCAPE, LOW};
 use super::{LINES, Packing};
-use crate::simd::Isa;
+use crate::simd::{Isa, prefetch_run};
 
 /// Proof that the machine has AVX2.
 #[derive(Clone, Copy)]
@@ -46,6 +46,9 @@ impl PackedKernel for Avx2 {
 #[inline]
 #[target_feature(enable = "avx2")]
 fn load(line: &Line, half: usize) -> __m256i {
+    if half == 0 {
+        prefetch_run((line as *const Line).cast());
+    }
     // SAFETY: a line is two halves of 32 bytes, aligned to 64.
     unsafe { _mm256_load_si256((line as *const Line).cast::<__m256i>().add(half & 1)) }
 }

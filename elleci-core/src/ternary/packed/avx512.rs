@@ -10,7 +10,7 @@ use super::super::kernel::{Line, ROWS};
 use super::kernel::{self, PackedKernel};
 use super::t5::{ESCAPE, LOW};
 use super::{LINES, Packing};
-use crate::simd::{Isa, prefetch_line};
+use crate::simd::{Isa, prefetch_run};
 
 /// Where the kernels add up each code of an I2 byte, in bits. 3 · 16 · 128 a column leaves an int32 room for any row.
 const I2_BITS: [u32; LINES] = [0, 2, 4, 4];
@@ -48,14 +48,11 @@ fn load(line: &Line) -> __m512i {
     unsafe { _mm512_load_si512((line as *const Line).cast()) }
 }
 
-/// Lines that are asked for before they are needed. The machine's own prefetcher stops at every page of 4 KiB, and leaves a quarter
-/// of the bandwidth unused (docs/LOG.md).
-const AHEAD: usize = 64;
-
-/// Asks for the line [`AHEAD`] of this one; what lies behind the end of a matrix is fetched, but not read.
+/// Asks for the lines that follow; what lies behind the end of a matrix is fetched, but not read. The machine's own prefetcher
+/// stops at every page of 4 KiB, and leaves a third of the bandwidth unused (docs/LOG.md).
 #[inline(always)]
 fn prefetch(line: &Line) {
-    prefetch_line((line as *const Line).wrapping_add(AHEAD).cast());
+    prefetch_run((line as *const Line).cast());
 }
 
 #[inline]

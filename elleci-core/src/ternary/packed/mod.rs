@@ -10,6 +10,7 @@
 //!
 //! Rows and columns past the matrix are stored as 0 and never contribute.
 
+mod floats;
 mod kernel;
 mod portable;
 pub mod t5;
@@ -180,23 +181,6 @@ impl<'a> PackedTernary<'a> {
         }
     }
 
-    /// The codes of any rows, as [`PackedTernary::panel_codes`] gives them: `codes` `[rows.len(), in]`.
-    ///
-    /// # Panics
-    /// When `rows` is out of range or `codes` is shorter.
-    pub fn row_codes(&self, rows: core::ops::Range<usize>, codes: &mut [i8]) {
-        let mut all = vec![0; ROWS * self.in_dim];
-        let mut row = rows.start;
-        while row < rows.end {
-            let (panel, first) = (row / ROWS, row % ROWS);
-            let n = (ROWS - first).min(rows.end - row);
-            self.panel_codes(panel, &mut all);
-            let to = (row - rows.start) * self.in_dim;
-            codes[to..to + n * self.in_dim].copy_from_slice(&all[first * self.in_dim..(first + n) * self.in_dim]);
-            row += n;
-        }
-    }
-
     /// The integers `W₃ · q` with the kernels of one instruction set at most; returns the one that ran. `q` `[tokens, in]`,
     /// `out` `[tokens, out]`.
     ///
@@ -257,7 +241,7 @@ struct Finish<F> {
 
 /// Packed bytes that make a task of a matrix-vector product: enough to outweigh handing it out, and few enough that two threads
 /// of unequal speed end together.
-const TASK_BYTES: usize = 128 << 10;
+const TASK_BYTES: usize = 64 << 10;
 
 /// One token.
 struct MatVec<'a, T, F> {
