@@ -42,6 +42,16 @@ pub fn together<R>(f: impl FnOnce() -> R) -> R {
     f()
 }
 
+/// Says, before serial work, what the next [`for_each`] will read: item i begins at `at(i)`. Threads that wait for it meanwhile fetch
+/// the beginnings of their runs. Any address will do, as nothing is read from there.
+pub fn expect(items: usize, at: impl Fn(usize) -> *const u8) {
+    #[cfg(feature = "std")]
+    if let team::Place::Lead(team) = team::place() {
+        team.expect(items, &at);
+    }
+    let _ = (items, at);
+}
+
 /// Threads that [`for_each`] would use here: 1 outside of a rayon pool.
 pub fn threads() -> usize {
     #[cfg(feature = "std")]

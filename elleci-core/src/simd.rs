@@ -118,20 +118,26 @@ pub fn prefetch_line(at: *const u8) {
     let _ = at;
 }
 
-/// For a run of memory that is read line by line, called once a line: asks for what comes soon, and for what comes later no nearer than
-/// the second-level cache, which has more places for lines on their way. The address may be any.
+/// [`prefetch_line`] for later: no nearer than the second-level cache, which has more places for lines on their way.
 #[inline(always)]
-pub fn prefetch_run(at: *const u8) {
-    const SOON: usize = 16 * 64;
-    const LATER: usize = 128 * 64;
-    prefetch_line(at.wrapping_add(SOON));
+pub fn prefetch_later(at: *const u8) {
     #[cfg(target_arch = "x86_64")]
     #[allow(unused_unsafe, reason = "newer compilers take this intrinsic for safe")]
     // SAFETY: SSE is part of x86-64, and prefetching never faults.
     unsafe {
         use core::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-        _mm_prefetch::<_MM_HINT_T1>(at.wrapping_add(LATER).cast())
+        _mm_prefetch::<_MM_HINT_T1>(at.cast())
     }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
+}
+
+/// For a run of memory that is read line by line, called once a line: asks for what comes soon, and for what comes later. The address
+/// may be any.
+#[inline(always)]
+pub fn prefetch_run(at: *const u8) {
+    prefetch_line(at.wrapping_add(16 * 64));
+    prefetch_later(at.wrapping_add(128 * 64));
 }
 
 #[cfg(all(feature = "std", target_arch = "x86_64"))]

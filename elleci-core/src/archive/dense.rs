@@ -122,6 +122,8 @@ enum Values<'a> {
 /// Rows that meet a token's values together: as many chains of additions hide their latency, and their float32 values stay in the
 /// first-level cache up to some 2,500 columns.
 pub(super) const ROWS: usize = 4;
+/// Bytes that make a task.
+const TASK_BYTES: usize = 64 << 10;
 /// Rows that are asked for before they are needed.
 const AHEAD: usize = 3;
 /// Rows are padded to whole vectors of the widest kind.
@@ -208,6 +210,26 @@ impl<'a> DenseMatrix<'a> {
         }
     }
 
+    /// The values as they are stored, and bytes of a row.
+    fn stored(&self) -> (*const u8, usize) {
+        match self.values {
+            Values::F32(v) => (v.as_ptr().cast(), 4 * self.cols),
+            Values::F16(v) | Values::Bf16(v) => (v.as_ptr().cast(), 2 * self.cols),
+            Values::Int8 { codes, .. } => (codes.as_ptr().cast(), self.cols),
+        }
+    }
+
+    /// Rows of a task.
+    fn task(&self) -> usize {
+        (TASK_BYTES / self.stored().1.max(1)).next_multiple_of(ROWS).max(ROWS)
+    }
+
+    /// Tells idle threads that [`DenseMatrix::forward`] comes next.
+    pub(crate) fn expect(&self) {
+        let (task, (at, row)) = (self.task(), self.stored());
+        par::expect(self.rows.div_ceil(task), |i| at.wrapping_add(i * task * row));
+    }
+
     /// `y` `[tokens, rows]` `= x · Wᵀ` with `x` `[tokens, cols]`. An output's bits depend on its token and row alone.
     ///
     /// # Panics
@@ -217,8 +239,7 @@ impl<'a> DenseMatrix<'a> {
         if tokens == 0 || self.rows == 0 || self.cols == 0 {
             return;
         }
-        // Rows of a task: a megabyte of float32 weights.
-        let task = ((1 << 20) / (self.cols * size_of::<f32>())).next_multiple_of(ROWS).max(ROWS);
+        let task = self.task();
         let mut y = mat_mut(y, tokens, self.rows);
         let items: Vec<_> = y.axis_chunks_iter_mut(Axis(1), task).enumerate().collect();
         par::for_each(items, |(i, mut y)| {
@@ -258,8 +279,8 @@ impl DenseMatrix<'_> {
             y.iter_mut().zip(products(row)).enumerate().for_each(|(r, (y, sum))| *y = sum * self.row_scale(row + r));
         }
         // What is left over, less than a block: once a matrix.
-        let mut row = vec![0.0; self.cols];
         for (r, y) in y.iter_mut().enumerate().skip(whole) {
+            let mut row = vec![0.0; self.cols];
             self.expand(first + r, &mut row);
             let one = DenseMatrix { rows: 1, cols: self.cols, values: Values::F32(&row) };
             one.forward(x, 1, core::slice::from_mut(y));

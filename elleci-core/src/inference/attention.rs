@@ -34,8 +34,7 @@ pub(super) fn forward(pass: &Pass, ids: &MlaIds, states: Vec<&mut LayerState>, s
     let latent_row = rank + c.d_rope;
     let Scratch { a, b, c: o, norm, quantized, y, .. } = scratch;
     let (q, ckr) = (grown(a, n * q_row), grown(b, n * latent_row));
-    pass.project(ids.q, norm, q);
-    pass.project(ids.kv_down, norm, ckr);
+    pass.project_all([ids.q, ids.kv_down], norm, [&mut *q, &mut *ckr]);
     for (row, (q, ckr)) in q.chunks_exact_mut(q_row).zip(ckr.chunks_exact_mut(latent_row)).enumerate() {
         q.chunks_exact_mut(c.d_qk()).for_each(|head| pass.rope.rotate(&mut head[c.d_nope..], row));
         pass.rope.rotate(&mut ckr[rank..], row);
@@ -74,6 +73,7 @@ pub(super) fn forward(pass: &Pass, ids: &MlaIds, states: Vec<&mut LayerState>, s
         }
     });
     let o: &[f32] = &o[..n * o_row];
+    pass.expect(&[ids.out]);
     quantized.resize(n, o_row);
     rmsnorm_quantize(
         #[inline(always)]

@@ -13,10 +13,11 @@ use crate::ops::rows::rows_per_task;
 use crate::ops::ssd::SsdScratch;
 use crate::par;
 use crate::params::{FfnIds, Id, MixerIds};
+use crate::ternary::packed::{self, PackedTernary, forward_all};
 
 /// Rows of a pass at most: working memory is bounded, however long a prompt is. A sequence is cut into runs of this many tokens
 /// from the start of a call, so that the cut, and with it the bits, do not depend on the company.
-pub(super) const ROWS: usize = 256;
+pub(super) const ROWS: usize = 128;
 
 /// Tokens for one session.
 #[derive(Debug)]
@@ -175,12 +176,17 @@ impl Batch {
         for (layer, ids) in layout.layers().iter().enumerate() {
             let pass = Pass { model, segments, rows, rope: &rope };
             let wants_floats = matches!(ids.mixer, MixerIds::Mamba(_));
+            match &ids.mixer {
+                MixerIds::Mamba(m) => pass.expect(&[m.input]),
+                MixerIds::Mla(m) => pass.expect(&[m.q, m.kv_down]),
+            }
             pass.norm(ids.mixer_norm, stream, &mut self.scratch, wants_floats);
             let states = feeds.iter_mut().map(|f| &mut f.session.layers[layer]).collect();
             match &ids.mixer {
                 MixerIds::Mamba(m) => mamba::forward(&pass, m, states, &mut self.scratch),
                 MixerIds::Mla(m) => attention::forward(&pass, m, states, &mut self.scratch),
             }
+            pass.expect(&[ids.ffn.gate, ids.ffn.up]);
             add(stream, &self.scratch.y[..rows * d]);
             pass.norm(ids.ffn_norm, stream, &mut self.scratch, false);
             pass.ffn(&ids.ffn, &mut self.scratch);
@@ -204,6 +210,7 @@ impl Batch {
         let gain = model.floats(layout.final_norm());
         let head = model.dense(layout.lm_head());
         let vocab = c.vocab_size;
+        head.expect();
         for wanted in wanted.chunks(16) {
             let n = wanted.len();
             let picked = grown(&mut self.scratch.normed, n * d);
@@ -274,13 +281,31 @@ impl Pass<'_> {
         self.model.ternary(id).forward(&rows.codes, &rows.scales, y);
     }
 
+    /// Projections of the same rows.
+    pub fn project_all<const N: usize>(&self, ids: [Id; N], rows: &QuantizedRows, outs: [&mut [f32]; N]) {
+        let parts = ids.into_iter().map(|id| self.model.ternary(id)).zip(outs);
+        if self.rows == 1 {
+            forward_all(parts.collect(), &rows.codes, rows.scales[0]);
+        } else {
+            parts.for_each(|(matrix, out)| matrix.forward(&rows.codes, &rows.scales, out));
+        }
+    }
+
+    /// What the next projection will read, said before the serial work that leads to it.
+    pub fn expect(&self, ids: &[Id]) {
+        if self.rows == 1 {
+            let matrices: Vec<PackedTernary> = ids.iter().map(|id| self.model.ternary(*id)).collect();
+            packed::expect(&matrices);
+        }
+    }
+
     fn ffn(&self, ids: &FfnIds, scratch: &mut Scratch) {
         let c = self.model.config();
         let f = c.ffn_hidden;
         let gate = grown(&mut scratch.a, self.rows * f);
         let up = grown(&mut scratch.b, self.rows * f);
-        self.project(ids.gate, &scratch.norm, gate);
-        self.project(ids.up, &scratch.norm, up);
+        self.project_all([ids.gate, ids.up], &scratch.norm, [&mut *gate, &mut *up]);
+        self.expect(&[ids.down]);
         scratch.quantized.resize(self.rows, f);
         let (gate, up): (&[f32], &[f32]) = (gate, up);
         rmsnorm_quantize(

@@ -10,7 +10,7 @@ use crate::layers::mamba::{decay_rates, gate, ssd_shape};
 use crate::ops::activation::softplus;
 use crate::ops::conv::{ConvShape, conv_silu_forward, conv_silu_step};
 use crate::ops::norm::rmsnorm_quantize;
-use crate::ops::ssd::{SsdScratch, ssd_prefill, ssd_step};
+use crate::ops::ssd::{SsdScratch, ssd_prefill, ssd_step, ssd_step_expect};
 use crate::par;
 use crate::params::MambaIds;
 
@@ -47,6 +47,7 @@ pub(super) fn forward(pass: &Pass, ids: &MambaIds, states: Vec<&mut LayerState>,
         layer.mix(segment.len, zx, bcdt, state, ssd, input, y);
     });
 
+    pass.expect(&[ids.out]);
     quantized.resize(rows, di);
     let scan: &[f32] = &scan[..rows * di];
     rmsnorm_quantize(
@@ -125,6 +126,7 @@ impl<'a> Layer<'a> {
         let shape = ssd_shape(c, 1, len);
         let MambaState { scan, conv } = state;
         if len == 1 {
+            ssd_step_expect(shape, scan);
             let (input, xbc) = (&input[before * channels..], &mut xbc[..channels]);
             conv_silu_step(conv, input, self.conv_weight, self.conv_bias, xbc);
             return ssd_step(shape, xbc, dt, &self.a, self.d, scan, y);

@@ -12,10 +12,16 @@ use core::cell::{Cell, UnsafeCell};
 use core::mem::MaybeUninit;
 use core::ops::Range;
 use core::ptr;
-use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering::SeqCst};
+use core::sync::atomic::Ordering::{Relaxed, SeqCst};
+use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize};
+
+use crate::simd::prefetch_later;
 
 /// Rounds that a member waits before it offers its processor to others: a few tens of microseconds.
 const ROUNDS: u32 = 1 << 12;
+
+/// Bytes that a waiting member asks for at most: a fraction of the second-level cache.
+const FETCH: usize = 128 << 10;
 
 /// What the current thread is to a team.
 pub(super) enum Place<'a> {
@@ -46,39 +52,43 @@ pub(super) fn place<'a>() -> Place<'a> {
 /// A loop as its members see it.
 struct Job<'a> {
     run: &'a (dyn Fn(usize) + Sync),
-    /// Items `bounds(r)` are those of run r; `next[r]` is the first that nobody has taken, or any number behind them.
     items: usize,
-    next: &'a [Next],
+    runs: &'a [Run],
     panicked: AtomicBool,
 }
 
-/// A counter with a cache line of its own, and the one that comes with it.
+/// What concerns a thread's run, on a cache line of its own and the one that comes with it.
 #[derive(Default)]
 #[repr(align(128))]
-struct Next(AtomicUsize);
+struct Run {
+    /// The first item that nobody has taken, or any number behind the last
+    next: AtomicUsize,
+    /// Where the run of the loop to come begins to read; null if nobody said so
+    soon: AtomicPtr<u8>,
+}
 
 impl Job<'_> {
+    /// The items of a run.
     fn bounds(&self, run: usize) -> Range<usize> {
-        let bound = |run: usize| self.items * run / self.next.len();
-        bound(run)..bound(run + 1)
+        first_item(self.items, run, self.runs.len())..first_item(self.items, run + 1, self.runs.len())
     }
 
     fn open(&self) -> bool {
-        (0..self.next.len()).any(|r| self.next[r].0.load(SeqCst) < self.bounds(r).end)
+        self.runs.iter().enumerate().any(|(r, run)| run.next.load(SeqCst) < self.bounds(r).end)
     }
 
     fn close(&self) {
-        self.next.iter().for_each(|next| _ = next.0.fetch_add(self.items, SeqCst));
+        self.runs.iter().for_each(|run| _ = run.next.fetch_add(self.items, SeqCst));
     }
 
     fn work(&self) {
         let _in_task = Restore::set(&IN_TASK, true);
         let own = rayon::current_thread_index().unwrap_or(0);
-        for r in 0..self.next.len() {
-            let run = (own + r) % self.next.len();
+        for r in 0..self.runs.len() {
+            let run = (own + r) % self.runs.len();
             let end = self.bounds(run).end;
             loop {
-                let item = self.next[run].0.fetch_add(1, SeqCst);
+                let item = self.runs[run].next.fetch_add(1, SeqCst);
                 if item >= end {
                     break;
                 }
@@ -88,9 +98,14 @@ impl Job<'_> {
     }
 }
 
+/// The first of `items` that belongs to a run.
+fn first_item(items: usize, run: usize, runs: usize) -> usize {
+    items * run / runs
+}
+
 pub(super) struct Team {
-    /// A counter a thread
-    next: Vec<Next>,
+    /// One a thread
+    runs: Vec<Run>,
     /// The open loop, null between loops
     job: AtomicPtr<()>,
     /// Members that may be looking at it
@@ -100,8 +115,8 @@ pub(super) struct Team {
 
 /// Runs `f` as the leader of the current pool's threads.
 pub(super) fn lead<R>(f: impl FnOnce() -> R) -> R {
-    let next = (0..rayon::current_num_threads()).map(|_| Next::default()).collect();
-    let team = Team { next, job: AtomicPtr::default(), inside: AtomicUsize::new(0), done: AtomicBool::new(false) };
+    let runs = (0..rayon::current_num_threads()).map(|_| Run::default()).collect();
+    let team = Team { runs, job: AtomicPtr::default(), inside: AtomicUsize::new(0), done: AtomicBool::new(false) };
     rayon::in_place_scope(|scope| {
         // The team is over when `f` is, by return or by panic: the scope waits for its members.
         let _end = OnDrop(|| team.done.store(true, SeqCst));
@@ -115,6 +130,8 @@ impl Team {
     /// A member's part: items of every loop until the team is over.
     fn attend(&self) {
         let mut waited = 0;
+        let own = rayon::current_thread_index().and_then(|r| self.runs.get(r));
+        let (mut soon, mut fetched) = (ptr::null_mut(), 0);
         while !self.done.load(SeqCst) {
             if !self.job.load(SeqCst).is_null() {
                 self.inside.fetch_add(1, SeqCst);
@@ -133,6 +150,14 @@ impl Team {
                     waited = 0;
                 }
             }
+            let expected = own.map_or(ptr::null_mut(), |run| run.soon.load(Relaxed));
+            if expected != soon {
+                (soon, fetched) = (expected, 0);
+            }
+            if !soon.is_null() && fetched < FETCH {
+                prefetch_later(soon.wrapping_add(fetched));
+                fetched += 64;
+            }
             waited += 1;
             if waited < ROUNDS {
                 core::hint::spin_loop();
@@ -142,14 +167,20 @@ impl Team {
         }
     }
 
+    pub(super) fn expect(&self, items: usize, at: impl Fn(usize) -> *const u8) {
+        for (r, run) in self.runs.iter().enumerate() {
+            run.soon.store(at(first_item(items, r, self.runs.len())).cast_mut(), Relaxed);
+        }
+    }
+
     pub(super) fn for_each<T: Send>(&self, items: Vec<T>, f: impl Fn(T) + Sync + Send) {
         let slots = Slots(items.into_iter().map(|item| UnsafeCell::new(MaybeUninit::new(item))).collect());
         let count = slots.0.len();
         // SAFETY: the runs' counters give every index below `count` to one caller only.
         let run = |i: usize| f(unsafe { slots.take(i) });
         // Nobody is inside between loops, so that nobody sees the counters being set.
-        let job = Job { run: &run, items: count, next: &self.next, panicked: AtomicBool::new(false) };
-        self.next.iter().enumerate().for_each(|(r, next)| next.0.store(job.bounds(r).start, SeqCst));
+        let job = Job { run: &run, items: count, runs: &self.runs, panicked: AtomicBool::new(false) };
+        self.runs.iter().enumerate().for_each(|(r, run)| run.next.store(job.bounds(r).start, SeqCst));
         {
             // By return or by panic: nobody looks at the job when this block is left.
             let _close = OnDrop(|| {

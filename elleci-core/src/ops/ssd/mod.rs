@@ -27,7 +27,7 @@ use alloc::vec::Vec;
 
 pub use backward::ssd_backward;
 pub use forward::{ssd_forward, ssd_prefill};
-pub use step::ssd_step;
+pub use step::{ssd_step, ssd_step_expect};
 
 /// Steps of a chunk. The matrices inside a chunk are `[CHUNK, CHUNK]` a head.
 pub const CHUNK: usize = 64;

@@ -30,7 +30,8 @@ pub fn ssd_step(shape: SsdShape, xbc: &[f32], dt: &[f32], a: &[f32], d: &[f32], 
         let (b, c) = bc.split_at(shape.d_state);
         let dt = &dt[i * shape.heads..][..shape.heads];
         // A task is a group of heads: its state is one run of memory, so that no two threads ask for lines of the same page.
-        let items: Vec<_> = state.chunks_mut((shape.d_state * group).max(1)).zip(y.chunks_mut(group)).enumerate().collect();
+        let items: Vec<_> =
+            state.chunks_mut((shape.d_state * group).max(1)).zip(y.chunks_mut(group)).enumerate().collect();
         par::for_each(items, |(task, (state, y))| {
             let mut decay_u = vec![0.0; 2 * y.len()];
             let (decay, u) = decay_u.split_at_mut(y.len());
@@ -52,6 +53,12 @@ pub fn ssd_step(shape: SsdShape, xbc: &[f32], dt: &[f32], a: &[f32], d: &[f32], 
             dispatch(Advance { state, decay, u, b, c, y });
         });
     }
+}
+
+/// Tells idle threads that [`ssd_step`] with this `state` of one sequence comes next.
+pub fn ssd_step_expect(shape: SsdShape, state: &[f32]) {
+    let task = shape.d_state * shape.group_heads() * shape.head_dim;
+    par::expect(state.len().div_ceil(task.max(1)), |i| state.as_ptr().wrapping_add(i * task).cast());
 }
 
 /// `s = decay ⊙ s + b[n] u` and `y += c[n] s` for every row n of the state.

@@ -148,7 +148,8 @@ mod tests {
                 for rows in [0..out, out / 3..out, 0..out / 2, out - 1..out] {
                     let value = |i: usize| ((i * 37 % 101) as f32 - 50.0) / 50.0;
                     let weight = |r: usize, c: usize| codes[(rows.start + r) * input + c] as f64;
-                    let (x, z): (Vec<f32>, Vec<f32>) = ((0..input).map(value).collect(), (0..rows.len()).map(value).collect());
+                    let (x, z): (Vec<f32>, Vec<f32>) =
+                        ((0..input).map(value).collect(), (0..rows.len()).map(value).collect());
                     let (mut y, mut yt) = (vec![f32::NAN; rows.len()], vec![0.5; input]);
                     view.times(rows.clone(), &x, &mut y);
                     view.add_transposed_times(rows.clone(), &z, &mut yt);

@@ -158,6 +158,11 @@ impl<'a> PackedTernary<'a> {
         self.packing
     }
 
+    /// Panels of a task of a matrix-vector product.
+    fn task_panels(&self) -> usize {
+        (TASK_BYTES / (self.packing.panel_lines(self.in_dim) * size_of::<Line>()).max(1)).max(1)
+    }
+
     fn panel(&self, panel: usize) -> &'a [Line] {
         let lines = self.packing.panel_lines(self.in_dim);
         &self.lines[panel * lines..][..lines]
@@ -222,11 +227,13 @@ impl<'a> PackedTernary<'a> {
     ) -> Isa {
         assert_eq!(q.len(), tokens * self.in_dim, "activations");
         assert_eq!(out.len(), tokens * self.out_dim, "outputs");
-        let offsets: Vec<i32> = q.chunks_exact(self.in_dim.max(1)).map(|q| q.iter().map(|v| *v as i32).sum()).collect();
-        let finish = Finish { finish, offsets };
         if tokens == 1 {
-            kernel::dispatch(isa, MatVec { matrix: self, q, out, finish })
+            let finish = |_: &PackedTernary, sums: &[i32; ROWS], offset, out: &mut [T]| {
+                finish(0, &sums[..out.len()], offset, out)
+            };
+            kernel::dispatch(isa, MatVec { parts: vec![(*self, out)], q, finish })
         } else {
+            let finish = Finish { finish, offsets: q.chunks_exact(self.in_dim.max(1)).map(sum).collect() };
             kernel::dispatch(isa, MatMul { isa, matrix: self, q, out, finish })
         }
     }
@@ -243,28 +250,65 @@ struct Finish<F> {
 /// of unequal speed end together.
 const TASK_BYTES: usize = 64 << 10;
 
-/// One token.
-struct MatVec<'a, T, F> {
-    matrix: &'a PackedTernary<'a>,
-    q: &'a [i8],
-    out: &'a mut [T],
-    finish: Finish<F>,
+/// The products of one token's row with several matrices, in one loop over the tasks of all: `parts` are the matrices and their
+/// outputs. The same bits as [`PackedTernary::forward`] with each.
+///
+/// # Panics
+/// When a slice does not have its size.
+pub fn forward_all<'a>(parts: Vec<(PackedTernary<'a>, &'a mut [f32])>, q: &[i8], scale: f32) {
+    for (matrix, out) in &parts {
+        assert_eq!((q.len(), out.len()), (matrix.in_dim, matrix.out_dim), "vectors");
+    }
+    let finish = |matrix: &PackedTernary, sums: &[i32; ROWS], offset: i32, out: &mut [f32]| {
+        let scale = matrix.gamma * scale;
+        for (out, sum) in out.iter_mut().zip(sums) {
+            *out = (sum - offset) as f32 * scale;
+        }
+    };
+    kernel::dispatch(Isa::detect(), MatVec { parts, q, finish });
 }
 
-impl<T: Send, F: Fn(usize, &[i32], i32, &mut [T]) + Sync> WithPackedKernel for MatVec<'_, T, F> {
+/// Tells idle threads what [`forward_all`] will read next.
+pub fn expect(parts: &[PackedTernary]) {
+    let tasks = |m: &PackedTernary| m.out_dim.div_ceil(m.task_panels() * ROWS);
+    par::expect(parts.iter().map(tasks).sum(), |mut task| {
+        for matrix in parts {
+            if task < tasks(matrix) {
+                return matrix.panel(task * matrix.task_panels()).as_ptr().cast();
+            }
+            task -= tasks(matrix);
+        }
+        core::ptr::null()
+    });
+}
+
+fn sum(q: &[i8]) -> i32 {
+    q.iter().map(|v| *v as i32).sum()
+}
+
+/// One token. `finish(matrix, biased, offset, out)` makes outputs of a panel's sums.
+struct MatVec<'a, T, F> {
+    parts: Vec<(PackedTernary<'a>, &'a mut [T])>,
+    q: &'a [i8],
+    finish: F,
+}
+
+impl<T: Send, F: Fn(&PackedTernary, &[i32; ROWS], i32, &mut [T]) + Sync> WithPackedKernel for MatVec<'_, T, F> {
     fn run<K: PackedKernel>(self, kernel: K) {
-        let MatVec { matrix, q, out, finish } = self;
-        let columns = matrix.packing.columns();
-        let mut padded = q.to_vec();
-        padded.resize(matrix.in_dim.next_multiple_of(columns), 0);
-        let panel_bytes = matrix.packing.panel_lines(matrix.in_dim) * size_of::<Line>();
-        let panels = (TASK_BYTES / panel_bytes.max(1)).max(1);
-        let items: Vec<_> = out.chunks_mut(panels * ROWS).enumerate().collect();
-        par::for_each(items, |(task, out)| {
+        let MatVec { parts, q, finish } = self;
+        let (offset, mut padded) = (sum(q), q.to_vec());
+        padded.resize(q.len() + Packing::T5.columns(), 0);
+        let mut items = Vec::new();
+        for (matrix, out) in parts {
+            let panels = matrix.task_panels();
+            items.extend(out.chunks_mut(panels * ROWS).enumerate().map(|(task, out)| (matrix, task * panels, out)));
+        }
+        par::for_each(items, |(matrix, first, out)| {
+            let q = &padded[..q.len().next_multiple_of(matrix.packing.columns())];
             let mut sums = [0; ROWS];
             for (p, out) in out.chunks_mut(ROWS).enumerate() {
-                kernel.dot(matrix.packing, matrix.panel(task * panels + p), &padded, &mut sums);
-                (finish.finish)(0, &sums[..out.len()], finish.offsets[0], out);
+                kernel.dot(matrix.packing, matrix.panel(first + p), q, &mut sums);
+                finish(&matrix, &sums, offset, out);
             }
         });
     }
