@@ -31,7 +31,8 @@ pub(super) enum LayerState {
     Mla(MlaCache),
 }
 
-/// `scan`, the state as [`ssd_step`](crate::ops::ssd::ssd_step) keeps it, and the last inputs of the convolution `[d_conv - 1, channels]`, oldest first.
+/// `scan`, the state as [`ssd_step`](crate::ops::ssd::ssd_step) keeps it, and the last inputs of the convolution
+/// `[d_conv - 1, channels]`, oldest first.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct MambaState {
     pub scan: Vec<f32>,
@@ -134,7 +135,20 @@ impl Session {
     pub fn rewind(&mut self, mark: &Session) {
         self.fingerprint = mark.fingerprint;
         self.tokens.clone_from(&mark.tokens);
-        self.layers.clone_from(&mark.layers);
+        self.layers.resize_with(mark.layers.len(), || LayerState::Mla(MlaCache::default()));
+        for (own, marked) in self.layers.iter_mut().zip(&mark.layers) {
+            match (own, marked) {
+                (LayerState::Mamba(own), LayerState::Mamba(marked)) => match Arc::get_mut(own) {
+                    // The next token writes to every part of the state: sharing would only put the copy off, into new memory.
+                    Some(state) => {
+                        state.scan.clone_from(&marked.scan);
+                        state.conv.clone_from(&marked.conv);
+                    }
+                    None => *own = marked.clone(),
+                },
+                (own, marked) => own.clone_from(marked),
+            }
+        }
     }
 
     /// Bytes that the state takes, shared pages included.
