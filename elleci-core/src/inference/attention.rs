@@ -2,7 +2,7 @@
 //!
 //! One token reads the cached latents themselves: `kv_up` is absorbed into its query on one side and into its output on the
 //! other, and the context is cut into blocks whose partial softmaxes are put together in order. A run of tokens expands the
-//! latents, a page at a time, into keys and values that all its queries share; the softmax goes along with the pages. Either
+//! latents, some at a time, into keys and values that all its queries share; the softmax goes along. Either
 //! way nothing grows with the context but the cache.
 
 use alloc::vec;
@@ -26,6 +26,9 @@ use crate::ternary::packed::PackedTernary;
 
 /// Cached tokens of a block of the absorbed attention: a task of its own. Divides [`PAGE`].
 const BLOCK: usize = 64;
+
+/// Cached tokens whose latents are expanded together: bounds the memory for it. Divides [`PAGE`].
+const EXPAND: usize = 128;
 
 /// Reads `scratch.norm`, writes `scratch.y`.
 pub(super) fn forward(pass: &Pass, ids: &MlaIds, states: Vec<&mut LayerState>, scratch: &mut Scratch) {
@@ -217,13 +220,15 @@ fn expanded(c: &ModelConfig, kv_up: &PackedTernary, cache: &MlaCache, q: &[f32],
     let (rank, heads, qk, dn, dv) = (c.kv_rank, c.n_heads, c.d_qk(), c.d_nope, c.d_v);
     let len = q.len() / (heads * qk);
     let (past, kv_row) = (cache.len - len, heads * (dn + dv));
-    let mut kv = vec![0.0f32; PAGE.min(cache.len) * kv_row];
+    let mut kv = vec![0.0f32; EXPAND.min(cache.len) * kv_row];
     let mut states: Vec<HeadState> = (0..heads).map(|_| HeadState::new(len, dv)).collect();
-    for (p, page) in cache.pages.iter().enumerate() {
-        let n = cache.page_len(p);
+    for first in (0..cache.len).step_by(EXPAND) {
+        let n = EXPAND.min(cache.len - first);
+        let (page, at) = (&cache.pages[first / PAGE], first % PAGE);
         let kv = &mut kv[..n * kv_row];
-        kv_up.forward(&page.codes[..n * rank], &page.scales[..n], kv);
-        let (kv, keys) = (mat(kv, n, kv_row), mat(&page.keys[..n * c.d_rope], n, c.d_rope));
+        kv_up.forward(&page.codes[at * rank..(at + n) * rank], &page.scales[at..at + n], kv);
+        let keys = &page.keys[at * c.d_rope..(at + n) * c.d_rope];
+        let (kv, keys) = (mat(kv, n, kv_row), mat(keys, n, c.d_rope));
         let q = mat(q, len, heads * qk);
         par::for_each(states.iter_mut().enumerate().collect(), |(h, state)| {
             let mut scores = vec![0.0f32; len * n];
@@ -237,8 +242,8 @@ fn expanded(c: &ModelConfig, kv_up: &PackedTernary, cache: &MlaCache, q: &[f32],
                 #[inline(always)]
                 || {
                     for (i, scores) in scores.chunks_exact_mut(n).enumerate() {
-                        // The tokens of the page that row i may see.
-                        let seen = (past + i + 1).saturating_sub(p * PAGE).min(n);
+                        // The tokens of these that row i may see.
+                        let seen = (past + i + 1).saturating_sub(first).min(n);
                         state.weigh(i, softmax_scale(c), scores, seen);
                     }
                 },
@@ -257,7 +262,7 @@ fn expanded(c: &ModelConfig, kv_up: &PackedTernary, cache: &MlaCache, q: &[f32],
     }
 }
 
-/// A softmax that goes along with the pages, for the rows of one head.
+/// A softmax that goes along with the context, for the rows of one head.
 struct HeadState {
     max: Vec<f32>,
     total: Vec<f32>,
@@ -281,7 +286,7 @@ impl HeadState {
         }
         scores.iter_mut().for_each(|s| *s *= scale);
         let max = self.max[i].max(rows::max(scores));
-        // The first page has nothing to correct: exp(-inf - max) is 0.
+        // The first tokens have nothing to correct: exp(-inf - max) is 0.
         let correction = exp(self.max[i] - max);
         scores.iter_mut().for_each(|s| *s = exp(*s - max));
         self.max[i] = max;

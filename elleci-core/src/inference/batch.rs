@@ -57,7 +57,7 @@ pub(super) struct Scratch {
 pub(super) struct Segment {
     pub feed: usize,
     /// First token of the run, counted from the start of the feed
-    start: usize,
+    pub start: usize,
     pub row: usize,
     pub len: usize,
 }

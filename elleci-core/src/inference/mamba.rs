@@ -10,7 +10,7 @@ use crate::layers::mamba::{decay_rates, gate, ssd_shape};
 use crate::ops::activation::softplus;
 use crate::ops::conv::{ConvShape, conv_silu_forward, conv_silu_step};
 use crate::ops::norm::rmsnorm_quantize;
-use crate::ops::ssd::{SsdScratch, ssd_prefill, ssd_step, ssd_step_expect};
+use crate::ops::ssd::{CHUNK, SsdScratch, ssd_prefill, ssd_step, ssd_step_expect};
 use crate::par;
 use crate::params::MambaIds;
 
@@ -44,7 +44,13 @@ pub(super) fn forward(pass: &Pass, ids: &MambaIds, states: Vec<&mut LayerState>,
     par::for_each(items, |(segment, state, ssd, y, input)| {
         let zx = &zx[segment.row * 2 * di..(segment.row + segment.len) * 2 * di];
         let bcdt = &bcdt[segment.row * (bc + heads)..(segment.row + segment.len) * (bc + heads)];
-        layer.mix(segment.len, zx, bcdt, state, ssd, input, y);
+        // The chunks that the scan would cut the segment into: the same bits with less memory.
+        let runs = zx.chunks(CHUNK * 2 * di).zip(bcdt.chunks(CHUNK * (bc + heads)));
+        for ((zx, bcdt), y) in runs.zip(y.chunks_mut(CHUNK * di)) {
+            let len = y.len() / di;
+            let input = &mut input[..layer.segment_len(Segment { len, ..segment })];
+            layer.mix(len, zx, bcdt, state, ssd, input, y);
+        }
     });
 
     pass.expect(&[ids.out]);
@@ -86,18 +92,19 @@ impl<'a> Layer<'a> {
         }
     }
 
-    /// Elements that a segment needs: the convolution's inputs with what came before them, its outputs, and dt.
+    /// Elements that a segment needs for a run of at most [`CHUNK`] tokens: the convolution's inputs with what came before them,
+    /// its outputs, and dt.
     fn segment_len(&self, s: Segment) -> usize {
-        let c = self.pass.model.config();
+        let (c, len) = (self.pass.model.config(), s.len.min(CHUNK));
         let before = c.d_conv - 1;
-        2 * (s.len + before) * self.channels + s.len * c.mamba_heads()
+        2 * (len + before) * self.channels + len * c.mamba_heads()
     }
 
     fn input_len(&self, pass: &Pass) -> usize {
         pass.segments.iter().map(|s| self.segment_len(*s)).sum()
     }
 
-    /// Convolution and scan of one sequence: `y` `[len, d_inner]`.
+    /// Convolution and scan of a run of one sequence: `y` `[len, d_inner]`.
     #[expect(clippy::too_many_arguments, reason = "the tensors of the operation, each once")]
     fn mix(
         &self,
