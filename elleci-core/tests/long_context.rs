@@ -45,7 +45,7 @@ fn a_context_of_128k_takes_the_caches_and_nothing_else() {
     let tokens: Vec<u32> = (0..TOKENS as u32).map(|i| i.wrapping_mul(2_654_435_761) >> 26).collect();
 
     let mut session = Session::new(model).unwrap();
-    let mut feed = |session: &mut Session, range: std::ops::Range<usize>| {
+    let feed = |session: &mut Session, range: std::ops::Range<usize>| {
         for call in tokens[range].chunks(CALL) {
             session.extend(model, call).unwrap();
         }
