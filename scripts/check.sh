@@ -4,17 +4,20 @@
 #   scripts/check.sh                  all stages
 #   scripts/check.sh fmt lint         only these
 #
-# Stages: fmt lint nostd capi test isa parity doc
+# Stages: fmt lint nostd capi test isa neon fuzz parity doc
 #
 # ELLECI_CHECK_ISA   instruction-set levels to run the core's tests under ("portable avx2 avx512"); the default is every
 #                    level below this machine's own. A level that is named here and cannot run is a failure.
+#
+# ELLECI_CHECK_NEON  `require` makes a failure of a `neon` stage that finds no tools, which is skipped otherwise
+# ELLECI_CHECK_FUZZ  seconds a fuzz target (5)
 #
 # Needs Rust, a C++ compiler and python3 with pip. LibTorch's wrapper alone takes
 # 5 minutes to build, once.
 set -eu
 cd "$(dirname "$0")/.."
 
-stages="fmt lint nostd capi test isa parity doc"
+stages="fmt lint nostd capi test isa neon fuzz parity doc"
 for stage in "$@"; do
     case " $stages " in
     *" $stage "*) ;;
@@ -45,6 +48,7 @@ libtorch() {
 stage_fmt() {
     cargo fmt --all --check
     cargo fmt --manifest-path tests/no-std/Cargo.toml --check
+    cargo fmt --manifest-path fuzz/Cargo.toml --check
 }
 
 stage_lint() {
@@ -97,6 +101,36 @@ stage_isa() {
         echo "-- ELLECI_ISA=$level"
         ELLECI_ISA=$level cargo test --release --locked --quiet -p elleci-core
     done
+}
+
+# The NEON kernels on an emulated ARM, with the dot product instructions and without, where a compiler for it can be had: that of
+# the PATH with its target added (rustup target add aarch64-unknown-linux-gnu), or Debian's own beside it.
+stage_neon() {
+    arm=aarch64-unknown-linux-gnu missing=
+    for compiler in "${RUSTC:-rustc}" /usr/bin/rustc none; do
+        libraries=$("$compiler" --print target-libdir --target $arm 2>/dev/null) && [ -d "$libraries" ] && break
+    done
+    [ "$compiler" = none ] && missing="a standard library for $arm (rustup target add $arm, or Debian: dpkg --add-architecture arm64 &&
+        apt update && apt install rustc-web libstd-rust-web-dev:arm64)"
+    command -v aarch64-linux-gnu-gcc >/dev/null || missing="$missing aarch64-linux-gnu-gcc (apt install gcc-aarch64-linux-gnu)"
+    command -v qemu-aarch64 >/dev/null || missing="$missing qemu-aarch64 (apt install qemu-user)"
+    if [ -n "$missing" ]; then
+        echo "check.sh: the NEON kernels were NOT tested. Missing:" $missing >&2
+        [ "${ELLECI_CHECK_NEON:-}" != require ]
+        return
+    fi
+    export RUSTC="$compiler" CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc
+    for cpu in max:neondot max:neon cortex-a53:neon; do
+        echo "-- ${cpu%:*}, ELLECI_ISA=${cpu#*:}"
+        ELLECI_ISA=${cpu#*:} CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -L /usr/aarch64-linux-gnu -cpu ${cpu%:*}" \
+            cargo test --release --locked --quiet --target-dir "$target/arm" --target $arm -p elleci-core --lib --test isa \
+            -- ternary the_level_asked_for
+    done
+}
+
+# A short run of every fuzz target from its seeds; see fuzz/README.md for long ones.
+stage_fuzz() {
+    scripts/fuzz.sh -t "${ELLECI_CHECK_FUZZ:-5}"
 }
 
 stage_parity() {

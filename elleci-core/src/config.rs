@@ -58,6 +58,9 @@ pub struct ModelConfig {
 /// The names of the built-in shapes, smallest first.
 pub const PRESETS: [&str; 4] = ["nano", "mini", "small-160m", "elleci-1.5b"];
 
+/// Parameters that a model may have: far more than a CPU runs, and few enough that no size in bytes overflows.
+const MAX_PARAMETERS: u64 = 1 << 40;
+
 /// Why a [`ModelConfig`] is refused.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ConfigError {
@@ -65,9 +68,9 @@ pub enum ConfigError {
     UnknownPreset(String),
     /// A field must be at least 1.
     Zero(&'static str),
-    /// A field is past what files and indices hold.
+    /// A field, or a product of several, is past what files and indices hold.
     TooLarge {
-        /// The field.
+        /// The field or product.
         field: &'static str,
         /// Its value.
         value: usize,
@@ -176,6 +179,8 @@ impl ModelConfig {
     pub fn validate(&self) -> Result<(), ConfigError> {
         // Ternary sums must stay below 2^24 in magnitude to be exact in float32: 127 * in < 2^24.
         const MAX_IN: usize = (1 << 24) / 127;
+        // Rows of a matrix, and values of a state, for which an index in float32 or in 32 bits would do.
+        const MAX_ROWS: usize = 1 << 24;
         let sizes = [
             ("vocab_size", self.vocab_size, u32::MAX as usize),
             ("d_model", self.d_model, MAX_IN),
@@ -200,9 +205,18 @@ impl ModelConfig {
                 return Err(ConfigError::TooLarge { field, value, max });
             }
         }
-        let attention = self.n_heads.saturating_mul(self.d_v);
-        if attention > MAX_IN {
-            return Err(ConfigError::TooLarge { field: "n_heads * d_v", value: attention, max: MAX_IN });
+        // Sums of two of the sizes above cannot overflow, not even where addresses have 32 bits; products can.
+        let products = [
+            ("n_heads * d_v", [self.n_heads, self.d_v], MAX_IN),
+            ("n_heads * (d_nope + d_rope)", [self.n_heads, self.d_qk()], MAX_ROWS),
+            ("n_heads * (d_nope + d_v)", [self.n_heads, self.d_nope + self.d_v], MAX_ROWS),
+            ("d_inner * d_state", [self.d_inner, self.d_state], MAX_ROWS),
+        ];
+        for (field, [a, b], max) in products {
+            let value = a.saturating_mul(b);
+            if value > max {
+                return Err(ConfigError::TooLarge { field, value, max });
+            }
         }
         if self.layer_pattern.is_empty() || self.layer_pattern.bytes().any(|b| b != b'S' && b != b'A') {
             return Err(ConfigError::Pattern(self.layer_pattern.clone()));
@@ -218,7 +232,32 @@ impl ModelConfig {
                 return Err(ConfigError::NotPositive(field));
             }
         }
+        let (parameters, max) = (self.parameters(), MAX_PARAMETERS.min(isize::MAX as u64 / 4));
+        if parameters > max {
+            let [value, max] = [parameters, max].map(|n| usize::try_from(n).unwrap_or(usize::MAX));
+            return Err(ConfigError::TooLarge { field: "the number of parameters", value, max });
+        }
         Ok(())
+    }
+
+    /// Values of all parameters, where the fields are within their bounds: then no step of this overflows (a matrix has at most
+    /// 2^24 · 2^18 values, an embedding 2^32 · 2^17, and there are 4096 layers).
+    fn parameters(&self) -> u64 {
+        let matrix = |rows: usize, columns: usize| rows as u64 * columns as u64;
+        let (d, attention) = (self.d_model, self.n_heads * self.d_v);
+        let mla = matrix(self.n_heads * self.d_qk(), d)
+            + matrix(self.kv_rank + self.d_rope, d)
+            + matrix(self.n_heads * (self.d_nope + self.d_v), self.kv_rank)
+            + matrix(attention, d)
+            + (self.kv_rank + attention) as u64;
+        let mamba = matrix(3 * self.d_inner + 2 * self.d_state + self.mamba_heads(), d)
+            + matrix(self.conv_channels(), self.d_conv + 1)
+            + (3 * self.mamba_heads() + self.d_inner) as u64;
+        let ffn = 3 * matrix(self.ffn_hidden, d) + self.ffn_hidden as u64;
+        let mixers = self.layer_kinds().into_iter().map(|kind| if kind == LayerKind::Mla { mla } else { mamba });
+        let layers: u64 = mixers.map(|mixer| mixer + ffn + 2 * d as u64).sum();
+        let embeddings = if self.tie_embeddings { 1 } else { 2 };
+        layers + embeddings * matrix(self.vocab_size, d) + d as u64
     }
 
     /// The mixer of every layer, in order.
@@ -272,6 +311,50 @@ mod tests {
         assert_eq!(with(|c| c.layer_pattern = String::new()), Err(ConfigError::Pattern(String::new())));
         assert_eq!(with(|c| c.norm_eps = f32::NAN), Err(ConfigError::NotPositive("norm_eps")));
         assert!(matches!(with(|c| c.d_model = 1 << 20), Err(ConfigError::TooLarge { field: "d_model", .. })));
+    }
+
+    /// Each field is within its own bound, and the product is not: what would overflow later is refused here.
+    #[test]
+    fn every_product_is_bounded() {
+        let nano = ModelConfig::preset("nano").unwrap();
+        let refused = |change: fn(&mut ModelConfig)| {
+            let mut c = nano.clone();
+            change(&mut c);
+            match c.validate() {
+                Err(ConfigError::TooLarge { field, value, max }) if value > max => field,
+                other => panic!("{other:?}"),
+            }
+        };
+        assert_eq!(refused(|c| (c.n_heads, c.d_v) = (363, 364)), "n_heads * d_v");
+        assert_eq!(refused(|c| (c.n_heads, c.d_nope, c.d_v) = (132_000, 132_000, 1)), "n_heads * (d_nope + d_rope)");
+        assert_eq!(refused(|c| (c.n_heads, c.d_rope, c.d_v) = (132_000, 132_000, 1)), "n_heads * (d_nope + d_rope)");
+        // 4096 · (4094 + 2) is 2^24 exactly, and a value of a head makes it more.
+        let edge = |c: &mut ModelConfig| (c.n_heads, c.d_nope, c.d_rope, c.d_v) = (4096, 4094, 2, 3);
+        assert_eq!(refused(edge), "n_heads * (d_nope + d_v)");
+        let mut fits = nano.clone();
+        edge(&mut fits);
+        fits.d_v = 2;
+        assert_eq!(fits.validate(), Ok(()));
+        assert_eq!(refused(|c| (c.d_inner, c.d_state) = (1 << 14, (1 << 10) + 1)), "d_inner * d_state");
+        let all = "the number of parameters";
+        assert_eq!(refused(|c| (c.vocab_size, c.d_model) = (u32::MAX as usize, 128)), all);
+        assert_eq!(refused(|c| (c.n_layers, c.d_model, c.ffn_hidden) = (4096, 32_768, 32_768)), all);
+    }
+
+    #[test]
+    fn parameters_are_those_of_the_layout() {
+        let mut configs: Vec<_> = PRESETS.map(|name| ModelConfig::preset(name).unwrap()).into();
+        configs.push(ModelConfig {
+            tie_embeddings: true,
+            d_conv: 3,
+            n_layers: 7,
+            d_rope: 18,
+            d_nope: 5,
+            ..configs[0].clone()
+        });
+        for c in configs {
+            assert_eq!(c.parameters(), crate::params::ParamLayout::new(&c).len() as u64, "{c:?}");
+        }
     }
 
     #[test]

@@ -1,13 +1,17 @@
 //! Which instruction sets the machine has, and running plain loops compiled for the best of them.
 //!
 //! Detection happens at run time, never at compile time. The environment variable `ELLECI_ISA`
-//! (`portable`, `avx2`, `avx512`, `avx512vnni`, `avx512vbmi`) lowers the ceiling, for tests and for telling an ISA's fault from others.
+//! (`portable`, `avx2`, `avx512`, `avx512vnni`, `avx512vbmi`; on ARM `neon`, `neondot`) lowers the ceiling, for tests and for telling an ISA's fault from others.
 
-/// Instruction-set levels, each including the ones before it.
+/// Instruction-set levels. Those of one architecture include one another, in this order; those of another are none of a machine's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Isa {
     /// Plain Rust, whatever the target's baseline is.
     Portable,
+    /// AArch64 with NEON, which nearly every one has.
+    Neon,
+    /// AArch64 with NEON and the dot product instructions (`sdot`).
+    NeonDot,
     /// x86-64 with AVX2 and FMA.
     Avx2,
     /// x86-64-v4: AVX-512 F, BW, CD, DQ, VL.
@@ -19,13 +23,19 @@ pub enum Isa {
 }
 
 impl Isa {
-    /// All levels, lowest first.
+    /// All levels that a machine of this architecture may have, lowest first.
+    #[cfg(not(target_arch = "aarch64"))]
     pub const ALL: [Isa; 5] = [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Avx512Vnni, Isa::Avx512Vbmi];
+    /// All levels that a machine of this architecture may have, lowest first.
+    #[cfg(target_arch = "aarch64")]
+    pub const ALL: [Isa; 3] = [Isa::Portable, Isa::Neon, Isa::NeonDot];
 
     /// The name used by `ELLECI_ISA` and in logs.
     pub fn name(self) -> &'static str {
         match self {
             Isa::Portable => "portable",
+            Isa::Neon => "neon",
+            Isa::NeonDot => "neondot",
             Isa::Avx2 => "avx2",
             Isa::Avx512 => "avx512",
             Isa::Avx512Vnni => "avx512vnni",
@@ -38,7 +48,8 @@ impl Isa {
         Isa::ALL.into_iter().find(|isa| isa.name() == name)
     }
 
-    /// The best level of this machine, at most what `ELLECI_ISA` allows. Without `std`: portable.
+    /// The best level of this machine, at most what `ELLECI_ISA` allows. Without `std`: what the build was made for, portable or
+    /// NEON.
     pub fn detect() -> Isa {
         #[cfg(feature = "std")]
         {
@@ -49,7 +60,7 @@ impl Isa {
             })
         }
         #[cfg(not(feature = "std"))]
-        Isa::Portable
+        Isa::machine()
     }
 
     /// The best level of this machine, whatever the environment says.
@@ -68,6 +79,15 @@ impl Isa {
                 return Isa::Avx2;
             }
         }
+        #[cfg(all(target_arch = "aarch64", target_endian = "little", target_feature = "neon"))]
+        {
+            #[cfg(feature = "std")]
+            if std::arch::is_aarch64_feature_detected!("dotprod") {
+                return Isa::NeonDot;
+            }
+            Isa::Neon
+        }
+        #[cfg(not(all(target_arch = "aarch64", target_endian = "little", target_feature = "neon")))]
         Isa::Portable
     }
 }
@@ -114,7 +134,12 @@ pub fn prefetch_line(at: *const u8) {
         use core::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
         _mm_prefetch::<_MM_HINT_T0>(at.cast())
     }
-    #[cfg(not(target_arch = "x86_64"))]
+    #[cfg(target_arch = "aarch64")]
+    // SAFETY: prefetching never faults, and changes nothing but the cache.
+    unsafe {
+        core::arch::asm!("prfm pldl1keep, [{at}]", at = in(reg) at, options(readonly, nostack, preserves_flags))
+    }
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
     let _ = at;
 }
 
@@ -128,7 +153,12 @@ pub fn prefetch_later(at: *const u8) {
         use core::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
         _mm_prefetch::<_MM_HINT_T1>(at.cast())
     }
-    #[cfg(not(target_arch = "x86_64"))]
+    #[cfg(target_arch = "aarch64")]
+    // SAFETY: as in `prefetch_line`.
+    unsafe {
+        core::arch::asm!("prfm pldl2keep, [{at}]", at = in(reg) at, options(readonly, nostack, preserves_flags))
+    }
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
     let _ = at;
 }
 

@@ -18,6 +18,11 @@ impl AlignedBytes {
         AlignedBytes { lines: vec![Line([0; 64]); len.div_ceil(64)], len }
     }
 
+    /// None yet, and room for `bytes`.
+    pub fn with_capacity(bytes: usize) -> AlignedBytes {
+        AlignedBytes { lines: Vec::with_capacity(bytes.div_ceil(64)), len: 0 }
+    }
+
     /// The bytes, to be written.
     pub fn as_mut_slice(&mut self) -> &mut [u8] {
         &mut bytemuck::cast_slice_mut(&mut self.lines)[..self.len]

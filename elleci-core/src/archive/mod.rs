@@ -378,23 +378,32 @@ fn read_section(
 /// Bytes of one hash: enough that the hash's start and end do not count, few enough to spread a tensor over threads.
 const HASH_BLOCK: usize = 1 << 20;
 
-/// The checksum of a section: of the hashes of its blocks, so that threads can share a tensor.
-fn section_checksum(bytes: &[u8]) -> u64 {
-    let hashes: Vec<u8> = bytes.chunks(HASH_BLOCK).flat_map(|b| checksum(b).to_le_bytes()).collect();
-    checksum(&hashes)
+/// What is hashed for itself of a section.
+fn hash_blocks(section: &[u8]) -> impl Iterator<Item = &[u8]> {
+    section.chunks(HASH_BLOCK)
 }
 
-fn verify_sections(bytes: &[u8], index: &Index) -> Result<(), ArchiveError> {
-    // Where rows have hashes, those are what is verified now.
-    let ranges = || index.sections.iter().map(|s| s.row_hashes.clone().unwrap_or(s.data.clone()));
-    let blocks: Vec<&[u8]> = ranges().flat_map(|range| bytes[range].chunks(HASH_BLOCK)).collect();
+/// The hashes of blocks, which threads share.
+fn hash_all(blocks: Vec<&[u8]>) -> Vec<[u8; 8]> {
     let mut hashes = alloc::vec![[0u8; 8]; blocks.len()];
     par::for_each(blocks.into_iter().zip(&mut hashes).collect(), |(block, hash): (&[u8], &mut [u8; 8])| {
         *hash = checksum(block).to_le_bytes();
     });
+    hashes
+}
+
+/// The checksum of a section: of the hashes of its blocks.
+fn section_checksum(bytes: &[u8]) -> u64 {
+    checksum(hash_all(hash_blocks(bytes).collect()).as_flattened())
+}
+
+fn verify_sections(bytes: &[u8], index: &Index) -> Result<(), ArchiveError> {
+    // Where rows have hashes, those are what is verified now. All sections at once, so that small ones do not leave threads idle.
+    let ranges = || index.sections.iter().map(|s| s.row_hashes.clone().unwrap_or(s.data.clone()));
+    let hashes = hash_all(ranges().flat_map(|range| hash_blocks(&bytes[range])).collect());
     let mut rest = &hashes[..];
     for ((range, section), param) in ranges().zip(&index.sections).zip(index.layout.params()) {
-        let (own, later) = rest.split_at(range.len().div_ceil(HASH_BLOCK));
+        let (own, later) = rest.split_at(hash_blocks(&bytes[range]).count());
         if checksum(own.as_flattened()) != section.checksum {
             return Err(ArchiveError::Damaged(param.name.clone()));
         }

@@ -37,8 +37,11 @@ fn what_is_written_is_read() {
     let params = params();
     for packing in Packing::ALL {
         for dense in DenseFormat::ALL {
-            let archive = Archive::open(archive(PackOptions { packing, dense })).unwrap();
+            let options = PackOptions { packing, dense };
+            let archive = Archive::open(archive(options)).unwrap();
             let model = archive.model();
+            let planned = ArchiveWriter::new(&tiny(), Some(b"{\"tok\": 1}"), options).unwrap().file_bytes();
+            assert_eq!(planned, Some(model.archive_bytes()), "the size is known before");
             assert_eq!(model.config(), &tiny());
             assert_eq!(model.tokenizer(), Some(&b"{\"tok\": 1}"[..]));
             assert_eq!(model.tensors().count(), params.layout().params().len());
@@ -71,6 +74,8 @@ fn tied_embeddings_are_stored_once() {
     let bytes = to_bytes(&config, &initialise(&config, 3), None, PackOptions::default()).unwrap();
     let archive = Archive::open(&bytes).unwrap();
     assert!(archive.model().tokenizer().is_none());
+    let planned = ArchiveWriter::new(&config, None, PackOptions::default()).unwrap().file_bytes();
+    assert_eq!(planned, Some(bytes.as_ref().len()));
     assert!(archive.model().tensors().all(|t| t.name != "lm_head.weight"));
 }
 

@@ -29,6 +29,18 @@ impl Default for PackOptions {
     }
 }
 
+impl PackOptions {
+    fn format(self, kind: ParamKind) -> Format {
+        match (kind, self.dense) {
+            (ParamKind::Ternary, _) => Format::Ternary(self.packing),
+            (ParamKind::Embedding, dense) => Format::Dense(dense),
+            (ParamKind::Matrix, DenseFormat::Int8) => Format::Dense(DenseFormat::F16),
+            (ParamKind::Matrix, dense) => Format::Dense(dense),
+            _ => Format::Floats,
+        }
+    }
+}
+
 /// Writes an archive in one pass over the tensors.
 #[derive(Debug)]
 pub struct ArchiveWriter {
@@ -69,6 +81,15 @@ impl ArchiveWriter {
         self.start
     }
 
+    /// Bytes of the whole file, if all parameters are stored with the options of the writer. `None` where an address does not hold
+    /// them.
+    pub fn file_bytes(&self) -> Option<usize> {
+        let params = self.layout.params().iter().enumerate();
+        let section =
+            |(i, p): (usize, &Param)| self.options.format(p.kind).bytes(&p.shape, hashes_rows(&self.layout, Id(i)));
+        params.map(section).try_fold(self.start, |sum, bytes| sum.checked_add(bytes?))
+    }
+
     /// The parameter whose values [`ArchiveWriter::pack`] takes next.
     pub fn next(&self) -> Option<&Param> {
         self.layout.params().get(self.tensors.len())
@@ -91,13 +112,7 @@ impl ArchiveWriter {
         let param = &self.layout.params()[id.0];
         assert_eq!(values.len(), param.len(), "{}", param.name);
         let (shape, mut gamma) = (&param.shape, 0.0);
-        let format = match (param.kind, options.dense) {
-            (ParamKind::Ternary, _) => Format::Ternary(options.packing),
-            (ParamKind::Embedding, dense) => Format::Dense(dense),
-            (ParamKind::Matrix, DenseFormat::Int8) => Format::Dense(DenseFormat::F16),
-            (ParamKind::Matrix, dense) => Format::Dense(dense),
-            _ => Format::Floats,
-        };
+        let format = options.format(param.kind);
         let hashed = hashes_rows(&self.layout, id);
         let data = format.bytes(shape, false).expect("values of this shape are in memory");
         let mut section = vec![0u8; data];
@@ -173,7 +188,9 @@ pub fn to_bytes(
     options: PackOptions,
 ) -> Result<AlignedBytes, ConfigError> {
     let mut writer = ArchiveWriter::new(config, tokenizer, options)?;
-    let mut file = AlignedBytes::zeroed(writer.header_bytes());
+    // Room for all of it at once: growing would copy what is there, and need the memory twice.
+    let mut file = AlignedBytes::with_capacity(writer.file_bytes().unwrap_or(0));
+    file.extend_from_slice(&vec![0; writer.header_bytes()]);
     for p in params.layout().params() {
         file.extend_from_slice(&writer.pack(&params.data()[p.range.clone()]));
     }

@@ -230,7 +230,8 @@ impl Sampler {
         let total: f64 = self.weights.iter().map(|&w| f64::from(w)).sum();
         // Uniform in [0, 1), 53 bits.
         let uniform = (self.rng.next_u64() >> 11) as f64 / (1u64 << 53) as f64;
-        self.draws += 1;
+        // A saved state may claim any number of draws, the last one too.
+        self.draws = self.draws.wrapping_add(1);
         let mut left = uniform * total;
         let mut chosen = 0;
         for (i, &w) in self.weights.iter().enumerate() {

@@ -297,6 +297,16 @@ fn wrong_options_and_states_are_named() {
     assert_eq!(length(&bad), SamplerError::TopP(2.0));
 }
 
+/// A state may say that as many draws have been made as there are numbers for.
+#[test]
+fn the_last_number_of_draws_is_survived() {
+    let mut state = Sampler::new(SamplerOptions::default()).unwrap().to_bytes();
+    state[36..].copy_from_slice(&u64::MAX.to_le_bytes());
+    let mut sampler = Sampler::from_bytes(&state).unwrap();
+    assert!(sampler.sample(&mut [1.0, 2.0], &[]).is_ok());
+    assert_eq!(sampler.draws(), 0);
+}
+
 #[test]
 fn no_finite_logit_is_an_error_and_takes_no_draw() {
     let mut s = Sampler::new(plain()).unwrap();

@@ -8,8 +8,9 @@ use core::arch::x86_64::*;
 use super::kernel::{self, Block, DEPTH, Kernel, LINES, Line};
 use crate::simd::Isa;
 
-/// Groups that an int16 lane can add up: a pair is between -512 and 508, and 64 of them fit.
-const FOLD: usize = 64;
+/// Groups that an int16 lane can add up: with the code 3, which only damaged bytes of a packed matrix have, a pair is between
+/// -768 and 762, and 42 of them fit.
+pub(super) const FOLD: usize = 42;
 /// Tokens that share the loaded codes.
 const TOGETHER: usize = 4;
 

@@ -1,15 +1,15 @@
 //! AVX-512 BW without VNNI: `maddubs` multiplies u8 × i8 and adds neighbours into int16, which are added up there and
 //! folded into int32 before they can overflow.
 //!
-//! A pair is between -2·2·128 = -512 and 2·2·127 = 508, so that 64 of them fit an int16 exactly: -32768 to 32512.
+//! A pair is between -2·3·128 = -768 and 762, so that 42 of them fit an int16: -32256 to 32004.
 
 use core::arch::x86_64::*;
 
 use super::kernel::{self, Block, DEPTH, Kernel, LINES, Line};
 use crate::simd::Isa;
 
-/// Groups that an int16 lane can add up.
-const FOLD: usize = 64;
+/// Groups that an int16 lane can add up; see [`super::avx2`].
+const FOLD: usize = super::avx2::FOLD;
 
 /// Proof that the machine has AVX-512 F, BW and VL.
 #[derive(Clone, Copy)]

@@ -75,6 +75,22 @@ pub fn dispatch(ceiling: Isa, work: impl WithKernel) -> Isa {
             return Isa::Avx2;
         }
     }
+    #[cfg(all(target_arch = "aarch64", target_endian = "little", target_feature = "neon"))]
+    {
+        use super::neon::{Neon, NeonDot};
+        if ceiling >= Isa::NeonDot
+            && let Some(kernel) = NeonDot::detect()
+        {
+            work.run(kernel);
+            return Isa::NeonDot;
+        }
+        if ceiling >= Isa::Neon
+            && let Some(kernel) = Neon::detect()
+        {
+            work.run(kernel);
+            return Isa::Neon;
+        }
+    }
     let _ = ceiling;
     work.run(Portable);
     Isa::Portable

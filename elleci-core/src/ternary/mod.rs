@@ -17,6 +17,8 @@ mod quantize;
 mod avx2;
 #[cfg(all(feature = "std", target_arch = "x86_64"))]
 mod avx512;
+#[cfg(all(target_arch = "aarch64", target_endian = "little", target_feature = "neon"))]
+mod neon;
 #[cfg(all(feature = "std", target_arch = "x86_64"))]
 mod vnni;
 

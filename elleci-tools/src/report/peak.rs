@@ -73,6 +73,8 @@ fn burn(isa: Isa) -> usize {
     match isa {
         Isa::Avx512 | Isa::Avx512Vnni | Isa::Avx512Vbmi => chains::<{ 12 * 16 }, true>(),
         Isa::Avx2 => chains::<{ 12 * 8 }, true>(),
+        // Every AArch64 has fused multiply-adds, of 4 values.
+        Isa::Neon | Isa::NeonDot => chains::<{ 12 * 4 }, true>(),
         // Without an FMA instruction `mul_add` is a slow library call.
         Isa::Portable => chains::<{ 12 * 4 }, false>(),
     }

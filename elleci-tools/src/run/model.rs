@@ -218,7 +218,8 @@ fn archive(
     mut fill: impl FnMut(&Param, &mut [f32]) -> anyhow::Result<()>,
 ) -> anyhow::Result<AlignedBytes> {
     let mut writer = ArchiveWriter::new(config, tokenizer, PackOptions::default())?;
-    let mut file = AlignedBytes::zeroed(writer.header_bytes());
+    let mut file = AlignedBytes::with_capacity(writer.file_bytes().context("the model is too large for this machine")?);
+    file.extend_from_slice(&vec![0; writer.header_bytes()]);
     let mut values = Vec::new();
     while let Some(param) = writer.next() {
         values.resize(param.len(), 0.0);

@@ -88,6 +88,16 @@ pub fn dispatch(ceiling: Isa, work: impl WithKernel) -> Isa {
             return Isa::Avx2;
         }
     }
+    #[cfg(all(target_arch = "aarch64", target_endian = "little", target_feature = "neon"))]
+    {
+        use super::neon::Neon;
+        if ceiling >= Isa::Neon
+            && let Some(kernel) = Neon::detect()
+        {
+            work.run(kernel);
+            return ceiling.min(Isa::machine());
+        }
+    }
     let _ = ceiling;
     work.run(Portable);
     Isa::Portable

@@ -2,6 +2,7 @@
 
 use core::arch::x86_64::*;
 
+use super::super::avx2::FOLD;
 use super::super::kernel::{Line, ROWS};
 use super::kernel::{self, PackedKernel};
 use super::t5::{ESCAPE, LOW};
@@ -132,8 +133,6 @@ fn trits(x: __m256i) -> [__m256i; 5] {
 
 #[target_feature(enable = "avx2")]
 fn dot_i2(panel: &[Line], q: &[i8], sums: &mut [i32; ROWS]) {
-    /// Lines that an int16 lane can add up: a pair is between -512 and 508, and 64 of them fit.
-    const FOLD: usize = 64;
     *sums = [0; ROWS];
     for half in 0..2 {
         let mut acc = [_mm256_setzero_si256(); LINES];

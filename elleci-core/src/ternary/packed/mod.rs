@@ -19,6 +19,8 @@ pub mod t5;
 mod avx2;
 #[cfg(all(feature = "std", target_arch = "x86_64"))]
 mod avx512;
+#[cfg(all(target_arch = "aarch64", target_endian = "little", target_feature = "neon"))]
+mod neon;
 
 #[cfg(test)]
 mod tests;

@@ -91,6 +91,24 @@ fn extremes_are_exact() {
     }
 }
 
+/// The code 3, which no packer writes, is three everywhere: 16-bit sums have room for it.
+#[test]
+fn bytes_that_mean_nothing_are_exact_too() {
+    let (out, input) = (64, 1024);
+    let lines = vec![Line([0xff; 64]); Packing::I2.bytes(out, input).unwrap() / 64];
+    let view = PackedTernary::new(Packing::I2, out, input, 1.0, &lines).unwrap();
+    for q in [127i8, -128] {
+        for tokens in [1, 7] {
+            for isa in levels() {
+                let mut got = vec![0; tokens * out];
+                view.sums_with(isa, &vec![q; tokens * input], tokens, &mut got);
+                // Σ (3 - 1) q
+                assert_eq!(got, vec![2 * i32::from(q) * input as i32; tokens * out], "{isa:?}");
+            }
+        }
+    }
+}
+
 #[test]
 fn threads_change_nothing_and_training_computes_the_same() {
     let (out, input) = (1300, 400);

@@ -148,6 +148,9 @@ fn saved_files_load_and_damaged_ones_are_named() {
     assert!(
         fails("\"add_prefix_space\": false", "\"add_prefix_space\": true").contains("pre_tokenizer.add_prefix_space")
     );
+    // What the crate would panic on: a control character within the decoder, and one that it does not know.
+    assert!(fails("\"decoder\": {", "\"decoder\": {\"\n\": 0, ").contains("not a valid tokenizer"));
+    assert!(fails("\"decoder\": {", "\"decoder\": {\"type\": 7}, \"other\": {").contains("`decoder.type` is 7"));
     assert!(fails("\"normalizer\": null", "\"normalizer\": {\"type\": \"NFC\"}").contains("`normalizer`"));
     let renamed = String::from_utf8(t.json().to_vec()).unwrap().replace("<|im_end|>", "<|im_stop|>");
     let e = format!("{:#}", Tokenizer::from_json(renamed.into_bytes(), None).unwrap_err());
