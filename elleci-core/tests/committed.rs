@@ -64,7 +64,7 @@ fn tiny() -> ModelConfig {
 #[test]
 fn the_tiny_archives() {
     let made = |seed, packing, dense| {
-        let options = PackOptions { packing, dense };
+        let options = PackOptions { packing, sparse: packing, dense };
         to_bytes(&tiny(), &initialise(&tiny(), seed), Some(b"{\"stub\":true}"), options).unwrap()
     };
     let folder = root().join("fixtures/archive");

@@ -10,7 +10,7 @@ use elleci_core::init::initialise;
 use elleci_core::model::{Batch as TrainBatch, Checkpointing, Model, Workspace};
 use elleci_core::ternary::packed::Packing;
 
-const EXACT: PackOptions = PackOptions { packing: Packing::T5, dense: DenseFormat::F32 };
+const EXACT: PackOptions = PackOptions { packing: Packing::T5, sparse: Packing::C5, dense: DenseFormat::F32 };
 
 fn archive(c: &ModelConfig) -> Archive<AlignedBytes> {
     Archive::open(to_bytes(c, &initialise(c, 11), None, EXACT).unwrap()).unwrap()
@@ -89,7 +89,7 @@ fn company_threads_and_packing_change_nothing() {
             session.extend(model, &[7]).unwrap().to_vec()
         })
         .collect();
-    let other = PackOptions { packing: Packing::I2, ..EXACT };
+    let other = PackOptions { packing: Packing::I2, sparse: Packing::I2, ..EXACT };
     let i2 = Archive::open(to_bytes(&c, &initialise(&c, 11), None, other).unwrap()).unwrap();
     for (threads, model) in [(1, model), (3, model), (2, i2.model())] {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();

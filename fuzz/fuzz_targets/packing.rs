@@ -9,7 +9,7 @@ use libfuzzer_sys::fuzz_target;
 fuzz_target!(|data: &[u8]| {
     let [rows, cols, tokens, kind, rest @ ..] = data else { return };
     let (rows, cols, tokens) = (*rows as usize + 1, *cols as usize * 2 + 1, *tokens as usize % 8 + 1);
-    let packing = Packing::ALL[*kind as usize % 2];
+    let packing = Packing::ALL[*kind as usize % Packing::ALL.len()];
     let byte = |i: usize| rest.get(i % rest.len().max(1)).copied().unwrap_or(0) ^ (i / 64 * 31) as u8;
     let count = packing.bytes(rows, cols).expect("small") / 64;
     let lines: Vec<Line> = (0..count).map(|l| Line(core::array::from_fn(|b| byte(64 * l + b)))).collect();

@@ -71,6 +71,7 @@ impl Format {
             Format::Floats => 0,
             Format::Ternary(Packing::I2) => 1,
             Format::Ternary(Packing::T5) => 2,
+            Format::Ternary(Packing::C5) => 3,
             Format::Dense(DenseFormat::F32) => 16,
             Format::Dense(DenseFormat::F16) => 17,
             Format::Dense(DenseFormat::Bf16) => 18,

@@ -37,7 +37,7 @@ fn what_is_written_is_read() {
     let params = params();
     for packing in Packing::ALL {
         for dense in DenseFormat::ALL {
-            let options = PackOptions { packing, dense };
+            let options = PackOptions { packing, sparse: packing, dense };
             let archive = Archive::open(archive(options)).unwrap();
             let model = archive.model();
             let planned = ArchiveWriter::new(&tiny(), Some(b"{\"tok\": 1}"), options).unwrap().file_bytes();

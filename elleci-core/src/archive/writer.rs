@@ -19,19 +19,22 @@ use crate::ternary::packed::{Packing, pack};
 pub struct PackOptions {
     /// Ternary projections.
     pub packing: Packing,
+    /// The one of them whose input is mostly zeros: `ffn.down`, behind the squared ReLU.
+    pub sparse: Packing,
     /// Embedding and head. `mamba.bcdt` is stored so as well, but not below 16 bits: its rows decide the time steps.
     pub dense: DenseFormat,
 }
 
 impl Default for PackOptions {
     fn default() -> PackOptions {
-        PackOptions { packing: Packing::T5, dense: DenseFormat::Int8 }
+        PackOptions { packing: Packing::T5, sparse: Packing::C5, dense: DenseFormat::Int8 }
     }
 }
 
 impl PackOptions {
-    fn format(self, kind: ParamKind) -> Format {
-        match (kind, self.dense) {
+    fn format(self, layout: &ParamLayout, id: Id) -> Format {
+        match (layout.param(id).kind, self.dense) {
+            (ParamKind::Ternary, _) if layout.layers().iter().any(|l| l.ffn.down == id) => Format::Ternary(self.sparse),
             (ParamKind::Ternary, _) => Format::Ternary(self.packing),
             (ParamKind::Embedding, dense) => Format::Dense(dense),
             (ParamKind::Matrix, DenseFormat::Int8) => Format::Dense(DenseFormat::F16),
@@ -86,7 +89,7 @@ impl ArchiveWriter {
     pub fn file_bytes(&self) -> Option<usize> {
         let params = self.layout.params().iter().enumerate();
         let section =
-            |(i, p): (usize, &Param)| self.options.format(p.kind).bytes(&p.shape, hashes_rows(&self.layout, Id(i)));
+            |(i, p): (usize, &Param)| self.options.format(&self.layout, Id(i)).bytes(&p.shape, hashes_rows(&self.layout, Id(i)));
         params.map(section).try_fold(self.start, |sum, bytes| sum.checked_add(bytes?))
     }
 
@@ -112,7 +115,7 @@ impl ArchiveWriter {
         let param = &self.layout.params()[id.0];
         assert_eq!(values.len(), param.len(), "{}", param.name);
         let (shape, mut gamma) = (&param.shape, 0.0);
-        let format = options.format(param.kind);
+        let format = options.format(&self.layout, id);
         let hashed = hashes_rows(&self.layout, id);
         let data = format.bytes(shape, false).expect("values of this shape are in memory");
         let mut section = vec![0u8; data];

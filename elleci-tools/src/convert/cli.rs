@@ -55,6 +55,8 @@ pub enum PackChoice {
     I2,
     /// 1.6 bits a weight
     T5,
+    /// 1.6 bits a weight; in ffn.down, columns whose activation is zero are not read
+    C5,
 }
 
 /// Which weights of a source that has several.

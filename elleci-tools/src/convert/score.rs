@@ -122,7 +122,7 @@ pub fn dense_choices(
 
 /// Replaces the full-precision matrices by what an archive gives back of them.
 fn round(model: &mut Model, dense: &[Id], format: DenseFormat) -> anyhow::Result<()> {
-    let options = PackOptions { packing: Packing::T5, dense: format };
+    let options = PackOptions { dense: format, ..PackOptions::default() };
     let bytes = to_bytes(model.config(), model.params(), None, options)?;
     let archive = Archive::open(bytes)?;
     model.update(|params| dense.iter().try_for_each(|&id| archive.model().read(id, &mut params[id])))?;

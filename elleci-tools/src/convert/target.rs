@@ -225,8 +225,9 @@ fn write_archive(
     let at = || format!("writing {}", path.display());
     let fixed = match pack {
         PackChoice::Auto => None,
-        PackChoice::I2 => Some(Packing::I2),
-        PackChoice::T5 => Some(Packing::T5),
+        PackChoice::I2 => Some([Packing::I2; 2]),
+        PackChoice::T5 => Some([Packing::T5; 2]),
+        PackChoice::C5 => Some([Packing::T5, Packing::C5]),
     };
     let mut chooser = Chooser::new(fixed, &model.layout);
     let options = PackOptions { dense, ..PackOptions::default() };
@@ -235,14 +236,18 @@ fn write_archive(
     let mut out = BufWriter::with_capacity(1 << 20, file);
     out.seek(SeekFrom::Start(writer.header_bytes() as u64)).with_context(at)?;
     let mut values = Vec::new();
+    let sparse: Vec<&str> = model.layout.layers().iter().map(|l| &*model.layout.param(l.ffn.down).name).collect();
     for (param, &index) in model.layout.params().iter().zip(&model.index) {
         values.resize(param.len(), 0.0);
         read_finite(source, index, is_packed(source), &mut values)?;
         let packing = match param.kind {
-            ParamKind::Ternary => chooser.choose(&values, param.shape[0], param.shape[1]),
+            ParamKind::Ternary => {
+                let sparse = sparse.contains(&&*param.name);
+                chooser.choose(&values, param.shape[0], param.shape[1], sparse)
+            }
             _ => options.packing,
         };
-        let section = writer.pack_as(&values, PackOptions { packing, ..options });
+        let section = writer.pack_as(&values, PackOptions { packing, sparse: packing, ..options });
         out.write_all(&section).with_context(at)?;
         job.advance(param.len() as u64 * 4)?;
     }

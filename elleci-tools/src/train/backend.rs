@@ -234,7 +234,7 @@ impl Backend for CpuBackend {
             return Ok(());
         }
         // Samples come from what deployment would run, in full precision where that has a choice.
-        let options = PackOptions { packing: Packing::I2, dense: DenseFormat::F32 };
+        let options = PackOptions { packing: Packing::I2, sparse: Packing::I2, dense: DenseFormat::F32 };
         let archive = Archive::open(to_bytes(self.model.config(), self.model.params(), None, options)?)?;
         let mut session = Session::new(archive.model())?;
         let mut next = pick(session.extend(archive.model(), prompt)?);

@@ -6,7 +6,7 @@ use super::super::avx2::FOLD;
 use super::super::kernel::{Line, ROWS};
 use super::kernel::{self, PackedKernel};
 use super::t5::{ESCAPE, LOW};
-use super::{LINES, Packing};
+use super::{LINES, RowPacking};
 use crate::simd::{Isa, prefetch_run};
 
 /// Proof that the machine has AVX2.
@@ -21,24 +21,24 @@ impl Avx2 {
 }
 
 impl PackedKernel for Avx2 {
-    fn dot(self, packing: Packing, panel: &[Line], q: &[i8], sums: &mut [i32; ROWS]) {
+    fn dot(self, packing: RowPacking, panel: &[Line], q: &[i8], sums: &mut [i32; ROWS]) {
         kernel::check_dot(packing, panel, q);
         // SAFETY: `self` exists only where the features were detected.
         unsafe {
             match packing {
-                Packing::I2 => dot_i2(panel, q, sums),
-                Packing::T5 => dot_t5(panel, q, sums),
+                RowPacking::I2 => dot_i2(panel, q, sums),
+                RowPacking::T5 => dot_t5(panel, q, sums),
             }
         }
     }
 
-    fn unpack(self, packing: Packing, panel: &[Line], codes: &mut [Line]) {
+    fn unpack(self, packing: RowPacking, panel: &[Line], codes: &mut [Line]) {
         kernel::check_unpack(packing, panel, codes);
         // SAFETY: `self` exists only where the features were detected.
         unsafe {
             match packing {
-                Packing::I2 => unpack_i2(panel, codes),
-                Packing::T5 => unpack_t5(panel, codes),
+                RowPacking::I2 => unpack_i2(panel, codes),
+                RowPacking::T5 => unpack_t5(panel, codes),
             }
         }
     }

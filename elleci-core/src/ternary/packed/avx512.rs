@@ -9,7 +9,7 @@ use core::arch::x86_64::*;
 use super::super::kernel::{Line, ROWS};
 use super::kernel::{self, PackedKernel};
 use super::t5::{ESCAPE, LOW};
-use super::{LINES, Packing};
+use super::{LINES, RowPacking};
 use crate::simd::{Isa, prefetch_run};
 
 /// Where the kernels add up each code of an I2 byte, in bits. 3 · 16 · 128 a column leaves an int32 room for any row.
@@ -37,13 +37,13 @@ static TABLES: [Line; 5] = [table(0), table(1), table(2), table(3), table(4)];
 /// The tables as VBMI reads them.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn tables() -> [__m512i; 5] {
+pub(super) fn tables() -> [__m512i; 5] {
     [0, 1, 2, 3, 4].map(|k| load(&TABLES[k]))
 }
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn load(line: &Line) -> __m512i {
+pub(super) fn load(line: &Line) -> __m512i {
     // SAFETY: a line is 64 bytes, aligned to 64.
     unsafe { _mm512_load_si512((line as *const Line).cast()) }
 }
@@ -64,13 +64,13 @@ fn store(line: &mut Line, codes: __m512i) {
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn word(q: &[i8; 4]) -> __m512i {
+pub(super) fn word(q: &[i8; 4]) -> __m512i {
     _mm512_set1_epi32(i32::from_le_bytes(q.map(|q| q as u8)))
 }
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi,gfni")]
-fn trits_vbmi(x: __m512i, tables: &[__m512i; 5]) -> [__m512i; 5] {
+pub(super) fn trits_vbmi(x: __m512i, tables: &[__m512i; 5]) -> [__m512i; 5] {
     /// The bit matrix that rotates every byte left by three: byte 7 - i selects the bit that goes to bit i.
     const ROTATE: i64 = 0x2040_8001_0204_0810;
     let escape = _mm512_set1_epi8(ESCAPE as i8);
@@ -113,7 +113,7 @@ fn trits_shuffle(x: __m512i, tables: &[__m512i; 5]) -> [__m512i; 5] {
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-fn add_vnni(acc: __m512i, codes: __m512i, q: __m512i) -> __m512i {
+pub(super) fn add_vnni(acc: __m512i, codes: __m512i, q: __m512i) -> __m512i {
     _mm512_dpbusd_epi32(acc, codes, q)
 }
 
@@ -139,7 +139,7 @@ macro_rules! level {
 
         impl PackedKernel for $token {
             #[inline(always)]
-            fn dot(self, packing: Packing, panel: &[Line], q: &[i8], sums: &mut [i32; ROWS]) {
+            fn dot(self, packing: RowPacking, panel: &[Line], q: &[i8], sums: &mut [i32; ROWS]) {
                 #[target_feature(enable = $features)]
                 fn i2(panel: &[Line], q: &[i8], sums: &mut [i32; ROWS]) {
                     // Two sets of accumulators, as a chain of additions to one would wait for its own latency.
@@ -195,14 +195,14 @@ macro_rules! level {
                 // SAFETY: `self` exists only where the features were detected.
                 unsafe {
                     match packing {
-                        Packing::I2 => i2(panel, q, sums),
-                        Packing::T5 => t5(panel, q, sums),
+                        RowPacking::I2 => i2(panel, q, sums),
+                        RowPacking::T5 => t5(panel, q, sums),
                     }
                 }
             }
 
             #[inline(always)]
-            fn unpack(self, packing: Packing, panel: &[Line], codes: &mut [Line]) {
+            fn unpack(self, packing: RowPacking, panel: &[Line], codes: &mut [Line]) {
                 #[target_feature(enable = $features)]
                 fn i2(panel: &[Line], codes: &mut [Line]) {
                     let mask = _mm512_set1_epi8(3);
@@ -233,8 +233,8 @@ macro_rules! level {
                 // SAFETY: `self` exists only where the features were detected.
                 unsafe {
                     match packing {
-                        Packing::I2 => i2(panel, codes),
-                        Packing::T5 => t5(panel, codes),
+                        RowPacking::I2 => i2(panel, codes),
+                        RowPacking::T5 => t5(panel, codes),
                     }
                 }
             }

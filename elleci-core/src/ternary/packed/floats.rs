@@ -5,7 +5,7 @@ use core::ops::Range;
 
 use pulp::{Simd, WithSimd};
 
-use super::{LINES, Line, PackedTernary, ROWS, Unpack, kernel};
+use super::{LINES, Line, PackedTernary, ROWS};
 use crate::ops::lanes::dispatch;
 use crate::simd::Isa;
 
@@ -52,7 +52,7 @@ impl PackedTernary<'_> {
         while row < rows.end {
             let (panel, first) = (row / ROWS, row % ROWS);
             let n = (ROWS - first).min(rows.end - row);
-            kernel::dispatch(Isa::detect(), Unpack { matrix: self, panel, lines: &mut lines });
+            self.unpack(Isa::detect(), panel, &mut lines);
             visit(&lines[..self.in_dim.div_ceil(COLUMNS) * LINES], row - rows.start, first..first + n);
             row += n;
         }

@@ -2,7 +2,7 @@
 
 use super::super::kernel::{Line, ROWS};
 use super::portable::Portable;
-use super::{LINES, Packing};
+use super::{LINES, RowPacking};
 use crate::simd::Isa;
 
 /// Works on packed panels. A type of this trait is proof that the machine can run it.
@@ -10,14 +10,14 @@ pub trait PackedKernel: Copy + Send + Sync {
     /// Writes `Σ (code + 1) · q` for the 64 rows of a panel.
     ///
     /// # Panics
-    /// When `q` is not whole runs of [`Packing::columns`], as many as the panel has.
-    fn dot(self, packing: Packing, panel: &[Line], q: &[i8], sums: &mut [i32; ROWS]);
+    /// When `q` is not whole runs of [`RowPacking::columns`], as many as the panel has.
+    fn dot(self, packing: RowPacking, panel: &[Line], q: &[i8], sums: &mut [i32; ROWS]);
 
     /// Writes the code lines of a panel.
     ///
     /// # Panics
-    /// When `codes` is not as long as [`Packing::code_lines`] says.
-    fn unpack(self, packing: Packing, panel: &[Line], codes: &mut [Line]);
+    /// When `codes` is not as long as [`RowPacking::code_lines`] says.
+    fn unpack(self, packing: RowPacking, panel: &[Line], codes: &mut [Line]);
 }
 
 /// Work that is generic over the kernel.
@@ -79,7 +79,7 @@ pub fn dispatch(ceiling: Isa, work: impl WithPackedKernel) -> Isa {
 
 /// The shape check that the pointers of [`PackedKernel::dot`] rest on.
 #[inline(always)]
-pub(super) fn check_dot(packing: Packing, panel: &[Line], q: &[i8]) {
+pub(super) fn check_dot(packing: RowPacking, panel: &[Line], q: &[i8]) {
     let runs = panel.len() / packing.lines();
     assert!(
         panel.len() == runs * packing.lines() && q.len() == runs * packing.columns(),
@@ -90,7 +90,7 @@ pub(super) fn check_dot(packing: Packing, panel: &[Line], q: &[i8]) {
 
 /// The shape check that the pointers of [`PackedKernel::unpack`] rest on.
 #[inline(always)]
-pub(super) fn check_unpack(packing: Packing, panel: &[Line], codes: &[Line]) {
+pub(super) fn check_unpack(packing: RowPacking, panel: &[Line], codes: &[Line]) {
     let runs = panel.len() / packing.lines();
     let code_lines = runs * packing.columns() / 4 * LINES;
     assert!(panel.len() == runs * packing.lines() && codes.len() == code_lines, "panel of {} lines", panel.len());

@@ -10,6 +10,7 @@
 //!
 //! Rows and columns past the matrix are stored as 0 and never contribute.
 
+mod columns;
 mod floats;
 mod kernel;
 mod portable;
@@ -19,6 +20,8 @@ pub mod t5;
 mod avx2;
 #[cfg(all(feature = "std", target_arch = "x86_64"))]
 mod avx512;
+#[cfg(all(feature = "std", target_arch = "x86_64"))]
+mod columns_avx512;
 #[cfg(all(target_arch = "aarch64", target_endian = "little", target_feature = "neon"))]
 mod neon;
 
@@ -43,33 +46,69 @@ pub enum Packing {
     I2,
     /// Five weights in a byte, 1.6 bits a weight: the least to read.
     T5,
+    /// As `T5`, but five rows of a column in a byte: columns whose activation is zero are not read ([`columns`]).
+    C5,
 }
 
 impl Packing {
-    /// Both.
-    pub const ALL: [Packing; 2] = [Packing::I2, Packing::T5];
+    /// All.
+    pub const ALL: [Packing; 3] = [Packing::I2, Packing::T5, Packing::C5];
 
     /// The name in files and flags.
     pub fn name(self) -> &'static str {
         match self {
             Packing::I2 => "i2",
             Packing::T5 => "t5",
+            Packing::C5 => "c5",
         }
     }
 
+    /// How rows are packed, if they are.
+    fn by_rows(self) -> Option<RowPacking> {
+        match self {
+            Packing::I2 => Some(RowPacking::I2),
+            Packing::T5 => Some(RowPacking::T5),
+            Packing::C5 => None,
+        }
+    }
+
+    /// Code lines that unpacking one panel yields: at least those of `in_dim` columns.
+    fn code_lines(self, in_dim: usize) -> usize {
+        let columns = self.by_rows().map_or(columns::QUAD, RowPacking::columns);
+        in_dim.div_ceil(columns) * (columns / 4) * LINES
+    }
+
+    /// Bytes of an `[out, in]` matrix, a multiple of 64. `None` when they do not fit an address.
+    pub fn bytes(self, out_dim: usize, in_dim: usize) -> Option<usize> {
+        let lines = match self.by_rows() {
+            Some(packing) => out_dim.div_ceil(ROWS).checked_mul(packing.panel_lines(in_dim))?,
+            None => in_dim.checked_mul(columns::column_lines(out_dim))?,
+        };
+        lines.checked_mul(size_of::<Line>())
+    }
+}
+
+/// How the rows of a panel are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum RowPacking {
+    I2,
+    T5,
+}
+
+impl RowPacking {
     /// Columns that a panel's shortest run of whole packed lines covers.
     fn columns(self) -> usize {
         match self {
-            Packing::I2 => 4,
-            Packing::T5 => 20,
+            RowPacking::I2 => 4,
+            RowPacking::T5 => 20,
         }
     }
 
     /// Packed lines of that run.
     fn lines(self) -> usize {
         match self {
-            Packing::I2 => 1,
-            Packing::T5 => LINES,
+            RowPacking::I2 => 1,
+            RowPacking::T5 => LINES,
         }
     }
 
@@ -78,19 +117,15 @@ impl Packing {
         in_dim.div_ceil(self.columns()) * self.lines()
     }
 
-    /// Code lines that unpacking one panel yields: at least those of `in_dim` columns.
-    fn code_lines(self, in_dim: usize) -> usize {
-        in_dim.div_ceil(self.columns()) * (self.columns() / 4) * LINES
-    }
-
-    /// Bytes of an `[out, in]` matrix, a multiple of 64. `None` when they do not fit an address.
-    pub fn bytes(self, out_dim: usize, in_dim: usize) -> Option<usize> {
-        out_dim.div_ceil(ROWS).checked_mul(self.panel_lines(in_dim))?.checked_mul(size_of::<Line>())
+    /// Panels of a task of a matrix-vector product.
+    fn task_panels(self, in_dim: usize) -> usize {
+        (TASK_BYTES / (self.panel_lines(in_dim) * size_of::<Line>()).max(1)).max(1)
     }
 }
 
 /// Packs the codes of a matrix; see the module for the order.
 pub fn pack(matrix: &TernaryMatrix, packing: Packing) -> Vec<Line> {
+    let Some(packing) = packing.by_rows() else { return columns::pack(matrix) };
     let in_dim = matrix.in_dim();
     let (panels, panel_lines) = (matrix.out_dim().div_ceil(ROWS), packing.panel_lines(in_dim));
     let mut packed = vec![Line([0; 64]); panels * panel_lines];
@@ -101,14 +136,14 @@ pub fn pack(matrix: &TernaryMatrix, packing: Packing) -> Vec<Line> {
     par::for_each(items, |(panel, packed)| {
         let codes = matrix.panel(panel, 0);
         match packing {
-            Packing::I2 => {
+            RowPacking::I2 => {
                 for (line, codes) in packed.iter_mut().zip(codes.chunks(LINES)) {
                     for (b, byte) in line.0.iter_mut().enumerate() {
                         *byte = (0..LINES).map(|j| codes[j].0[b] << (2 * j)).sum();
                     }
                 }
             }
-            Packing::T5 => {
+            RowPacking::T5 => {
                 for (lines, codes) in packed.chunks_mut(LINES).zip(codes.chunks(5 * LINES)) {
                     for (j, line) in lines.iter_mut().enumerate() {
                         for (b, byte) in line.0.iter_mut().enumerate() {
@@ -160,13 +195,16 @@ impl<'a> PackedTernary<'a> {
         self.packing
     }
 
-    /// Panels of a task of a matrix-vector product.
-    fn task_panels(&self) -> usize {
-        (TASK_BYTES / (self.packing.panel_lines(self.in_dim) * size_of::<Line>()).max(1)).max(1)
+    /// The code lines of a panel.
+    fn unpack(&self, isa: Isa, panel: usize, lines: &mut [Line]) {
+        match self.packing.by_rows() {
+            Some(packing) => _ = kernel::dispatch(isa, Unpack { packing, panel: self.panel(packing, panel), lines }),
+            None => columns::unpack(self, panel, lines),
+        }
     }
 
-    fn panel(&self, panel: usize) -> &'a [Line] {
-        let lines = self.packing.panel_lines(self.in_dim);
+    fn panel(&self, packing: RowPacking, panel: usize) -> &'a [Line] {
+        let lines = packing.panel_lines(self.in_dim);
         &self.lines[panel * lines..][..lines]
     }
 
@@ -176,7 +214,7 @@ impl<'a> PackedTernary<'a> {
     /// When `panel` is out of range or `codes` is shorter than its rows.
     pub fn panel_codes(&self, panel: usize, codes: &mut [i8]) {
         let mut lines = vec![Line([0; 64]); self.packing.code_lines(self.in_dim)];
-        kernel::dispatch(Isa::detect(), Unpack { matrix: self, panel, lines: &mut lines });
+        self.unpack(Isa::detect(), panel, &mut lines);
         for (r, row) in codes.chunks_exact_mut(self.in_dim).take(ROWS.min(self.out_dim - panel * ROWS)).enumerate() {
             let (words, tail) = row.as_chunks_mut::<4>();
             let group = |g: usize| lines[g * LINES + r / 16].0.as_chunks::<4>().0[r % 16];
@@ -230,10 +268,8 @@ impl<'a> PackedTernary<'a> {
         assert_eq!(q.len(), tokens * self.in_dim, "activations");
         assert_eq!(out.len(), tokens * self.out_dim, "outputs");
         if tokens == 1 {
-            let finish = |_: &PackedTernary, sums: &[i32; ROWS], offset, out: &mut [T]| {
-                finish(0, &sums[..out.len()], offset, out)
-            };
-            kernel::dispatch(isa, MatVec { parts: vec![(*self, out)], q, finish })
+            let finish = |_: &PackedTernary, sums: &[i32], offset, out: &mut [T]| finish(0, sums, offset, out);
+            one_token(isa, vec![(*self, out)], q, finish)
         } else {
             let finish = Finish { finish, offsets: q.chunks_exact(self.in_dim.max(1)).map(sum).collect() };
             kernel::dispatch(isa, MatMul { isa, matrix: self, q, out, finish })
@@ -261,24 +297,48 @@ pub fn forward_all<'a>(parts: Vec<(PackedTernary<'a>, &'a mut [f32])>, q: &[i8],
     for (matrix, out) in &parts {
         assert_eq!((q.len(), out.len()), (matrix.in_dim, matrix.out_dim), "vectors");
     }
-    let finish = |matrix: &PackedTernary, sums: &[i32; ROWS], offset: i32, out: &mut [f32]| {
+    let finish = |matrix: &PackedTernary, sums: &[i32], offset: i32, out: &mut [f32]| {
         let scale = matrix.gamma * scale;
         for (out, sum) in out.iter_mut().zip(sums) {
             *out = (sum - offset) as f32 * scale;
         }
     };
-    kernel::dispatch(Isa::detect(), MatVec { parts, q, finish });
+    one_token(Isa::detect(), parts, q, finish);
+}
+
+/// Matrices and their outputs.
+type Parts<'a, T> = Vec<(PackedTernary<'a>, &'a mut [T])>;
+
+/// The products of one row: `finish(matrix, biased, offset, out)` makes outputs of the sums of as many rows. Returns the level of a
+/// kernel that ran.
+fn one_token<T: Send>(
+    isa: Isa,
+    parts: Parts<T>,
+    q: &[i8],
+    finish: impl Fn(&PackedTernary, &[i32], i32, &mut [T]) + Sync,
+) -> Isa {
+    let (rows, columns): (Parts<T>, Parts<T>) = parts.into_iter().partition(|(m, _)| m.packing.by_rows().is_some());
+    let mut ran = isa;
+    for (matrix, out) in columns {
+        ran = columns::product(isa, &matrix, q, out, |sums, offset, out| finish(&matrix, sums, offset, out));
+    }
+    if !rows.is_empty() {
+        ran = kernel::dispatch(isa, MatVec { parts: rows, q, finish });
+    }
+    ran
 }
 
 /// Tells idle threads what [`forward_all`] will read next.
 pub fn expect(parts: &[PackedTernary]) {
-    let tasks = |m: &PackedTernary| m.out_dim.div_ceil(m.task_panels() * ROWS);
-    par::expect(parts.iter().map(tasks).sum(), |mut task| {
-        for matrix in parts {
-            if task < tasks(matrix) {
-                return matrix.panel(task * matrix.task_panels()).as_ptr().cast();
+    // Which columns will be read is not known yet.
+    let by_rows = || parts.iter().filter_map(|m| Some((m, m.packing.by_rows()?)));
+    let tasks = |m: &PackedTernary, packing: RowPacking| m.out_dim.div_ceil(packing.task_panels(m.in_dim) * ROWS);
+    par::expect(by_rows().map(|(m, packing)| tasks(m, packing)).sum(), |mut task| {
+        for (matrix, packing) in by_rows() {
+            if task < tasks(matrix, packing) {
+                return matrix.panel(packing, task * packing.task_panels(matrix.in_dim)).as_ptr().cast();
             }
-            task -= tasks(matrix);
+            task -= tasks(matrix, packing);
         }
         core::ptr::null()
     });
@@ -288,29 +348,31 @@ fn sum(q: &[i8]) -> i32 {
     q.iter().map(|v| *v as i32).sum()
 }
 
-/// One token. `finish(matrix, biased, offset, out)` makes outputs of a panel's sums.
+/// [`one_token`] of matrices that are packed by rows.
 struct MatVec<'a, T, F> {
-    parts: Vec<(PackedTernary<'a>, &'a mut [T])>,
+    parts: Parts<'a, T>,
     q: &'a [i8],
     finish: F,
 }
 
-impl<T: Send, F: Fn(&PackedTernary, &[i32; ROWS], i32, &mut [T]) + Sync> WithPackedKernel for MatVec<'_, T, F> {
+impl<T: Send, F: Fn(&PackedTernary, &[i32], i32, &mut [T]) + Sync> WithPackedKernel for MatVec<'_, T, F> {
     fn run<K: PackedKernel>(self, kernel: K) {
         let MatVec { parts, q, finish } = self;
         let (offset, mut padded) = (sum(q), q.to_vec());
-        padded.resize(q.len() + Packing::T5.columns(), 0);
+        padded.resize(q.len() + RowPacking::T5.columns(), 0);
         let mut items = Vec::new();
         for (matrix, out) in parts {
-            let panels = matrix.task_panels();
-            items.extend(out.chunks_mut(panels * ROWS).enumerate().map(|(task, out)| (matrix, task * panels, out)));
+            let Some(packing) = matrix.packing.by_rows() else { continue };
+            let panels = packing.task_panels(matrix.in_dim);
+            let tasks = out.chunks_mut(panels * ROWS).enumerate();
+            items.extend(tasks.map(|(task, out)| (matrix, packing, task * panels, out)));
         }
-        par::for_each(items, |(matrix, first, out)| {
-            let q = &padded[..q.len().next_multiple_of(matrix.packing.columns())];
+        par::for_each(items, |(matrix, packing, first, out)| {
+            let q = &padded[..q.len().next_multiple_of(packing.columns())];
             let mut sums = [0; ROWS];
             for (p, out) in out.chunks_mut(ROWS).enumerate() {
-                kernel.dot(matrix.packing, matrix.panel(first + p), q, &mut sums);
-                finish(&matrix, &sums, offset, out);
+                kernel.dot(packing, matrix.panel(packing, first + p), q, &mut sums);
+                finish(&matrix, &sums[..out.len()], offset, out);
             }
         });
     }
@@ -337,7 +399,10 @@ impl<T: Send, F: Fn(usize, &[i32], i32, &mut [T]) + Sync> WithPackedKernel for M
         let items: Vec<_> = out.axis_chunks_iter_mut(ndarray::Axis(1), ROWS).enumerate().collect();
         par::for_each(items, |(panel, mut out)| {
             let mut lines = vec![Line([0; 64]); matrix.packing.code_lines(in_dim)];
-            unpacker.unpack(matrix.packing, matrix.panel(panel), &mut lines);
+            match matrix.packing.by_rows() {
+                Some(packing) => unpacker.unpack(packing, matrix.panel(packing, panel), &mut lines),
+                None => columns::unpack(matrix, panel, &mut lines),
+            }
             let lines = &lines[..in_dim.div_ceil(4) * LINES];
             let emit = |token: usize, sums: &[i32; ROWS]| {
                 let mut out = out.row_mut(token);
@@ -370,13 +435,13 @@ impl<E: FnMut(usize, &[i32; ROWS])> WithKernel for PanelTokens<'_, E> {
 }
 
 struct Unpack<'a> {
-    matrix: &'a PackedTernary<'a>,
-    panel: usize,
+    packing: RowPacking,
+    panel: &'a [Line],
     lines: &'a mut [Line],
 }
 
 impl WithPackedKernel for Unpack<'_> {
     fn run<K: PackedKernel>(self, kernel: K) {
-        kernel.unpack(self.matrix.packing, self.matrix.panel(self.panel), self.lines);
+        kernel.unpack(self.packing, self.panel, self.lines);
     }
 }

@@ -6,21 +6,21 @@ use super::super::kernel::{Line, ROWS};
 use super::super::neon::{FOLD, Neon, NeonDot, QUARTERS, add_columns, load, multiply_add, sdot, store, word};
 use super::kernel::{self, PackedKernel};
 use super::t5::{ESCAPE, LOW};
-use super::{LINES, Packing};
+use super::{LINES, RowPacking};
 
 impl PackedKernel for Neon {
-    fn dot(self, packing: Packing, panel: &[Line], q: &[i8], sums: &mut [i32; ROWS]) {
+    fn dot(self, packing: RowPacking, panel: &[Line], q: &[i8], sums: &mut [i32; ROWS]) {
         kernel::check_dot(packing, panel, q);
         // SAFETY: `self` exists only where the features were detected.
         unsafe {
             match packing {
-                Packing::I2 => dot_i2(panel, q, sums),
-                Packing::T5 => dot_t5(panel, q, sums),
+                RowPacking::I2 => dot_i2(panel, q, sums),
+                RowPacking::T5 => dot_t5(panel, q, sums),
             }
         }
     }
 
-    fn unpack(self, packing: Packing, panel: &[Line], codes: &mut [Line]) {
+    fn unpack(self, packing: RowPacking, panel: &[Line], codes: &mut [Line]) {
         kernel::check_unpack(packing, panel, codes);
         // SAFETY: `self` exists only where the features were detected.
         unsafe { unpack(packing, panel, codes) }
@@ -28,18 +28,18 @@ impl PackedKernel for Neon {
 }
 
 impl PackedKernel for NeonDot {
-    fn dot(self, packing: Packing, panel: &[Line], q: &[i8], sums: &mut [i32; ROWS]) {
+    fn dot(self, packing: RowPacking, panel: &[Line], q: &[i8], sums: &mut [i32; ROWS]) {
         kernel::check_dot(packing, panel, q);
         // SAFETY: `self` exists only where the features were detected.
         unsafe {
             match packing {
-                Packing::I2 => sdot_i2(panel, q, sums),
-                Packing::T5 => sdot_t5(panel, q, sums),
+                RowPacking::I2 => sdot_i2(panel, q, sums),
+                RowPacking::T5 => sdot_t5(panel, q, sums),
             }
         }
     }
 
-    fn unpack(self, packing: Packing, panel: &[Line], codes: &mut [Line]) {
+    fn unpack(self, packing: RowPacking, panel: &[Line], codes: &mut [Line]) {
         kernel::check_unpack(packing, panel, codes);
         // SAFETY: `self` exists only where the features were detected.
         unsafe { unpack(packing, panel, codes) }
@@ -183,9 +183,9 @@ fn store_all(acc: &[[int32x4_t; QUARTERS]; LINES], sums: &mut [i32; ROWS]) {
 }
 
 #[target_feature(enable = "neon")]
-fn unpack(packing: Packing, panel: &[Line], codes: &mut [Line]) {
+fn unpack(packing: RowPacking, panel: &[Line], codes: &mut [Line]) {
     match packing {
-        Packing::I2 => {
+        RowPacking::I2 => {
             for (line, codes) in panel.iter().zip(codes.as_chunks_mut::<LINES>().0) {
                 for quarter in 0..QUARTERS {
                     for (codes, x) in codes.iter_mut().zip(codes_i2(load(line, quarter))) {
@@ -194,7 +194,7 @@ fn unpack(packing: Packing, panel: &[Line], codes: &mut [Line]) {
                 }
             }
         }
-        Packing::T5 => {
+        RowPacking::T5 => {
             let runs = codes.as_chunks_mut::<{ 5 * LINES }>().0;
             for (lines, codes) in panel.as_chunks::<LINES>().0.iter().zip(runs) {
                 for (j, line) in lines.iter().enumerate() {

@@ -3,18 +3,18 @@
 use super::super::kernel::{Line, ROWS};
 use super::kernel::{self, PackedKernel};
 use super::t5::DECODED;
-use super::{LINES, Packing};
+use super::{LINES, RowPacking};
 
 /// Available everywhere.
 #[derive(Clone, Copy)]
 pub struct Portable;
 
 impl PackedKernel for Portable {
-    fn dot(self, packing: Packing, panel: &[Line], q: &[i8], sums: &mut [i32; ROWS]) {
+    fn dot(self, packing: RowPacking, panel: &[Line], q: &[i8], sums: &mut [i32; ROWS]) {
         kernel::check_dot(packing, panel, q);
         *sums = [0; ROWS];
         match packing {
-            Packing::I2 => {
+            RowPacking::I2 => {
                 for (line, q) in panel.iter().zip(q.as_chunks::<4>().0) {
                     for (b, byte) in line.0.iter().enumerate() {
                         for j in 0..LINES {
@@ -23,7 +23,7 @@ impl PackedKernel for Portable {
                     }
                 }
             }
-            Packing::T5 => {
+            RowPacking::T5 => {
                 for (lines, q) in panel.chunks_exact(LINES).zip(q.as_chunks::<20>().0) {
                     for (line, sums) in lines.iter().zip(sums.as_chunks_mut::<16>().0) {
                         for (b, byte) in line.0.iter().enumerate() {
@@ -37,17 +37,17 @@ impl PackedKernel for Portable {
         }
     }
 
-    fn unpack(self, packing: Packing, panel: &[Line], codes: &mut [Line]) {
+    fn unpack(self, packing: RowPacking, panel: &[Line], codes: &mut [Line]) {
         kernel::check_unpack(packing, panel, codes);
         match packing {
-            Packing::I2 => {
+            RowPacking::I2 => {
                 for (line, codes) in panel.iter().zip(codes.as_chunks_mut::<LINES>().0) {
                     for (j, codes) in codes.iter_mut().enumerate() {
                         codes.0 = line.0.map(|byte| byte >> (2 * j) & 3);
                     }
                 }
             }
-            Packing::T5 => {
+            RowPacking::T5 => {
                 for (lines, codes) in panel.chunks_exact(LINES).zip(codes.chunks_exact_mut(5 * LINES)) {
                     for (j, line) in lines.iter().enumerate() {
                         for k in 0..5 {
