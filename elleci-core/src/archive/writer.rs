@@ -19,7 +19,7 @@ use crate::ternary::packed::{Packing, pack};
 pub struct PackOptions {
     /// Ternary projections.
     pub packing: Packing,
-    /// The one of them whose input is mostly zeros: `ffn.down`, behind the squared ReLU.
+    /// The one of them whose input is mostly zeros: `ffn.down`, behind the squared ReLU. [`Packing::C5`] pays in trained models.
     pub sparse: Packing,
     /// Embedding and head. `mamba.bcdt` is stored so as well, but not below 16 bits: its rows decide the time steps.
     pub dense: DenseFormat,
@@ -27,7 +27,7 @@ pub struct PackOptions {
 
 impl Default for PackOptions {
     fn default() -> PackOptions {
-        PackOptions { packing: Packing::T5, sparse: Packing::C5, dense: DenseFormat::Int8 }
+        PackOptions { packing: Packing::T5, sparse: Packing::T5, dense: DenseFormat::Int8 }
     }
 }
 

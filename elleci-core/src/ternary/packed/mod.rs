@@ -1,4 +1,5 @@
-//! Ternary matrices as deployment stores them: [`Packing::I2`] (2 bits a weight) and [`Packing::T5`] (five weights a byte).
+//! Ternary matrices as deployment stores them: [`Packing::I2`] (2 bits a weight), [`Packing::T5`] (five weights a byte), and
+//! [`Packing::C5`] (the same by columns).
 //!
 //! The bytes are specified in `docs/packing.md`, and are the same on every machine. In short: a matrix is cut into panels of
 //! 64 output rows, in the order of the rows. Inside of a panel the weights stand in *code lines* of 64 bytes, 16 rows × 4
@@ -6,7 +7,8 @@
 //!
 //! - `I2`: the four code lines of 64 rows × 4 columns; byte b has code line j (rows `16 j ..`) in bits `2 j .. 2 j + 2`;
 //! - `T5`: five code lines of 16 rows, one for each of five runs of 4 columns, one trit of every byte each ([`t5`]). Four
-//!   packed lines, of 16 rows each, are the panel's next 20 columns.
+//!   packed lines, of 16 rows each, are the panel's next 20 columns;
+//! - `C5`: a column of 320 rows, for matrices whose input is mostly zeros (`columns.rs`). It has no panels.
 //!
 //! Rows and columns past the matrix are stored as 0 and never contribute.
 
@@ -46,7 +48,7 @@ pub enum Packing {
     I2,
     /// Five weights in a byte, 1.6 bits a weight: the least to read.
     T5,
-    /// As `T5`, but five rows of a column in a byte: columns whose activation is zero are not read ([`columns`]).
+    /// As `T5`, but five rows of a column in a byte: columns whose activation is zero are not read.
     C5,
 }
 

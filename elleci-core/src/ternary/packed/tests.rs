@@ -153,6 +153,14 @@ fn golden_bytes() {
     codes[16] = 1;
     assert_eq!(packed(&codes, 17, 1, Packing::I2).1[0].0[0], 2 << 2);
     assert_eq!(packed(&codes, 17, 1, Packing::T5).1[1].0[0], 2);
+    // C5: a line a column, byte b with rows b, 64 + b, ..
+    let c5 = pack(&m, Packing::C5);
+    let starts: Vec<[u8; 3]> = c5.iter().map(|line| [0, 1, 2].map(|b| line.0[b])).collect();
+    assert_eq!(starts, [[2, 1, 0], [1, 1, 0], [0, 2, 0], [2, 0, 0], [0, 2, 0]]);
+    let mut codes = [-1; 321];
+    (codes[64], codes[320]) = (1, 1);
+    let c5 = packed(&codes, 321, 1, Packing::C5).1;
+    assert_eq!((c5.len(), c5[0].0[0], c5[1].0[0]), (2, 3 * 2, 2));
 }
 
 #[test]
