@@ -88,8 +88,9 @@ impl ArchiveWriter {
     /// them.
     pub fn file_bytes(&self) -> Option<usize> {
         let params = self.layout.params().iter().enumerate();
-        let section =
-            |(i, p): (usize, &Param)| self.options.format(&self.layout, Id(i)).bytes(&p.shape, hashes_rows(&self.layout, Id(i)));
+        let section = |(i, p): (usize, &Param)| {
+            self.options.format(&self.layout, Id(i)).bytes(&p.shape, hashes_rows(&self.layout, Id(i)))
+        };
         params.map(section).try_fold(self.start, |sum, bytes| sum.checked_add(bytes?))
     }
 

@@ -7,7 +7,6 @@ use anyhow::Context;
 use elleci_core::archive::{Archive, DenseFormat, PackOptions, to_bytes};
 use elleci_core::model::{Batch, Checkpointing, Model, Workspace};
 use elleci_core::params::{Id, ParamKind, Params};
-use elleci_core::ternary::packed::Packing;
 use serde_json::{Map, Value, json};
 
 use super::job::Job;

@@ -145,8 +145,8 @@ pub(super) fn product<T: Send>(
     let rows = column_lines(matrix.out_dim) * SLAB;
     let run = q.len().div_ceil(TASKS).next_multiple_of(QUAD);
     let mut parts: Vec<(Vec<i32>, Isa)> = q.chunks(run.max(1)).map(|_| (Vec::new(), Isa::Portable)).collect();
-    let items = q.chunks(run.max(1)).zip(&mut parts).enumerate().collect();
-    par::for_each(items, |(task, (q, (sums, ran))): (usize, (&[i8], &mut (Vec<i32>, Isa)))| {
+    let items: Vec<_> = q.chunks(run.max(1)).zip(&mut parts).enumerate().collect();
+    par::for_each(items, |(task, (q, (sums, ran)))| {
         let mut columns: Vec<(u32, i8)> = vec![((task * run) as u32, 0); q.len().next_multiple_of(QUAD)];
         let mut count = 0;
         for (i, q) in q.iter().enumerate() {

@@ -45,7 +45,10 @@ fn run(lines: &[Line], per: usize, quads: &[Quad], sums: &mut [i32]) {
         let q = word(&quad.q);
         let columns = quad.columns.map(|c| &lines[c as usize * per..][..per]);
         for (l, acc) in acc.iter_mut().enumerate() {
-            let interleaved = interleave(columns.map(#[inline(always)] |c| load(&c[l])));
+            let interleaved = interleave(columns.map(
+                #[inline(always)]
+                |c| load(&c[l]),
+            ));
             for (x, acc) in interleaved.into_iter().zip(acc) {
                 let trits = trits_vbmi(x, &tables);
                 for k in 0..5 {
@@ -76,10 +79,5 @@ fn run(lines: &[Line], per: usize, quads: &[Quad], sums: &mut [i32]) {
 fn interleave(x: [__m512i; QUAD]) -> [__m512i; QUAD] {
     let (a, b) = (_mm512_unpacklo_epi8(x[0], x[1]), _mm512_unpackhi_epi8(x[0], x[1]));
     let (c, d) = (_mm512_unpacklo_epi8(x[2], x[3]), _mm512_unpackhi_epi8(x[2], x[3]));
-    [
-        _mm512_unpacklo_epi16(a, c),
-        _mm512_unpackhi_epi16(a, c),
-        _mm512_unpacklo_epi16(b, d),
-        _mm512_unpackhi_epi16(b, d),
-    ]
+    [_mm512_unpacklo_epi16(a, c), _mm512_unpackhi_epi16(a, c), _mm512_unpacklo_epi16(b, d), _mm512_unpackhi_epi16(b, d)]
 }
