@@ -293,7 +293,7 @@ impl RunConfig {
             t.accumulation,
             &format!("at most {most} are supported"),
         )?;
-        let most = MAX_TOKENS * MAX_ACCUMULATION;
+        let most = MAX_TOKENS.saturating_mul(MAX_ACCUMULATION);
         expect(
             t.tokens_per_step <= most,
             "training.tokens_per_step",
