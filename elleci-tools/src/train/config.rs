@@ -206,6 +206,13 @@ pub struct SwaConfig {
     pub start: f64,
 }
 
+/// Optimizer steps at most.
+const MAX_STEPS: u64 = 1 << 25;
+/// Tokens of a micro-batch at most.
+const MAX_TOKENS: usize = 1 << 22;
+/// Micro-batches of a step at most.
+const MAX_ACCUMULATION: usize = 1 << 16;
+
 /// One refused value.
 struct Misfit {
     key: String,
@@ -262,7 +269,37 @@ impl RunConfig {
                 return misfit("training.tokens_per_step", t.tokens_per_step, remedy);
             }
         }
-        Ok(())
+        self.sizes_fit()
+    }
+
+    /// Bounds far past every use, so that no product of sizes overflows later.
+    fn sizes_fit(&self) -> Result<(), Misfit> {
+        let t = &self.training;
+        let longest = t.sequence.iter().map(|s| s.length).max().unwrap_or(self.model.max_seq_len);
+        expect(t.steps <= MAX_STEPS, "training.steps", t.steps, &format!("at most {MAX_STEPS} are supported"))?;
+        expect(
+            t.batch.saturating_mul(longest) <= MAX_TOKENS,
+            "training.batch",
+            t.batch,
+            &format!(
+                "with sequences of {longest} it may be {} at most; `training.accumulation` adds up several",
+                MAX_TOKENS / longest
+            ),
+        )?;
+        let most = MAX_ACCUMULATION;
+        expect(
+            t.accumulation <= most,
+            "training.accumulation",
+            t.accumulation,
+            &format!("at most {most} are supported"),
+        )?;
+        let most = MAX_TOKENS.saturating_mul(MAX_ACCUMULATION);
+        expect(
+            t.tokens_per_step <= most,
+            "training.tokens_per_step",
+            t.tokens_per_step,
+            &format!("at most {most} are supported"),
+        )
     }
 
     fn optimizer_fits(&self) -> Result<(), Misfit> {
