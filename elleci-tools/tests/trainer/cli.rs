@@ -159,7 +159,7 @@ fn a_dry_run_plans_and_times_and_writes_nothing() {
     let (out, err) = scene.expect(scene.bare(&["--preset", "nano", "--dry-run", "--steps", "1"]), 0);
     assert!(out.contains("5,937,672 parameters") && err.contains("random tokens"), "{out}{err}");
     // No machine holds this.
-    let huge = ["--preset", "elleci-1.5b", "--dry-run", "--set", "training.batch=65536"];
+    let huge = ["--preset", "elleci-1.5b", "--dry-run", "--set", "training.batch=4096"];
     let (out, _) = scene.expect(scene.bare(&huge), 0);
     assert!(out.contains("1,494,416,256 parameters") && out.contains("Not stepping"), "{out}");
 }
