@@ -302,8 +302,9 @@ impl Pass<'_> {
     fn ffn(&self, ids: &FfnIds, scratch: &mut Scratch) {
         let c = self.model.config();
         let f = c.ffn_hidden;
+        // The buffers that the mixers make nearly as large.
         let gate = grown(&mut scratch.a, self.rows * f);
-        let up = grown(&mut scratch.b, self.rows * f);
+        let up = grown(&mut scratch.c, self.rows * f);
         self.project_all([ids.gate, ids.up], &scratch.norm, [&mut *gate, &mut *up]);
         self.expect(&[ids.down]);
         scratch.quantized.resize(self.rows, f);
