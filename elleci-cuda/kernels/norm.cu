@@ -124,14 +124,22 @@ NORM_BACKWARD(norm_backward_gated, Gated)
 NORM_BACKWARD(norm_backward_squared, Squared)
 
 // out[i] += Σ over rows of partials [rows, width], row after row.
-KERNEL(256, column_sum)(const float* partials, int rows, int width, float* out) {
+DEVICE void sum_column(const float* partials, int rows, int len, int stride, float* out) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= width) {
-        return;
+    if (i < len) {
+        float sum = 0.0f;
+        for (int row = 0; row < rows; row++) {
+            sum += partials[(i64)row * stride + i];
+        }
+        out[i] += sum;
     }
-    float sum = 0.0f;
-    for (int row = 0; row < rows; row++) {
-        sum += partials[(i64)row * width + i];
-    }
-    out[i] += sum;
+}
+
+KERNEL(256, column_sum)(const float* partials, int rows, int width, float* out) {
+    sum_column(partials, rows, width, width, out);
+}
+
+// The same for `len` columns of wider rows.
+KERNEL(256, column_sum_part)(const float* partials, int rows, int len, int stride, float* out) {
+    sum_column(partials, rows, len, stride, out);
 }

@@ -10,8 +10,12 @@ struct Dim3 {
 };
 extern Dim3 threadIdx, blockIdx, blockDim, gridDim;
 
-#define KERNEL(threads, name) extern "C" void name
+#define KERNEL(threads, name)             \
+    enum { threads_of_##name = threads }; \
+    extern "C" void name
 #define DEVICE inline
+// Touches no memory of the device.
+#define UNWATCHED __attribute__((no_sanitize("thread")))
 #define BARRIER() emulated_barrier()
 #define __restrict__ __restrict
 
@@ -61,7 +65,7 @@ DEVICE u32 bf16_bits(float v) {
 DEVICE u32 bf16_pair(float low, float high) { return bf16_bits(low) | bf16_bits(high) << 16; }
 
 // The fragments of mma.m16n8k16: lane l holds rows l/4 and l/4 + 8, and of k the pairs at 2 (l % 4) and 8 further.
-inline void mma_bf16_of_warp(const u32* lanes, u32* out) {
+UNWATCHED inline void mma_bf16_of_warp(const u32* lanes, u32* out) {
     float a[16][16], b[16][8], d[16][8];
     for (int l = 0; l < 32; l++) {
         const u32* w = lanes + 10 * l;
@@ -93,7 +97,7 @@ inline void mma_bf16_of_warp(const u32* lanes, u32* out) {
 }
 
 // The fragments of mma.m16n8k32: as above with four int8 to a register.
-inline void mma_s8_of_warp(const u32* lanes, u32* out) {
+UNWATCHED inline void mma_s8_of_warp(const u32* lanes, u32* out) {
     int a[16][32], b[32][8], d[16][8];
     for (int l = 0; l < 32; l++) {
         const u32* w = lanes + 10 * l;

@@ -72,15 +72,15 @@ const u8 LIVE = 1, DEFINED = 2;
 struct Memory {
     u8* base;
     size_t size;
-    std::vector<u8> state;  // LIVE | DEFINED by byte
-    std::vector<Word> words; // by four bytes
+    u8* state;   // LIVE | DEFINED by byte
+    Word* words; // by four bytes
 };
 
 Memory device, shared;
 u8* stacks;
 Thread threads[MAX_THREADS];
 Warp warps[MAX_THREADS / 32];
-u32 thread_count, current, alive, at_barrier, epoch, block_number, launch_number;
+u32 shared_bytes, thread_count, current, alive, at_barrier, epoch, block_number, launch_number;
 void* scheduler;
 u64 random_state;
 char message[512];
@@ -336,21 +336,37 @@ void __tsan_init() {}
 
 // --- what the host calls ------------------------------------------------------------------------------------------
 
-extern const EmulatedKernel emulated_kernels[];
-extern const u32 emulated_kernel_count;
-
-// Memory of the device: nothing in it may be touched before emulated_live says so.
-u8* emulated_memory(size_t size) {
-    if (device.base) {
-        munmap(device.base, device.size);
+const EmulatedKernel* emulated_find(const char* name) {
+    for (u32 list = 0; list < emulated_list_count; list++) {
+        for (u32 k = 0; k < emulated_lists[list].count; k++) {
+            if (strcmp(emulated_lists[list].kernels[k].name, name) == 0) {
+                return &emulated_lists[list].kernels[k];
+            }
+        }
     }
-    void* p = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (p == MAP_FAILED) {
-        return nullptr;
-    }
-    device = Memory{(u8*)p, size, std::vector<u8>(size, 0), std::vector<Word>((size + 3) / 4)};
-    return device.base;
+    return nullptr;
 }
+
+const char* emulated_signature(const EmulatedKernel* kernel) { return kernel->signature; }
+
+// Zero pages that exist once they are touched.
+static void* pages(size_t size) {
+    void* p = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    return p == MAP_FAILED ? nullptr : p;
+}
+
+static bool allocate(Memory& m, size_t size) {
+    if (m.base) {
+        munmap(m.base, m.size);
+        munmap(m.state, m.size);
+        munmap(m.words, (m.size + 3) / 4 * sizeof(Word));
+    }
+    m = Memory{(u8*)pages(size), size, (u8*)pages(size), (Word*)pages((size + 3) / 4 * sizeof(Word))};
+    return m.base && m.state && m.words;
+}
+
+// Memory of the device: nothing in it may be touched before emulated_mark says so.
+u8* emulated_memory(size_t size) { return allocate(device, size) ? device.base : nullptr; }
 
 void emulated_mark(size_t at, size_t size, int live, int defined) {
     memset(&device.state[at], (live ? LIVE : 0) | (defined ? DEFINED : 0), size);
@@ -367,9 +383,9 @@ int emulated_defined(size_t at, size_t size) {
 }
 
 static void start_block() {
-    memset(shared.base, 0xff, shared.size);
-    memset(shared.state.data(), LIVE, shared.size);
-    memset(shared.state.data() + shared.size, 0, SHARED_MAX - shared.size);
+    memset(shared.base, 0xff, shared_bytes);
+    memset(shared.state, LIVE, shared_bytes);
+    memset(shared.state + shared_bytes, 0, SHARED_MAX - shared_bytes);
     alive = thread_count;
     at_barrier = epoch = 0;
     for (u32 t = 0; t < thread_count; t++) {
@@ -429,29 +445,27 @@ static bool run_block() {
 }
 
 // Runs a launch; null, or what was wrong with it. Seed 0 keeps the order of threads.
-const char* emulated_launch(u32 kernel, Dim3 grid, Dim3 block, u32 shared_bytes, void** args, u64 seed) {
+const char* emulated_launch(const EmulatedKernel* kernel, Dim3 grid, Dim3 block, u32 bytes, void** args, u64 seed) {
     static bool ready = false;
     if (!ready) {
-        stacks = (u8*)mmap(nullptr, STACK * MAX_THREADS, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        shared.base = (u8*)mmap(nullptr, SHARED_MAX, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        shared.state.resize(SHARED_MAX);
-        shared.words.resize(SHARED_MAX / 4);
+        stacks = (u8*)pages(STACK * MAX_THREADS);
+        allocate(shared, SHARED_MAX);
         ready = true;
     }
     message[0] = 0;
-    const EmulatedKernel& k = emulated_kernels[kernel];
+    const EmulatedKernel& k = *kernel;
     kernel_name = k.name;
     entry = k.call;
     entry_args = args;
     gridDim = grid;
     blockDim = block;
     thread_count = block.x * block.y * block.z;
-    if (thread_count == 0 || thread_count > k.max_threads || thread_count % 32 || shared_bytes > SHARED_MAX) {
+    if (thread_count == 0 || thread_count > k.max_threads || thread_count % 32 || bytes > SHARED_MAX) {
         snprintf(message, sizeof message, "%s: a block of %u threads (at most %u) with %u bytes of shared memory",
-                 k.name, thread_count, k.max_threads, shared_bytes);
+                 k.name, thread_count, k.max_threads, bytes);
         return message;
     }
-    shared.size = shared_bytes;
+    shared_bytes = bytes;
     random_state = seed;
     launch_number++;
     block_number = 0;

@@ -11,6 +11,14 @@ struct EmulatedKernel {
     u32 max_threads;
 };
 
+// The kernels of one file, which the build generates from their sources.
+struct KernelList {
+    const EmulatedKernel* kernels;
+    u32 count;
+};
+extern const KernelList emulated_lists[];
+extern const u32 emulated_list_count;
+
 template <class T> constexpr char letter() {
     if constexpr (std::is_pointer_v<T>) return 'p';
     else if constexpr (std::is_same_v<T, int>) return 'i';

@@ -1,0 +1,1 @@
+//! A card, through the driver API.
