@@ -44,7 +44,7 @@ KERNEL(256, cross_entropy)(float* logits, const u32* targets, const float* weigh
         }
         return;
     }
-    float max = row[threadIdx.x < vocab ? threadIdx.x : 0];
+    float max = row[(int)threadIdx.x < vocab ? (int)threadIdx.x : 0];
     for (int i = threadIdx.x; i < vocab; i += blockDim.x) {
         max = Max::of(row[i], max);
     }

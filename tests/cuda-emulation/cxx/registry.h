@@ -1,5 +1,6 @@
 // Calls a kernel with the addresses of its arguments, and describes its parameters, from its C++ type alone.
 #pragma once
+#include <cstddef>
 #include <type_traits>
 #include <utility>
 
