@@ -12,7 +12,7 @@ extern Dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 #define KERNEL(threads, name)             \
     enum { threads_of_##name = threads }; \
-    extern "C" void name
+    extern "C" __attribute__((noinline)) void name
 #define DEVICE inline
 // Touches no memory of the device.
 #define UNWATCHED __attribute__((no_sanitize("thread")))

@@ -61,12 +61,9 @@ fn blocks_that_write_the_same_word_are_found() {
 }
 
 #[test]
-fn threads_that_do_not_come_are_found() {
-    let mut bench = Bench::new();
-    let out = bench.floats(&[0.0; 128]);
-    let mut device = bench.start(0);
-    let error = device.launch("fault_barrier", launch(64, 1, 0), &[Arg::Buf(out)]).unwrap_err().to_string();
-    assert!(error.contains("wait for others") || error.contains("64"), "{error}");
+fn lanes_that_do_not_come_are_found() {
+    let found = complaint("fault_exchange", launch(64, 1, 0), |out| vec![out], 0);
+    assert!(found.contains("wait for others that do not come"), "{found}");
 }
 
 #[test]
