@@ -53,7 +53,7 @@ struct Warp {
     u32 turn; // meetings so far; the buffers alternate
 };
 
-// Who last wrote and who last read a word. Bytes: which bytes of the word.
+// Who last wrote and who last read a word of two bytes (bf16 neighbours belong to different threads). Bytes: which of them.
 struct Access {
     u32 launch;
     u32 block;
@@ -73,7 +73,7 @@ struct Memory {
     u8* base;
     size_t size;
     u8* state;   // LIVE | DEFINED by byte
-    Word* words; // by four bytes
+    Word* words; // by two bytes
 };
 
 Memory device, shared;
@@ -242,11 +242,8 @@ void check_in(Memory& m, const u8* p, size_t size, bool write) {
             return;
         }
     }
-    for (size_t word = at / 4; word <= (at + size - 1) / 4; word++) {
-        u8 bytes = 0xf;
-        if (size < 4) {
-            bytes = (u8)(((1 << size) - 1) << at % 4);
-        }
+    for (size_t word = at / 2; word <= (at + size - 1) / 2; word++) {
+        const u8 bytes = size == 1 ? (u8)(1 << at % 2) : 3;
         check_word(m.words[word], &m == &shared, p, size, bytes, write);
     }
 }
@@ -359,9 +356,9 @@ static bool allocate(Memory& m, size_t size) {
     if (m.base) {
         munmap(m.base, m.size);
         munmap(m.state, m.size);
-        munmap(m.words, (m.size + 3) / 4 * sizeof(Word));
+        munmap(m.words, (m.size + 1) / 2 * sizeof(Word));
     }
-    m = Memory{(u8*)pages(size), size, (u8*)pages(size), (Word*)pages((size + 3) / 4 * sizeof(Word))};
+    m = Memory{(u8*)pages(size), size, (u8*)pages(size), (Word*)pages((size + 1) / 2 * sizeof(Word))};
     return m.base && m.state && m.words;
 }
 
