@@ -67,13 +67,19 @@ impl fmt::Display for DeviceError {
                 write!(f, "{library} cannot be loaded ({reason}); install it, or train with --device cpu")
             }
             DeviceError::NoDevice { ordinal, count: 0 } => {
-                write!(f, "device cuda:{ordinal} asked for, but the driver sees no CUDA device (nvidia-smi -L lists them)")
+                write!(
+                    f,
+                    "device cuda:{ordinal} asked for, but the driver sees no CUDA device (nvidia-smi -L lists them)"
+                )
             }
             DeviceError::NoDevice { ordinal, count } => {
                 write!(f, "device cuda:{ordinal} asked for, but the devices are cuda:0 to cuda:{}", count - 1)
             }
             DeviceError::TooOld { capability: (major, minor) } => {
-                write!(f, "the device has compute capability {major}.{minor}; 8.0 or newer is needed (bf16 tensor cores)")
+                write!(
+                    f,
+                    "the device has compute capability {major}.{minor}; 8.0 or newer is needed (bf16 tensor cores)"
+                )
             }
             DeviceError::Memory { needed, free } => write!(
                 f,
@@ -190,4 +196,41 @@ pub trait Device {
     /// # Errors
     /// A fault of the device.
     fn replay(&mut self, recording: Recording) -> Result<()>;
+}
+
+/// A device behind a pointer is a device.
+impl<D: Device + ?Sized> Device for Box<D> {
+    fn describe(&self) -> String {
+        (**self).describe()
+    }
+    fn reserve(&mut self, arena: &Arena) -> Result<()> {
+        (**self).reserve(arena)
+    }
+    fn relabel(&mut self, arena: &Arena) -> Result<()> {
+        (**self).relabel(arena)
+    }
+    fn base(&self) -> u64 {
+        (**self).base()
+    }
+    fn write(&mut self, to: Buf, bytes: &[u8]) -> Result<()> {
+        (**self).write(to, bytes)
+    }
+    fn read(&mut self, from: Buf, bytes: &mut [u8]) -> Result<()> {
+        (**self).read(from, bytes)
+    }
+    fn zero(&mut self, buf: Buf) -> Result<()> {
+        (**self).zero(buf)
+    }
+    fn launch(&mut self, kernel: &'static str, launch: Launch, args: &[Arg]) -> Result<()> {
+        (**self).launch(kernel, launch, args)
+    }
+    fn record(&mut self) -> Result<()> {
+        (**self).record()
+    }
+    fn recorded(&mut self) -> Result<Recording> {
+        (**self).recorded()
+    }
+    fn replay(&mut self, recording: Recording) -> Result<()> {
+        (**self).replay(recording)
+    }
 }

@@ -46,14 +46,18 @@ fn fault(action: &'static str) -> impl Fn(DriverError) -> DeviceError {
         let remedy = match e.0 {
             CUDA_ERROR_OUT_OF_MEMORY => "; another process may have taken the memory (nvidia-smi lists them)",
             CUDA_ERROR_DEVICE_UNAVAILABLE => "; the card is in exclusive mode and another process has it",
-            CUDA_ERROR_ECC_UNCORRECTABLE => "; the card's memory has a hardware fault: resume from the last checkpoint on another",
+            CUDA_ERROR_ECC_UNCORRECTABLE => {
+                "; the card's memory has a hardware fault: resume from the last checkpoint on another"
+            }
             CUDA_ERROR_ILLEGAL_ADDRESS | CUDA_ERROR_LAUNCH_FAILED | CUDA_ERROR_MISALIGNED_ADDRESS => {
                 "; this process can use the card no more: the last checkpoint is good, resume from it"
             }
             CUDA_ERROR_SYSTEM_DRIVER_MISMATCH | CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE => {
                 "; the driver and its kernel module are of different versions: restart the machine"
             }
-            CUDA_ERROR_NO_BINARY_FOR_GPU | CUDA_ERROR_UNSUPPORTED_PTX_VERSION => "; the driver is older than NVRTC: update it",
+            CUDA_ERROR_NO_BINARY_FOR_GPU | CUDA_ERROR_UNSUPPORTED_PTX_VERSION => {
+                "; the driver is older than NVRTC: update it"
+            }
             _ => "",
         };
         DeviceError::Driver { action, reason: format!("{e}{remedy}") }

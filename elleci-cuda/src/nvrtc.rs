@@ -1,7 +1,9 @@
 //! Compiling the kernels with NVRTC, which needs neither a device nor a driver.
 
+use std::collections::BTreeMap;
 use std::ffi::{CString, c_char};
 use std::panic::catch_unwind;
+use std::sync::{Mutex, PoisonError};
 
 use cudarc::nvrtc::{result, sys};
 
@@ -109,11 +111,25 @@ fn resources(log: &str) -> Vec<Resources> {
     out
 }
 
-/// Compiles all files; the order is that of [`crate::source::SOURCES`].
+/// What has been compiled in this process, by architecture.
+static COMPILED: Mutex<BTreeMap<String, Vec<Compiled>>> = Mutex::new(BTreeMap::new());
+
+/// Compiles all files, once a process; the order is that of [`crate::source::SOURCES`].
 ///
 /// # Errors
 /// The first that does not compile.
 pub fn compile_all(arch: &str) -> Result<Vec<Compiled>, DeviceError> {
+    // A panic in another thread leaves a map that is whole: entries are inserted in one piece.
+    let mut compiled = COMPILED.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(all) = compiled.get(arch) {
+        return Ok(all.clone());
+    }
+    let all = compile_each(arch)?;
+    compiled.insert(arch.to_string(), all.clone());
+    Ok(all)
+}
+
+fn compile_each(arch: &str) -> Result<Vec<Compiled>, DeviceError> {
     // A library that is there but broken makes cudarc panic while it looks up symbols.
     let all = catch_unwind(|| crate::source::SOURCES.iter().map(|s| compile(s, arch)).collect());
     all.unwrap_or_else(|_| {

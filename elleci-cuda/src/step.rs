@@ -272,8 +272,7 @@ impl<'a> Step<'a> {
         norm::backward(self.dev, source, gain, saved.gated.rstd, s.dgated, to, false, s.partials, dgain)?;
 
         // scan, step sizes, convolution
-        let towards =
-            ssd::Towards { dxbc: s.dxbc, ddt: s.ddt, a_log: self.grad(ids.a_log), skip: self.grad(ids.d) };
+        let towards = ssd::Towards { dxbc: s.dxbc, ddt: s.ddt, a_log: self.grad(ids.a_log), skip: self.grad(ids.d) };
         let (shape, input) = (scan(c, &plan.options), self.scan_input(ids, saved));
         ssd::backward(self.dev, products, shape, input, saved.scan, s.dy, s.scan, towards)?;
         let shape = conv(c, &plan.options);

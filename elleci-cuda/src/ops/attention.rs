@@ -140,7 +140,8 @@ pub fn backward(
     let launch = Launch { grid: [rows.div_ceil(warps) as u32, 1, 1], threads: THREADS, shared: 0 };
     dev.launch("attention_delta", launch, &args)?;
 
-    const DQ: [&str; 4] = ["attention_dq_f32_64", "attention_dq_f32_128", "attention_dq_bf16_64", "attention_dq_bf16_128"];
+    const DQ: [&str; 4] =
+        ["attention_dq_f32_64", "attention_dq_f32_128", "attention_dq_bf16_64", "attention_dq_bf16_128"];
     let (launch, kernel) = h.launch(products, 4, 1, 2 * BLOCK);
     let mut args = h.args(input);
     args.extend([lse, delta, room(out.d_o, o_len), room(towards.dq, t * h.row_q())]);

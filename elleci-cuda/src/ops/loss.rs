@@ -46,14 +46,7 @@ impl Occurrences {
 ///
 /// # Errors
 /// A fault of the device.
-pub fn embed_backward(
-    dev: &mut dyn Device,
-    tokens: Buf,
-    at: Occurrences,
-    dh: Buf,
-    d: usize,
-    grad: Buf,
-) -> Result<()> {
+pub fn embed_backward(dev: &mut dyn Device, tokens: Buf, at: Occurrences, dh: Buf, d: usize, grad: Buf) -> Result<()> {
     let n = tokens.len;
     let args = [
         exact(tokens, Dtype::U32, n),
@@ -82,7 +75,14 @@ pub struct Targets {
 ///
 /// # Errors
 /// A fault of the device.
-pub fn cross_entropy(dev: &mut dyn Device, logits: Buf, vocab: usize, t: Targets, grad: bool, losses: Buf) -> Result<()> {
+pub fn cross_entropy(
+    dev: &mut dyn Device,
+    logits: Buf,
+    vocab: usize,
+    t: Targets,
+    grad: bool,
+    losses: Buf,
+) -> Result<()> {
     let n = t.targets.len;
     let args = [
         room(logits, n * vocab),

@@ -194,8 +194,7 @@ pub fn dense_dw(
     (out, input): (usize, usize),
     dw: Buf,
 ) -> Result<()> {
-    let args =
-        [room(dy, rows * out), room(x, rows * input), int(rows), int(out), int(input), floats(dw, out * input)];
+    let args = [room(dy, rows * out), room(x, rows * input), int(rows), int(out), int(input), floats(dw, out * input)];
     let launch = tiles(products, out, input, Order::Row, Order::Row);
     dev.launch(products.pick("dense_dw_f32", "dense_dw_bf16"), launch, &args)
 }

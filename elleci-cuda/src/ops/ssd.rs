@@ -72,10 +72,18 @@ impl Shape {
     }
 
     /// The launch of a block a chunk and `across` heads or groups, and which of the four kernels it is.
-    fn launch(&self, products: Products, across: usize, state_tiles: u32, head_tiles: u32, bytes: u32) -> (Launch, usize) {
+    fn launch(
+        &self,
+        products: Products,
+        across: usize,
+        state_tiles: u32,
+        head_tiles: u32,
+        bytes: u32,
+    ) -> (Launch, usize) {
         let n = self.compiled_states().expect("checked when the plan was made");
         let chunk = CHUNK as u32;
-        let shared = state_tiles * products.tile_bytes(chunk, n as u32) + head_tiles * products.tile_bytes(chunk, chunk) + bytes;
+        let shared =
+            state_tiles * products.tile_bytes(chunk, n as u32) + head_tiles * products.tile_bytes(chunk, chunk) + bytes;
         let grid = [across as u32, self.chunks() as u32, self.batch as u32];
         (Launch { grid, threads: THREADS, shared }, products.pick(0, 2) + (n == STATES[1]) as usize)
     }
@@ -129,17 +137,7 @@ pub fn forward(dev: &mut dyn Device, products: Products, s: Shape, x: Input, sav
 
     const STATES: [&str; 4] = ["ssd_states_f32_64", "ssd_states_f32_128", "ssd_states_bf16_64", "ssd_states_bf16_128"];
     let (launch, kernel) = s.launch(products, s.heads, 1, 1, 3 * 4 * CHUNK as u32);
-    let args = [
-        xbc,
-        dt,
-        a_log,
-        seq,
-        heads,
-        head_dim,
-        d_state,
-        states,
-        exact(saved.decay, Dtype::F32, s.chunk_heads()),
-    ];
+    let args = [xbc, dt, a_log, seq, heads, head_dim, d_state, states, exact(saved.decay, Dtype::F32, s.chunk_heads())];
     dev.launch(STATES[kernel], launch, &args)?;
     s.pass(dev, saved.states, saved.decay, false)?;
 
@@ -196,7 +194,8 @@ pub fn backward(
     let dy = room(dy, s.tokens() * s.inner());
     let [seq, heads, head_dim, d_state] = s.sizes();
 
-    const DSTATES: [&str; 4] = ["ssd_dstates_f32_64", "ssd_dstates_f32_128", "ssd_dstates_bf16_64", "ssd_dstates_bf16_128"];
+    const DSTATES: [&str; 4] =
+        ["ssd_dstates_f32_64", "ssd_dstates_f32_128", "ssd_dstates_bf16_64", "ssd_dstates_bf16_128"];
     let (launch, kernel) = s.launch(products, s.heads, 1, 1, 3 * 4 * CHUNK as u32);
     dev.launch(DSTATES[kernel], launch, &[xbc, dy, dt, a_log, seq, heads, head_dim, d_state, dstates])?;
     s.pass(dev, scratch.dstates, saved.decay, true)?;

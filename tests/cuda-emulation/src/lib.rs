@@ -84,7 +84,9 @@ impl Emulated {
         let inside = |r: &Region| buf.at >= r.buf.at && buf.at + buf.bytes() <= r.buf.at + r.buf.bytes();
         match self.regions.iter().any(inside) {
             true => Ok(()),
-            false => Err(DeviceError::Driver { action: "copy", reason: format!("{buf:?} is in no region of the plan") }),
+            false => {
+                Err(DeviceError::Driver { action: "copy", reason: format!("{buf:?} is in no region of the plan") })
+            }
         }
     }
 
@@ -263,4 +265,3 @@ impl Device for Emulated {
         Ok(())
     }
 }
-

@@ -2,6 +2,7 @@
 
 use elleci_cuda::arena::Dtype;
 use elleci_cuda::device::{Arg, Device, DeviceError, Launch};
+use elleci_cuda_emulation::Emulated;
 use half::bf16;
 
 use crate::machine::{Bench, Numbers, close, read};
@@ -14,7 +15,7 @@ fn launch(threads: u32, blocks: u32, shared: u32) -> Launch {
 fn complaint(kernel: &'static str, l: Launch, args: impl Fn(Arg) -> Vec<Arg>, seed: u64) -> String {
     let mut bench = Bench::new();
     let out = bench.room(128);
-    let mut device = bench.start(seed);
+    let mut device = bench.start_on(Emulated::new(seed));
     match device.launch(kernel, l, &args(Arg::Buf(out))) {
         Err(DeviceError::Kernel { reason, .. }) => reason,
         other => panic!("{kernel}: {other:?}"),
@@ -28,7 +29,7 @@ fn a_race_is_found_whatever_the_order_and_a_barrier_ends_it() {
         assert!(found.contains("race") || found.contains("nothing wrote"), "{found}");
         let mut bench = Bench::new();
         let out = bench.room(128);
-        let mut device = bench.start(seed);
+        let mut device = bench.start_on(Emulated::new(seed));
         device.launch("fault_race", launch(128, 1, 512), &[Arg::Buf(out), Arg::Int(1)]).unwrap();
         assert_eq!(read(&mut device, out)[..3], [1.0, 2.0, 3.0]);
     }
@@ -48,7 +49,7 @@ fn undefined_memory_is_found_on_the_device_and_by_the_host() {
     assert!(found.contains("nothing wrote"), "{found}");
     let mut bench = Bench::new();
     let out = bench.room(128);
-    let mut device = bench.start(0);
+    let mut device = bench.start_on(Emulated::new(0));
     device.launch("fault_bounds", launch(32, 1, 0), &[Arg::Buf(out), Arg::Int(127)]).unwrap();
     let error = device.read(out, &mut [0; 512]).unwrap_err().to_string();
     assert!(error.contains("not all of"), "{error}");
@@ -81,7 +82,7 @@ fn a_fragment_is_what_the_manual_says() {
     let (a, b) = (numbers.vec(256, 1.0), numbers.vec(128, 1.0));
     let mut bench = Bench::new();
     let (buf_a, buf_b, d) = (bench.floats(&a), bench.floats(&b), bench.empty(Dtype::F32, 128));
-    let mut device = bench.start(5);
+    let mut device = bench.start_on(Emulated::new(5));
     device.launch("fragment_bf16", launch(32, 1, 0), &[Arg::Buf(buf_a), Arg::Buf(buf_b), Arg::Buf(d)]).unwrap();
     let round = |v: f32| bf16::from_f32(v).to_f32();
     let want: Vec<f32> =

@@ -2,6 +2,7 @@
 
 use elleci_cuda::arena::{Arena, Buf, Dtype, Use};
 use elleci_cuda::device::Device;
+use elleci_cuda::driver::Card;
 use elleci_cuda_emulation::Emulated;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
@@ -24,6 +25,14 @@ impl Numbers {
 
     pub fn below(&mut self, n: u32) -> u32 {
         self.0.next_u32() % n
+    }
+}
+
+/// The device under test: the emulated one, or with ELLECI_CUDA_TEST=card the first card of the machine.
+pub fn device(seed: u64) -> Box<dyn Device> {
+    match std::env::var("ELLECI_CUDA_TEST").as_deref() {
+        Ok("card") => Box::new(Card::open(0).unwrap()),
+        _ => Box::new(Emulated::new(seed)),
     }
 }
 
@@ -66,8 +75,11 @@ impl Bench {
         self.bytes(Dtype::U32, values.len(), bytes)
     }
 
-    pub fn start(self, seed: u64) -> Emulated {
-        let mut device = Emulated::new(seed);
+    pub fn start(self, seed: u64) -> Box<dyn Device> {
+        self.start_on(device(seed))
+    }
+
+    pub fn start_on<D: Device>(self, mut device: D) -> D {
         device.reserve(&self.arena.unwrap()).unwrap();
         for (buf, bytes) in self.contents {
             device.write(buf, &bytes).unwrap();
@@ -76,13 +88,13 @@ impl Bench {
     }
 }
 
-pub fn read_bytes(device: &mut Emulated, buf: Buf) -> Vec<u8> {
+pub fn read_bytes(device: &mut dyn Device, buf: Buf) -> Vec<u8> {
     let mut bytes = vec![0; buf.bytes() as usize];
     device.read(buf, &mut bytes).unwrap();
     bytes
 }
 
-pub fn read(device: &mut Emulated, buf: Buf) -> Vec<f32> {
+pub fn read(device: &mut dyn Device, buf: Buf) -> Vec<f32> {
     assert_eq!(buf.dtype, Dtype::F32);
     read_bytes(device, buf).as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect()
 }
@@ -99,5 +111,10 @@ pub fn distance(got: &[f32], want: &[f32]) -> f64 {
 #[track_caller]
 pub fn close(what: &str, got: &[f32], want: &[f32], bound: f64) {
     let d = distance(got, want);
-    assert!(d <= bound, "{what}: {d:e} > {bound:e}\n got {:?}\nwant {:?}", &got[..got.len().min(6)], &want[..want.len().min(6)]);
+    assert!(
+        d <= bound,
+        "{what}: {d:e} > {bound:e}\n got {:?}\nwant {:?}",
+        &got[..got.len().min(6)],
+        &want[..want.len().min(6)]
+    );
 }

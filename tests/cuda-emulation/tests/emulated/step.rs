@@ -12,7 +12,7 @@ use elleci_cuda::plan::{Options, Plan};
 use elleci_cuda::trainer::{Rates, Trainer};
 use elleci_cuda_emulation::Emulated;
 
-use crate::machine::{Numbers, distance};
+use crate::machine::{Numbers, device, distance};
 
 /// A model with a layer of each kind (two of Mamba), and no size that is a multiple of a tile.
 fn config() -> ModelConfig {
@@ -85,7 +85,7 @@ fn options(products: Products, checkpointing: Checkpointing, batch: usize, seq: 
 }
 
 fn trainer(c: &ModelConfig, w: &Params, o: Options, seed: u64) -> Trainer {
-    Trainer::new(Box::new(Emulated::new(seed)), w, c, AdamWConfig::default(), o, 1).unwrap()
+    Trainer::new(device(seed), w, c, AdamWConfig::default(), o, 1).unwrap()
 }
 
 /// Loss and gradients of the core, in float32.
@@ -137,7 +137,9 @@ fn loss_and_every_gradient_equal_the_cores() {
     let w = weights(&c);
     let data = Data::new(1, 2, 70);
     let (want_loss, want) = core(&c, &w, &data, 0.01);
-    for (seed, checkpointing) in [(0, Checkpointing::None), (3, Checkpointing::EveryLayer), (9, Checkpointing::EveryKth(2))] {
+    for (seed, checkpointing) in
+        [(0, Checkpointing::None), (3, Checkpointing::EveryLayer), (9, Checkpointing::EveryKth(2))]
+    {
         let mut t = trainer(&c, &w, options(Products::F32, checkpointing, 2, 70), seed);
         let loss = t.accumulate(&data.batch(), 0.01).unwrap();
         assert!((loss - want_loss).abs() <= 1e-4 * want_loss, "{loss} {want_loss}");

@@ -1,6 +1,8 @@
 //! Attention and rotation.
 
-use elleci_core::ops::attention::{AttentionGrad, AttentionInput, AttentionShape, attention_backward, attention_forward};
+use elleci_core::ops::attention::{
+    AttentionGrad, AttentionInput, AttentionShape, attention_backward, attention_forward,
+};
 use elleci_core::ops::rope::RopeTable;
 use elleci_cuda::ops::Products;
 use elleci_cuda::ops::attention::{self, Heads, Input, Output, Rotated, Towards};
@@ -20,11 +22,8 @@ fn check(products: Products, bound: f64, h: Heads) {
     let input = Input { q: bench.floats(&q), kv: bench.floats(&kv), ckr: bench.floats(&ckr) };
     let (o, lse) = (bench.room(d_o.len()), bench.room(t * h.heads));
     let out = Output { lse, o, d_o: bench.floats(&d_o), delta: bench.room(t * h.heads) };
-    let towards = Towards {
-        dq: bench.room(q.len()),
-        dkv: bench.room(kv.len()),
-        dkr_heads: bench.room(t * h.heads * h.d_rope),
-    };
+    let towards =
+        Towards { dq: bench.room(q.len()), dkv: bench.room(kv.len()), dkr_heads: bench.room(t * h.heads * h.d_rope) };
     let dckr = bench.floats(&vec![0.0; ckr.len()]);
     let mut device = bench.start(37);
     attention::forward(&mut device, products, h, input, o, lse).unwrap();

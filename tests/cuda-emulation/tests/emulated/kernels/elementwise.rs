@@ -120,8 +120,7 @@ fn convolution_and_step_sizes_where_the_projections_left_them() {
     let mut bench = Bench::new();
     let bufs = (bench.floats(&zx), bench.floats(&bcdt));
     let filters = Filters { weight: bench.floats(&weight), bias: bench.floats(&bias) };
-    let dfilters =
-        Filters { weight: bench.floats(&vec![0.0; weight.len()]), bias: bench.floats(&vec![0.0; channels]) };
+    let dfilters = Filters { weight: bench.floats(&vec![0.0; weight.len()]), bias: bench.floats(&vec![0.0; channels]) };
     let (out, dout_buf) = (bench.room(s.tokens * channels), bench.floats(&dout));
     let (dzx, dbcdt) = (bench.floats(&vec![9.0; zx.len()]), bench.room(bcdt.len()));
     let partials = bench.room(s.conv_partials_len());
@@ -141,7 +140,8 @@ fn convolution_and_step_sizes_where_the_projections_left_them() {
     mamba::conv_silu(&mut device, s, bufs.0, bufs.1, filters, out).unwrap();
     close("conv", &read(&mut device, out), &want, F32);
 
-    let (mut dinput, mut dweight, mut dconv_bias) = (vec![0.0; input.len()], vec![0.0; weight.len()], vec![0.0; channels]);
+    let (mut dinput, mut dweight, mut dconv_bias) =
+        (vec![0.0; input.len()], vec![0.0; weight.len()], vec![0.0; channels]);
     conv_silu_backward(core, &input, &weight, &bias, &dout, &mut dinput, &mut dweight, &mut dconv_bias);
     mamba::step_sizes(&mut device, s, bufs.1, dt_bias_buf, dt).unwrap();
     mamba::step_sizes_backward(&mut device, s, bufs.1, dt_bias_buf, ddt_buf, dbcdt, steps, dbias).unwrap();
@@ -150,7 +150,8 @@ fn convolution_and_step_sizes_where_the_projections_left_them() {
     close("bias", &read(&mut device, dfilters.bias), &dconv_bias, F32);
     let (got_dzx, got_dbcdt) = (read(&mut device, dzx), read(&mut device, dbcdt));
     let raw = |t: usize, h: usize| bcdt[t * width + 2 * s.d_state + h] + dt_bias[h];
-    let (mut want_dzx, mut want_dbcdt, mut want_dt, mut want_dbias) = (vec![9.0; zx.len()], vec![], vec![], vec![0.0; s.heads]);
+    let (mut want_dzx, mut want_dbcdt, mut want_dt, mut want_dbias) =
+        (vec![9.0; zx.len()], vec![], vec![], vec![0.0; s.heads]);
     for t in 0..s.tokens {
         let row = &dinput[t * channels..(t + 1) * channels];
         want_dzx[t * 2 * s.inner + s.inner..(t + 1) * 2 * s.inner].copy_from_slice(&row[..s.inner]);
@@ -177,11 +178,8 @@ fn embedding_rows_and_their_gradients() {
     let (positions, starts, count) = Occurrences::of(&tokens);
     let mut bench = Bench::new();
     let (tokens_buf, table_buf, dh_buf) = (bench.words(&tokens), bench.floats(&table), bench.floats(&dh));
-    let at = Occurrences {
-        positions: bench.words(&positions),
-        starts: bench.words(&starts),
-        count: bench.words(&count),
-    };
+    let at =
+        Occurrences { positions: bench.words(&positions), starts: bench.words(&starts), count: bench.words(&count) };
     let (h, grad) = (bench.room(n as usize * d), bench.floats(&vec![0.5; table.len()]));
     let mut device = bench.start(29);
     loss::embed(&mut device, tokens_buf, table_buf, d, h).unwrap();
@@ -209,11 +207,8 @@ fn cross_entropy_and_its_gradient() {
         let mut bench = Bench::new();
         let (logits_buf, losses, total) =
             (bench.floats(&logits), bench.empty(Dtype::F64, rows), bench.empty(Dtype::F64, 1));
-        let t = Targets {
-            targets: bench.words(&targets),
-            weights: bench.floats(&weights),
-            scale: bench.floats(&[scale]),
-        };
+        let t =
+            Targets { targets: bench.words(&targets), weights: bench.floats(&weights), scale: bench.floats(&[scale]) };
         let mut device = bench.start(31);
         for grad in [false, true] {
             loss::cross_entropy(&mut device, logits_buf, vocab, t, grad, losses).unwrap();

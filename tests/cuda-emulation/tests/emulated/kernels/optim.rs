@@ -8,15 +8,8 @@ use half::bf16;
 
 use crate::machine::{Bench, Numbers, read, read_bytes};
 
-const ADAM_STEP: Adam = Adam {
-    rise1: 0.1,
-    beta2: 0.95,
-    rise2: 0.05,
-    correction2: 0.3,
-    eps: 1e-8,
-    grad_scale: 0.7,
-    seed: 12345,
-};
+const ADAM_STEP: Adam =
+    Adam { rise1: 0.1, beta2: 0.95, rise2: 0.05, correction2: 0.3, eps: 1e-8, grad_scale: 0.7, seed: 12345 };
 const RATES: TensorRates = TensorRates { keep: 0.999, step: 0.01 };
 
 /// The update of `optim/adamw.rs`, in its order.
@@ -85,7 +78,8 @@ fn three_steps_have_the_cores_bits() {
     assert!((got - want).abs() <= 1e-12 * want);
 
     let (signed, unsigned) = (DynamicMap::signed(), DynamicMap::unsigned());
-    let mut states: Vec<(Vec<f32>, Vec<f32>)> = cases.iter().map(|c| (vec![0.0; c.p.len()], vec![0.0; c.p.len()])).collect();
+    let mut states: Vec<(Vec<f32>, Vec<f32>)> =
+        cases.iter().map(|c| (vec![0.0; c.p.len()], vec![0.0; c.p.len()])).collect();
     for step in 0..3 {
         table.update(&mut device, adam, map_buf).unwrap();
         for (case, (m, v)) in cases.iter_mut().zip(&mut states) {
@@ -102,7 +96,8 @@ fn three_steps_have_the_cores_bits() {
                 [(&signed, m, case.tensor.moments.0, m_absmax), (&unsigned, v, case.tensor.moments.1, v_absmax)]
             {
                 let mut want = vec![0; x.len()];
-                let largest: Vec<f32> = x.chunks(BLOCK).zip(want.chunks_mut(BLOCK)).map(|(x, c)| map.quantise(x, c)).collect();
+                let largest: Vec<f32> =
+                    x.chunks(BLOCK).zip(want.chunks_mut(BLOCK)).map(|(x, c)| map.quantise(x, c)).collect();
                 assert_eq!(read_bytes(&mut device, codes), want, "step {step}");
                 assert_eq!(read(&mut device, absmax), largest);
                 // What the next step starts from.
@@ -148,6 +143,6 @@ fn stochastic_rounding_is_unbiased() {
     assert!((ups - expected).abs() < 5.0 * variance.sqrt(), "{ups} of {expected} +- {}", variance.sqrt());
 }
 
-fn bf16s(device: &mut elleci_cuda_emulation::Emulated, buf: Buf) -> Vec<f32> {
+fn bf16s(device: &mut dyn Device, buf: Buf) -> Vec<f32> {
     read_bytes(device, buf).as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32()).collect()
 }

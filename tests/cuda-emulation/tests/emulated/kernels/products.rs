@@ -90,7 +90,8 @@ fn projection(bench: &mut Bench, numbers: &mut Numbers, rows: usize, out: usize,
         }
     }
     let matrix = TernaryMatrix::from_weights(&numbers.vec(out * input, 0.02), out, input);
-    let x = Rows { codes: bench.bytes(Dtype::I8, wide.len(), wide), scales: bench.floats(&scales), rstd: bench.room(1) };
+    let x =
+        Rows { codes: bench.bytes(Dtype::I8, wide.len(), wide), scales: bench.floats(&scales), rstd: bench.room(1) };
     let bytes = packed(&matrix);
     let w = Ternary {
         packed: bench.bytes(Dtype::U8, bytes.len(), bytes),
@@ -123,7 +124,13 @@ fn the_forward_has_the_cores_bits() {
 }
 
 /// `Σ_k a(m, k) · b(n, k)` in float64.
-fn plain(m: usize, n: usize, depth: usize, a: impl Fn(usize, usize) -> f32, b: impl Fn(usize, usize) -> f32) -> Vec<f32> {
+fn plain(
+    m: usize,
+    n: usize,
+    depth: usize,
+    a: impl Fn(usize, usize) -> f32,
+    b: impl Fn(usize, usize) -> f32,
+) -> Vec<f32> {
     let sum = |i: usize| (0..depth).map(|k| a(i / n, k) as f64 * b(i % n, k) as f64).sum::<f64>() as f32;
     (0..m * n).map(sum).collect()
 }

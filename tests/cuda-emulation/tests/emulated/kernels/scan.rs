@@ -41,8 +41,7 @@ fn check(products: Products, bound: f64, s: Shape) {
     ssd::forward(&mut device, products, s, input, saved, y).unwrap();
     ssd::backward(&mut device, products, s, input, saved, dy_buf, scratch, towards).unwrap();
 
-    let shape =
-        SsdShape { batch: s.batch, seq: s.seq, heads: s.heads, head_dim: s.head_dim, d_state: s.d_state };
+    let shape = SsdShape { batch: s.batch, seq: s.seq, heads: s.heads, head_dim: s.head_dim, d_state: s.d_state };
     let f64s = |v: &[f32]| v.iter().map(|v| *v as f64).collect::<Vec<_>>();
     let f32s = |v: &[f64]| v.iter().map(|v| *v as f32).collect::<Vec<_>>();
     let a: Vec<f64> = a_log.iter().map(|v| -(*v as f64).exp()).collect();
