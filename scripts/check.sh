@@ -1,10 +1,10 @@
 #!/bin/sh
-# Checks everything, cheapest first, and sets up what that needs (LibTorch included: see libtorch.sh).
+# Checks everything, cheapest first, and sets up what that needs (LibTorch and NVRTC included: see libtorch.sh, nvrtc.sh).
 #
 #   scripts/check.sh                  all stages
 #   scripts/check.sh fmt lint         only these
 #
-# Stages: fmt lint nostd capi test isa neon fuzz parity doc
+# Stages: fmt lint nostd capi test isa neon fuzz cuda parity doc
 #
 # ELLECI_CHECK_ISA   instruction-set levels to run the core's tests under ("portable avx2 avx512"); the default is every
 #                    level below this machine's own. A level that is named here and cannot run is a failure.
@@ -17,7 +17,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 
-stages="fmt lint nostd capi test isa neon fuzz parity doc"
+stages="fmt lint nostd capi test isa neon fuzz cuda parity doc"
 for stage in "$@"; do
     case " $stages " in
     *" $stage "*) ;;
@@ -131,6 +131,16 @@ stage_neon() {
 # A short run of every fuzz target from its seeds; see fuzz/README.md for long ones.
 stage_fuzz() {
     scripts/fuzz.sh -t "${ELLECI_CHECK_FUZZ:-5}"
+}
+
+# The CUDA kernels without a GPU: compiled by NVRTC for three generations (nvrtc.sh fetches it), and run on an emulated device
+# against the core.
+stage_cuda() {
+    nvrtc=$(scripts/nvrtc.sh)
+    LD_LIBRARY_PATH="$nvrtc${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}" ELLECI_NVRTC=require \
+        cargo test --release --locked --quiet -p elleci-cuda --test nvrtc
+    cargo clippy --release --all-targets --locked -p elleci-cuda-emulation -- -D warnings
+    cargo test --release --locked --quiet -p elleci-cuda-emulation
 }
 
 stage_parity() {

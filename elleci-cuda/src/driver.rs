@@ -1,0 +1,362 @@
+//! A card, through the driver API: libcuda and NVRTC are opened when a [`Card`] is, and never linked.
+
+use std::collections::HashMap;
+use std::ffi::{CString, c_void};
+use std::panic::catch_unwind;
+
+use cudarc::driver::{DriverError, result, sys};
+
+use crate::arena::{Arena, Buf, Dtype};
+use crate::device::{Arg, Device, DeviceError, Launch, Recording, Result};
+use crate::nvrtc;
+use crate::source::SOURCES;
+
+/// The oldest compute capability with bf16 tensor cores.
+const OLDEST: (i32, i32) = (8, 0);
+
+/// A loaded kernel.
+#[derive(Clone, Copy)]
+struct Kernel {
+    function: sys::CUfunction,
+    /// Shared memory that blocks may ask for so far
+    shared: u32,
+}
+
+/// One device with its context, a stream, and all kernels loaded.
+pub struct Card {
+    ordinal: usize,
+    device: sys::CUdevice,
+    context: sys::CUcontext,
+    stream: sys::CUstream,
+    modules: Vec<sys::CUmodule>,
+    kernels: HashMap<&'static str, Kernel>,
+    /// Loaded by name and not used yet: names become 'static with the first launch
+    loaded: HashMap<String, sys::CUfunction>,
+    memory: sys::CUdeviceptr,
+    bytes: u64,
+    recordings: Vec<(sys::CUgraph, sys::CUgraphExec)>,
+    capability: (i32, i32),
+    name: String,
+}
+
+/// The driver's error with what to do about it.
+fn fault(action: &'static str) -> impl Fn(DriverError) -> DeviceError {
+    use sys::CUresult::*;
+    move |e| {
+        let remedy = match e.0 {
+            CUDA_ERROR_OUT_OF_MEMORY => "; another process may have taken the memory (nvidia-smi lists them)",
+            CUDA_ERROR_DEVICE_UNAVAILABLE => "; the card is in exclusive mode and another process has it",
+            CUDA_ERROR_ECC_UNCORRECTABLE => {
+                "; the card's memory has a hardware fault: resume from the last checkpoint on another"
+            }
+            CUDA_ERROR_ILLEGAL_ADDRESS | CUDA_ERROR_LAUNCH_FAILED | CUDA_ERROR_MISALIGNED_ADDRESS => {
+                "; this process can use the card no more: the last checkpoint is good, resume from it"
+            }
+            CUDA_ERROR_SYSTEM_DRIVER_MISMATCH | CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE => {
+                "; the driver and its kernel module are of different versions: restart the machine"
+            }
+            CUDA_ERROR_NO_BINARY_FOR_GPU | CUDA_ERROR_UNSUPPORTED_PTX_VERSION => {
+                "; the driver is older than NVRTC: update it"
+            }
+            _ => "",
+        };
+        DeviceError::Driver { action, reason: format!("{e}{remedy}") }
+    }
+}
+
+impl Card {
+    /// Opens device `ordinal` and compiles the kernels for it (some 25 s of one processor).
+    ///
+    /// # Errors
+    /// A missing driver or NVRTC, no such device, one that is too old, or a fault of it.
+    pub fn open(ordinal: usize) -> Result<Card> {
+        // SAFETY: `is_culib_present` only opens the library.
+        if !unsafe { sys::is_culib_present() } {
+            return Err(DeviceError::Missing { library: "libcuda", reason: "no NVIDIA driver is installed".into() });
+        }
+        nvrtc::available()?;
+        // cudarc panics where a library is there and lacks a function.
+        let opened = catch_unwind(|| Card::open_present(ordinal));
+        opened.unwrap_or_else(|_| {
+            Err(DeviceError::Missing { library: "libcuda", reason: "it is too old: it lacks functions".into() })
+        })
+    }
+
+    fn open_present(ordinal: usize) -> Result<Card> {
+        result::init().map_err(fault("start the CUDA driver"))?;
+        let count = result::device::get_count().map_err(fault("count the devices"))? as usize;
+        if ordinal >= count {
+            return Err(DeviceError::NoDevice { ordinal, count });
+        }
+        let device = result::device::get(ordinal as i32).map_err(fault("find the device"))?;
+        use sys::CUdevice_attribute::*;
+        let attribute = |a| {
+            // SAFETY: the device is one that the driver just named.
+            unsafe { result::device::get_attribute(device, a) }.map_err(fault("ask for the device's properties"))
+        };
+        let capability = (
+            attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+            attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+        );
+        if capability < OLDEST {
+            return Err(DeviceError::TooOld { capability });
+        }
+        let name = result::device::get_name(device).map_err(fault("ask for the device's name"))?;
+        // SAFETY: the device is valid; the context is released when the card is dropped.
+        let context = unsafe { result::primary_ctx::retain(device) }.map_err(fault("make a context on the device"))?;
+        let mut card = Card {
+            ordinal,
+            device,
+            context,
+            stream: std::ptr::null_mut(),
+            modules: Vec::new(),
+            kernels: HashMap::new(),
+            loaded: HashMap::new(),
+            memory: 0,
+            bytes: 0,
+            recordings: Vec::new(),
+            capability,
+            name,
+        };
+        card.enter()?;
+        card.stream =
+            result::stream::create(result::stream::StreamKind::NonBlocking).map_err(fault("make a stream"))?;
+        card.load()?;
+        Ok(card)
+    }
+
+    /// Compiles and loads all kernels.
+    fn load(&mut self) -> Result<()> {
+        // Instructions of one architecture alone have a name of their own.
+        let suffix = if self.capability == (9, 0) { "a" } else { "" };
+        let arch = format!("sm_{}{}{suffix}", self.capability.0, self.capability.1);
+        for (source, compiled) in SOURCES.iter().zip(nvrtc::compile_all(&arch)?) {
+            // SAFETY: the image is a whole cubin, which the driver copies.
+            let module = unsafe { result::module::load_data(compiled.cubin.as_ptr().cast()) };
+            let module = module.map_err(fault("load the kernels"))?;
+            self.modules.push(module);
+            for name in source.kernels() {
+                let symbol = CString::new(name.as_str()).expect("kernels have plain names");
+                // SAFETY: the module was loaded above.
+                let function = unsafe { result::module::get_function(module, symbol) };
+                self.loaded.insert(name, function.map_err(fault("find a kernel"))?);
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes the context that of the calling thread.
+    fn enter(&self) -> Result<()> {
+        // SAFETY: the context lives as long as the card.
+        unsafe { result::ctx::set_current(self.context) }.map_err(fault("enter the device's context"))
+    }
+
+    fn address(&self, buf: Buf) -> u64 {
+        assert!(buf.at + buf.bytes() <= self.bytes, "{buf:?} of {} bytes", self.bytes);
+        self.memory + buf.at
+    }
+
+    fn value(&self, arg: &Arg) -> [u64; 2] {
+        match arg {
+            Arg::Buf(b) => [self.address(*b), 0],
+            Arg::Null => [0, 0],
+            Arg::Floats(b) => [self.address(*b), (b.dtype == Dtype::Bf16) as u64],
+            Arg::Int(i) => [*i as u32 as u64, 0],
+            Arg::Float(f) => [f.to_bits() as u64, 0],
+        }
+    }
+
+    /// A kernel with at least this much shared memory allowed.
+    fn kernel(&mut self, name: &'static str, shared: u32) -> Result<sys::CUfunction> {
+        if !self.kernels.contains_key(name) {
+            let missing = || DeviceError::Kernel { kernel: name, reason: "there is no kernel of this name".into() };
+            let function = *self.loaded.get(name).ok_or_else(missing)?;
+            self.kernels.insert(name, Kernel { function, shared: 48 << 10 });
+        }
+        let kernel = self.kernels.get_mut(name).expect("inserted above");
+        if shared > kernel.shared {
+            use sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as SHARED;
+            // SAFETY: the function belongs to a module that lives as long as the card.
+            let set = unsafe { result::function::set_function_attribute(kernel.function, SHARED, shared as i32) };
+            set.map_err(|e| DeviceError::Kernel {
+                kernel: name,
+                reason: format!("needs {shared} bytes of shared memory a block, which this card does not have ({e})"),
+            })?;
+            kernel.shared = shared;
+        }
+        Ok(kernel.function)
+    }
+
+    fn forget_recordings(&mut self) {
+        for (graph, exec) in self.recordings.drain(..) {
+            // SAFETY: both were made by `recorded` and are used by nothing else.
+            unsafe {
+                let _ = result::graph::exec_destroy(exec);
+                let _ = result::graph::destroy(graph);
+            }
+        }
+    }
+
+    fn free(&mut self) {
+        if self.memory != 0 {
+            // SAFETY: the memory came from malloc_sync, and nothing is launched on it any more once the stream is idle.
+            unsafe {
+                let _ = result::stream::synchronize(self.stream);
+                let _ = result::free_sync(self.memory);
+            }
+            self.memory = 0;
+        }
+    }
+
+    /// Waits until everything launched is done.
+    ///
+    /// # Errors
+    /// A fault of any launch so far.
+    pub fn synchronize(&self) -> Result<()> {
+        self.enter()?;
+        // SAFETY: the stream lives as long as the card.
+        unsafe { result::stream::synchronize(self.stream) }.map_err(fault("run the step"))
+    }
+}
+
+impl Drop for Card {
+    fn drop(&mut self) {
+        if self.enter().is_err() {
+            return;
+        }
+        self.forget_recordings();
+        self.free();
+        for module in self.modules.drain(..) {
+            // SAFETY: loaded by this card; its functions are not used afterwards.
+            let _ = unsafe { result::module::unload(module) };
+        }
+        // SAFETY: made by this card, used by nothing else.
+        unsafe {
+            if !self.stream.is_null() {
+                let _ = result::stream::destroy(self.stream);
+            }
+            let _ = result::primary_ctx::release(self.device);
+        }
+    }
+}
+
+impl Device for Card {
+    fn describe(&self) -> String {
+        let (major, minor) = self.capability;
+        format!("cuda:{} {}, compute capability {major}.{minor}", self.ordinal, self.name)
+    }
+
+    fn reserve(&mut self, arena: &Arena) -> Result<()> {
+        self.enter()?;
+        self.forget_recordings();
+        self.free();
+        let (free, _) = result::mem_get_info().map_err(fault("ask for the free memory"))?;
+        let needed = arena.bytes();
+        if needed > free as u64 {
+            return Err(DeviceError::Memory { needed, free: free as u64 });
+        }
+        // SAFETY: the memory is undefined until written, as the trait says.
+        self.memory = unsafe { result::malloc_sync(needed as usize) }.map_err(fault("allocate the plan's memory"))?;
+        self.bytes = needed;
+        Ok(())
+    }
+
+    fn relabel(&mut self, arena: &Arena) -> Result<()> {
+        match arena.bytes() <= self.bytes {
+            true => Ok(()),
+            false => Err(DeviceError::Memory { needed: arena.bytes(), free: self.bytes }),
+        }
+    }
+
+    fn base(&self) -> u64 {
+        self.memory
+    }
+
+    fn write(&mut self, to: Buf, bytes: &[u8]) -> Result<()> {
+        self.enter()?;
+        assert_eq!(to.bytes(), bytes.len() as u64, "a copy of another size");
+        // SAFETY: the buffer lies in the card's memory and has the size of the bytes, which the driver has read, or staged, when
+        // it returns (they are not page-locked).
+        unsafe { result::memcpy_htod_async(self.address(to), bytes, self.stream) }.map_err(fault("copy to the device"))
+    }
+
+    fn read(&mut self, from: Buf, bytes: &mut [u8]) -> Result<()> {
+        self.enter()?;
+        assert_eq!(from.bytes(), bytes.len() as u64, "a copy of another size");
+        // SAFETY: the buffer lies in the card's memory and has the size of the bytes; the next line waits for the copy.
+        unsafe { result::memcpy_dtoh_async(bytes, self.address(from), self.stream) }
+            .map_err(fault("copy from the device"))?;
+        self.synchronize()
+    }
+
+    fn zero(&mut self, buf: Buf) -> Result<()> {
+        self.enter()?;
+        // SAFETY: the buffer lies in the card's memory; zero bytes are valid for all of its types.
+        unsafe { result::memset_d8_async(self.address(buf), 0, buf.bytes() as usize, self.stream) }
+            .map_err(fault("set memory to zero"))
+    }
+
+    fn launch(&mut self, kernel: &'static str, launch: Launch, args: &[Arg]) -> Result<()> {
+        self.enter()?;
+        let function = self.kernel(kernel, launch.shared)?;
+        let mut values: Vec<[u64; 2]> = args.iter().map(|a| self.value(a)).collect();
+        let mut pointers: Vec<*mut c_void> = values.iter_mut().map(|v| v.as_mut_ptr().cast()).collect();
+        let [x, y, z] = launch.grid;
+        // SAFETY: each argument has the size and type of the kernel's parameter: every launch of the step is made by `ops`, and
+        // the emulation holds each of them against the kernels' own types. Buffers lie in the card's memory.
+        let launched = unsafe {
+            result::launch_kernel(
+                function,
+                (x, y, z),
+                (launch.threads, 1, 1),
+                launch.shared,
+                self.stream,
+                &mut pointers,
+            )
+        };
+        launched.map_err(|e| DeviceError::Kernel { kernel, reason: e.to_string() })
+    }
+
+    fn record(&mut self) -> Result<()> {
+        self.enter()?;
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: the stream lives as long as the card.
+        unsafe { result::stream::begin_capture(self.stream, mode) }.map_err(fault("record a step"))
+    }
+
+    fn recorded(&mut self) -> Result<Recording> {
+        self.enter()?;
+        let failed = fault("record a step");
+        // SAFETY: `record` began a capture on this stream.
+        let graph = unsafe { result::stream::end_capture(self.stream) }.map_err(&failed)?;
+        let mut exec = std::ptr::null_mut();
+        // SAFETY: the graph was just made; both are destroyed by `forget_recordings`.
+        unsafe { sys::cuGraphInstantiateWithFlags(&mut exec, graph, 0) }.result().map_err(&failed)?;
+        self.recordings.push((graph, exec));
+        Ok(Recording(self.recordings.len() - 1))
+    }
+
+    fn replay(&mut self, recording: Recording) -> Result<()> {
+        self.enter()?;
+        let (_, exec) = self.recordings[recording.0];
+        // SAFETY: the graph is one of this card's, and so is the stream.
+        unsafe { result::graph::launch(exec, self.stream) }.map_err(fault("run a recorded step"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// On a machine without a card, the reason is named; on one with a card, it opens.
+    #[test]
+    fn a_missing_driver_is_named() {
+        match Card::open(0) {
+            Ok(card) => assert!(card.describe().contains("cuda:0")),
+            Err(e @ (DeviceError::Missing { .. } | DeviceError::NoDevice { .. } | DeviceError::Driver { .. })) => {
+                assert!(!e.to_string().is_empty());
+            }
+            Err(e) => panic!("{e}"),
+        }
+    }
+}

@@ -1,0 +1,64 @@
+//! Weights to their ternary forms, all tensors in three launches.
+
+use super::product::Ternary;
+use super::{ROOM, THREADS, int};
+use crate::arena::{Buf, Dtype};
+use crate::device::{Arg, Device, Launch, Result};
+
+/// Weights that one block sums.
+const SUM_EACH: usize = 1 << 15;
+/// Packed bytes that one block writes.
+const PACK_EACH: usize = 1 << 12;
+/// Bytes of an entry of the table (`TernaryTensor`).
+pub const ENTRY: usize = 56;
+
+/// Partial sums of an `[out, input]` matrix.
+pub fn partials(out: usize, input: usize) -> usize {
+    (out * input).div_ceil(SUM_EACH)
+}
+
+/// The table that the kernels walk over, and their launches.
+#[derive(Clone, Debug)]
+pub struct Quantizer {
+    table: Buf,
+    count: usize,
+    sum_blocks: usize,
+    pack_blocks: usize,
+}
+
+impl Quantizer {
+    /// The table's bytes for tensors of these weights and forms; `partial` has room for the [`partials`] of all. `base` is the
+    /// address of the device's memory.
+    pub fn new(tensors: &[(Buf, Ternary)], table: Buf, partial: Buf, base: u64) -> (Quantizer, Vec<u8>) {
+        let mut q = Quantizer { table, count: tensors.len(), sum_blocks: 0, pack_blocks: 0 };
+        let mut bytes = Vec::with_capacity(ENTRY * tensors.len());
+        for (weights, form) in tensors {
+            let sums = partials(form.out, form.input);
+            assert_eq!(weights.len, form.out * form.input);
+            bytes.extend((base + weights.at).to_le_bytes());
+            bytes.extend(((weights.dtype == Dtype::Bf16) as u64).to_le_bytes());
+            bytes.extend((base + form.packed.at).to_le_bytes());
+            bytes.extend((base + form.gamma.at).to_le_bytes());
+            bytes.extend((base + partial.part(q.sum_blocks, sums).at).to_le_bytes());
+            for value in [form.out, form.input, q.sum_blocks, q.pack_blocks] {
+                bytes.extend(u32::try_from(value).expect("sizes are checked when a plan is made").to_le_bytes());
+            }
+            q.sum_blocks += sums;
+            q.pack_blocks += form.packed.len.div_ceil(PACK_EACH);
+        }
+        assert_eq!(bytes.len(), table.len);
+        (q, bytes)
+    }
+
+    /// Derives γ and codes of all tensors.
+    ///
+    /// # Errors
+    /// A fault of the device.
+    pub fn run(&self, dev: &mut dyn Device) -> Result<()> {
+        let table = Arg::Buf(self.table);
+        let launch = |blocks: usize, threads, shared| Launch { grid: [blocks as u32, 1, 1], threads, shared };
+        dev.launch("ternary_sum", launch(self.sum_blocks, THREADS, ROOM), &[table, int(self.count)])?;
+        dev.launch("ternary_gamma", launch(self.count, 32, 0), &[table])?;
+        dev.launch("ternary_pack", launch(self.pack_blocks, THREADS, 0), &[table, int(self.count)])
+    }
+}

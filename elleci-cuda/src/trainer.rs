@@ -1,0 +1,483 @@
+//! A model that trains on a device: what a training loop calls.
+
+use std::collections::HashMap;
+use std::fmt;
+
+use elleci_core::config::ModelConfig;
+use elleci_core::model::Batch;
+use elleci_core::ops::rope::RopeTable;
+use elleci_core::optim::AdamWConfig;
+use elleci_core::params::{Id, Params};
+use half::bf16;
+
+use crate::arena::{Buf, Dtype, Use};
+use crate::device::{Device, DeviceError, Recording};
+use crate::ops::loss::Occurrences;
+use crate::ops::optim::{self, Adam, Table, TensorRates};
+use crate::ops::ternary::Quantizer;
+use crate::plan::{Options, Plan};
+use crate::step::Step;
+
+/// Why a [`Trainer`] could not do something.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Error {
+    /// The device.
+    Device(DeviceError),
+    /// The batch does not hold together.
+    Batch(String),
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Error::Device(e) => e.fmt(f),
+            Error::Batch(what) => f.write_str(what),
+        }
+    }
+}
+
+impl std::error::Error for Error {}
+
+impl From<DeviceError> for Error {
+    fn from(e: DeviceError) -> Error {
+        Error::Device(e)
+    }
+}
+
+/// The rates of an update.
+pub struct Rates<'a> {
+    /// Learning rate of a parameter.
+    pub lr_of: &'a dyn Fn(Id) -> f64,
+    /// Decoupled weight decay, before it is multiplied by the rate.
+    pub weight_decay: f64,
+    /// Multiplies every gradient.
+    pub grad_scale: f32,
+}
+
+/// A batch shape that has been seen: its plan, and its step once it is recorded.
+struct Shape {
+    plan: Plan,
+    recording: Option<Recording>,
+}
+
+/// Weights, gradients, optimizer and activations on a device.
+pub struct Trainer {
+    device: Box<dyn Device>,
+    shapes: HashMap<(usize, usize), Shape>,
+    /// The shape whose activations the device's memory is laid out for
+    current: (usize, usize),
+    reserved: u64,
+    options: Options,
+    config: ModelConfig,
+    optimizer: AdamWConfig,
+    quantizer: Quantizer,
+    table: Table,
+    updates: u64,
+    averaged: u64,
+    seed: u32,
+    /// Whether steps are recorded and replayed
+    record: bool,
+}
+
+impl Trainer {
+    /// A model on a device, for micro-batches of up to `options.batch` sequences of `options.seq` tokens; larger ones move
+    /// everything once. `seed` is that of the stochastic rounding.
+    ///
+    /// # Errors
+    /// A config that the kernels do not cover, a plan that does not fit, or a fault of the device.
+    pub fn new(
+        mut device: Box<dyn Device>,
+        weights: &Params,
+        config: &ModelConfig,
+        optimizer: AdamWConfig,
+        options: Options,
+        seed: u32,
+    ) -> Result<Trainer, Error> {
+        let plan = Plan::new(config, options)?;
+        if weights.data().len() != plan.layout.len() {
+            let (got, want) = (weights.data().len(), plan.layout.len());
+            return Err(Error::Batch(format!("the config has {want} parameters, the weights hold {got}")));
+        }
+        device.reserve(&plan.arena)?;
+        let (quantizer, table) = write_tables(device.as_mut(), &plan)?;
+        let current = (options.batch, options.seq);
+        let mut trainer = Trainer {
+            device,
+            reserved: plan.arena.bytes(),
+            shapes: HashMap::from([(current, Shape { plan, recording: None })]),
+            current,
+            options,
+            config: config.clone(),
+            optimizer,
+            quantizer,
+            table,
+            updates: 0,
+            averaged: 0,
+            seed,
+            record: true,
+        };
+        trainer.enter()?;
+        for (purpose, buf) in trainer.persistent() {
+            // The moments' codes of 0 are not 0.
+            if purpose != Use::Weights {
+                trainer.device.zero(buf)?;
+            }
+        }
+        for p in &trainer.plan().params.clone() {
+            if p.optim.absmax.is_some() {
+                let zero = elleci_core::optim::blockwise8::DynamicMap::signed().zero_code();
+                trainer.device.write(p.optim.moments.0, &vec![zero; p.optim.moments.0.len])?;
+            }
+        }
+        trainer.set_weights(weights)?;
+        Ok(trainer)
+    }
+
+    /// The plan in use.
+    pub fn plan(&self) -> &Plan {
+        &self.shapes[&self.current].plan
+    }
+
+    /// What the device is.
+    pub fn describe(&self) -> String {
+        self.device.describe()
+    }
+
+    /// Updates made so far, and weights in the running mean.
+    pub fn counters(&self) -> (u64, u64) {
+        (self.updates, self.averaged)
+    }
+
+    /// Sets both, when states have been restored.
+    pub fn set_counters(&mut self, updates: u64, averaged: u64) {
+        (self.updates, self.averaged) = (updates, averaged);
+    }
+
+    /// Runs every step anew instead of recording the first and replaying it.
+    pub fn without_recording(&mut self) {
+        self.record = false;
+    }
+
+    /// Buffers that outlive a step; they lie at the same place in the plans of all shapes.
+    fn persistent(&self) -> Vec<(Use, Buf)> {
+        let regions = self.plan().arena.regions().iter();
+        let lasting = regions.filter(|r| !matches!(r.purpose, Use::Activations | Use::Scratch));
+        lasting.map(|r| (r.purpose, r.buf)).collect()
+    }
+
+    /// Makes the device's memory that of a batch shape.
+    fn shape(&mut self, batch: usize, seq: usize) -> Result<(), Error> {
+        let key = (batch, seq);
+        if key == self.current {
+            return Ok(());
+        }
+        if !self.shapes.contains_key(&key) {
+            let plan = Plan::new(&self.config, Options { batch, seq, ..self.options })?;
+            if plan.arena.bytes() > self.reserved {
+                self.grow(&plan)?;
+            }
+            self.shapes.insert(key, Shape { plan, recording: None });
+        }
+        self.current = key;
+        self.enter()
+    }
+
+    /// Moves everything that lasts to a larger allocation.
+    fn grow(&mut self, plan: &Plan) -> Result<(), Error> {
+        let mut kept = Vec::new();
+        for (_, buf) in self.persistent() {
+            let mut bytes = vec![0; buf.bytes() as usize];
+            self.device.read(buf, &mut bytes)?;
+            kept.push((buf, bytes));
+        }
+        self.device.reserve(&plan.arena)?;
+        self.reserved = plan.arena.bytes();
+        // The memory is another one: what was recorded points into the old.
+        self.shapes.values_mut().for_each(|s| s.recording = None);
+        for (buf, bytes) in kept {
+            self.device.write(buf, &bytes)?;
+        }
+        (self.quantizer, self.table) = write_tables(self.device.as_mut(), plan)?;
+        Ok(())
+    }
+
+    /// Writes what a shape's kernels take for granted: the rotations.
+    fn enter(&mut self) -> Result<(), Error> {
+        let plan = &self.shapes[&self.current].plan;
+        self.device.relabel(&plan.arena)?;
+        let (c, seq) = (&plan.config, self.current.1);
+        let table = RopeTable::new(c.d_rope, c.rope_base, seq);
+        // The table rotates (1, 0) to (cos, sin).
+        let mut values = vec![0.0f32; seq * c.d_rope];
+        let (cos, sin) = values.split_at_mut(seq * c.d_rope / 2);
+        let half = c.d_rope / 2;
+        let mut row = vec![0.0f32; c.d_rope];
+        for pos in 0..seq {
+            row[..half].fill(1.0);
+            row[half..].fill(0.0);
+            table.rotate(&mut row, pos);
+            cos[pos * half..(pos + 1) * half].copy_from_slice(&row[..half]);
+            sin[pos * half..(pos + 1) * half].copy_from_slice(&row[half..]);
+        }
+        let rope = plan.rope;
+        Ok(self.device.write(rope, &floats(&values))?)
+    }
+
+    fn upload(&mut self, batch: &Batch, scale: f32) -> Result<(), Error> {
+        let n = batch.batch * batch.seq;
+        if n == 0 || batch.tokens.len() != n || batch.targets.len() != n || batch.weights.len() != n {
+            return Err(Error::Batch("tokens, targets and weights must each hold batch * seq > 0 elements".into()));
+        }
+        let vocab = self.config.vocab_size;
+        let scored = batch.targets.iter().zip(batch.weights).filter(|(_, w)| **w != 0.0).map(|(t, _)| t);
+        if let Some(token) = batch.tokens.iter().chain(scored).find(|t| **t as usize >= vocab) {
+            return Err(Error::Batch(format!("token {token} is not in the vocabulary (`vocab_size` {vocab})")));
+        }
+        self.shape(batch.batch, batch.seq)?;
+        let inputs = self.plan().inputs;
+        let (positions, starts, count) = Occurrences::of(batch.tokens);
+        let dev = self.device.as_mut();
+        dev.write(inputs.tokens, &words(batch.tokens))?;
+        dev.write(inputs.targets, &words(batch.targets))?;
+        dev.write(inputs.weights, &floats(batch.weights))?;
+        dev.write(inputs.scale, &floats(&[scale]))?;
+        dev.write(inputs.occurrences.positions, &words(&positions))?;
+        dev.write(inputs.occurrences.starts, &words(&starts))?;
+        Ok(dev.write(inputs.occurrences.count, &words(&count))?)
+    }
+
+    fn loss(&mut self) -> Result<f64, Error> {
+        let buf = self.plan().losses.1;
+        Ok(self.read_f64(buf)?)
+    }
+
+    fn read_f64(&mut self, buf: Buf) -> Result<f64, DeviceError> {
+        let mut bytes = [0; 8];
+        self.device.read(buf, &mut bytes)?;
+        Ok(f64::from_le_bytes(bytes))
+    }
+
+    /// Adds the gradient of `scale · Σ w·CE` of a micro-batch; returns `Σ w·CE`.
+    ///
+    /// # Errors
+    /// A batch that does not fit the model, or a fault of the device.
+    pub fn accumulate(&mut self, batch: &Batch, scale: f32) -> Result<f64, Error> {
+        self.upload(batch, scale)?;
+        let shape = self.shapes.get_mut(&self.current).expect("made by the line above");
+        let dev = self.device.as_mut();
+        match shape.recording {
+            Some(recording) => dev.replay(recording)?,
+            None if self.record => {
+                dev.record()?;
+                let result = Step { plan: &shape.plan, dev }.loss_and_grad();
+                let recording = self.device.recorded()?;
+                result?;
+                shape.recording = Some(recording);
+                self.device.replay(recording)?;
+            }
+            None => Step { plan: &shape.plan, dev }.loss_and_grad()?,
+        }
+        self.loss()
+    }
+
+    /// `Σ w·CE` of a batch.
+    ///
+    /// # Errors
+    /// A batch that does not fit the model, or a fault of the device.
+    pub fn evaluate(&mut self, batch: &Batch) -> Result<f64, Error> {
+        self.upload(batch, 0.0)?;
+        let plan = &self.shapes[&self.current].plan;
+        Step { plan, dev: self.device.as_mut() }.loss()?;
+        self.loss()
+    }
+
+    /// Global norm of the gradients.
+    ///
+    /// # Errors
+    /// A fault of the device.
+    pub fn grad_norm(&mut self) -> Result<f64, Error> {
+        let tables = self.plan().tables;
+        self.table.squares(self.device.as_mut(), tables.squares, tables.norm)?;
+        Ok(self.read_f64(tables.norm)?.sqrt())
+    }
+
+    /// One AdamW update with the gradients, which are then zero; the ternary forms are derived anew.
+    ///
+    /// # Errors
+    /// A fault of the device.
+    pub fn update(&mut self, rates: &Rates) -> Result<(), Error> {
+        self.updates += 1;
+        let (cfg, t) = (self.optimizer, self.updates as f64);
+        let (correction1, correction2) = (1.0 - cfg.beta1.powf(t), 1.0 - cfg.beta2.powf(t));
+        let plan = &self.shapes[&self.current].plan;
+        let decays = plan.layout.params().iter().map(|p| if p.kind.decays() { rates.weight_decay } else { 0.0 });
+        let each = decays.enumerate().map(|(i, decay)| {
+            let lr = (rates.lr_of)(Id(i));
+            TensorRates { keep: (1.0 - lr * decay) as f32, step: (lr / correction1) as f32 }
+        });
+        let adam = Adam {
+            rise1: (1.0 - cfg.beta1) as f32,
+            beta2: cfg.beta2 as f32,
+            rise2: (1.0 - cfg.beta2) as f32,
+            correction2: correction2.sqrt() as f32,
+            eps: cfg.eps as f32,
+            grad_scale: rates.grad_scale,
+            seed: self.seed ^ (self.updates as u32).wrapping_mul(0x9e37_79b9),
+        };
+        let tables = plan.tables;
+        let buf = self.table.buf();
+        self.device.write(buf, self.table.with_rates(each))?;
+        self.device.write(tables.adam, &adam.bytes())?;
+        self.table.update(self.device.as_mut(), tables.adam, tables.maps)?;
+        self.quantizer.run(self.device.as_mut())?;
+        self.discard()
+    }
+
+    /// Sets the gradients to zero.
+    ///
+    /// # Errors
+    /// A fault of the device.
+    pub fn discard(&mut self) -> Result<(), Error> {
+        for (purpose, buf) in self.persistent() {
+            if purpose == Use::Gradients {
+                self.device.zero(buf)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes the weights into the running mean; nothing where the options keep none.
+    ///
+    /// # Errors
+    /// A fault of the device.
+    pub fn average(&mut self) -> Result<(), Error> {
+        if self.options.average {
+            self.table.average(self.device.as_mut(), (1.0 / (self.averaged + 1) as f64) as f32)?;
+            self.averaged += 1;
+        }
+        Ok(())
+    }
+
+    /// The gradients, as float32.
+    ///
+    /// # Errors
+    /// A fault of the device.
+    pub fn gradients(&mut self) -> Result<Params, Error> {
+        self.params(|t| Some(t.grads))
+    }
+
+    /// The weights, as float32.
+    ///
+    /// # Errors
+    /// A fault of the device.
+    pub fn weights(&mut self) -> Result<Params, Error> {
+        self.params(|t| Some(t.weights))
+    }
+
+    /// The running mean, where one is kept.
+    ///
+    /// # Errors
+    /// A fault of the device.
+    pub fn mean(&mut self) -> Result<Option<Params>, Error> {
+        match self.averaged {
+            0 => Ok(None),
+            _ => self.params(|t| t.mean).map(Some),
+        }
+    }
+
+    fn params(&mut self, of: impl Fn(&optim::Tensor) -> Option<Buf>) -> Result<Params, Error> {
+        let mut out = Params::zeros(self.plan().layout.clone());
+        for i in 0..self.plan().params.len() {
+            if let Some(buf) = of(&self.plan().params[i].optim) {
+                let values = self.read_floats(buf)?;
+                out[Id(i)].copy_from_slice(&values);
+            }
+        }
+        Ok(out)
+    }
+
+    fn read_floats(&mut self, buf: Buf) -> Result<Vec<f32>, DeviceError> {
+        let bytes = self.read_bytes(buf)?;
+        Ok(match buf.dtype {
+            Dtype::Bf16 => bytes.as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32()).collect(),
+            _ => bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
+        })
+    }
+
+    /// A buffer's bytes, little-endian: an optimizer state, for a checkpoint.
+    ///
+    /// # Errors
+    /// A fault of the device.
+    pub fn read_bytes(&mut self, buf: Buf) -> Result<Vec<u8>, DeviceError> {
+        let mut bytes = vec![0; buf.bytes() as usize];
+        self.device.read(buf, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// Replaces a buffer's bytes.
+    ///
+    /// # Errors
+    /// Bytes of another number, or a fault of the device.
+    pub fn write_bytes(&mut self, buf: Buf, bytes: &[u8]) -> Result<(), Error> {
+        if bytes.len() as u64 != buf.bytes() {
+            return Err(Error::Batch(format!("{} bytes for a buffer of {}", bytes.len(), buf.bytes())));
+        }
+        Ok(self.device.write(buf, bytes)?)
+    }
+
+    fn write_floats(&mut self, buf: Buf, values: &[f32]) -> Result<(), DeviceError> {
+        match buf.dtype {
+            Dtype::Bf16 => {
+                let bytes: Vec<u8> = values.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect();
+                self.device.write(buf, &bytes)
+            }
+            _ => self.device.write(buf, &floats(values)),
+        }
+    }
+
+    /// Replaces the weights (rounded where masters are bf16) and derives their ternary forms.
+    ///
+    /// # Errors
+    /// A fault of the device.
+    pub fn set_weights(&mut self, weights: &Params) -> Result<(), Error> {
+        for i in 0..self.plan().params.len() {
+            let buf = self.plan().params[i].optim.weights;
+            self.write_floats(buf, &weights[Id(i)])?;
+        }
+        Ok(self.quantizer.run(self.device.as_mut())?)
+    }
+
+    /// Replaces the running mean.
+    ///
+    /// # Errors
+    /// A fault of the device.
+    pub fn set_mean(&mut self, mean: &Params) -> Result<(), Error> {
+        for i in 0..self.plan().params.len() {
+            if let Some(buf) = self.plan().params[i].optim.mean {
+                self.write_floats(buf, &mean[Id(i)])?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Writes the tables that do not change with the batch's shape.
+fn write_tables(dev: &mut dyn Device, plan: &Plan) -> Result<(Quantizer, Table), DeviceError> {
+    let tables = plan.tables;
+    let forms: Vec<_> = plan.params.iter().filter_map(|p| Some((p.optim.weights, p.ternary?))).collect();
+    let (quantizer, bytes) = Quantizer::new(&forms, tables.quantizer, tables.ternary_partials, dev.base());
+    dev.write(tables.quantizer, &bytes)?;
+    dev.write(tables.maps, &floats(&optim::maps()))?;
+    let tensors: Vec<_> = plan.params.iter().map(|p| p.optim).collect();
+    let mut table = Table::new(&tensors, tables.optim, dev.base());
+    dev.write(tables.optim, table.with_rates(std::iter::empty()))?;
+    Ok((quantizer, table))
+}
+
+fn floats(values: &[f32]) -> Vec<u8> {
+    values.iter().flat_map(|v| v.to_le_bytes()).collect()
+}
+
+fn words(values: &[u32]) -> Vec<u8> {
+    values.iter().flat_map(|v| v.to_le_bytes()).collect()
+}

@@ -1,0 +1,6 @@
+//! Every kernel, and whole training steps, on the emulated device against `elleci-core`.
+
+mod faults;
+mod kernels;
+mod machine;
+mod step;
