@@ -164,7 +164,11 @@ impl Session {
 }
 
 pub(super) fn zeros(len: Option<usize>) -> Result<Vec<f32>, InferenceError> {
+    let mut values = Vec::new();
     let bytes = len.and_then(|n| n.checked_mul(4)).unwrap_or(usize::MAX);
-    // Memory that the system hands out as zeros is not written to, and appears where it is first used.
-    bytemuck::allocation::try_zeroed_vec(bytes / 4).map_err(|()| InferenceError::Memory { bytes })
+    values.try_reserve_exact(len.unwrap_or(usize::MAX)).map_err(|_| InferenceError::Memory { bytes })?;
+    // Written here: zeros that the system hands out unwritten would be mapped when they are read, and copied when they are written to,
+    // a page at a time and in the middle of the first step (docs/LOG.md).
+    values.resize(bytes / 4, 0.0);
+    Ok(values)
 }
