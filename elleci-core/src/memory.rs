@@ -1,6 +1,7 @@
 //! What a training run takes: bytes by use, and arithmetic by kind, both from shapes alone.
 
 use crate::config::{LayerKind, ModelConfig};
+use crate::ops::head::HeadPrecision;
 use crate::model::{Checkpointing, Workspace};
 use crate::optim::{StatePrecision, state_bytes};
 use crate::params::{ParamKind, ParamLayout};
@@ -45,6 +46,8 @@ pub struct PlanOptions {
     pub states: StatePrecision,
     /// Precision of the gradients that enter the projections' products.
     pub gradients: GradPrecision,
+    /// Precision of the head in a step.
+    pub head: HeadPrecision,
     /// Whether a running mean of the weights is kept.
     pub average: bool,
 }
@@ -54,7 +57,7 @@ pub fn plan(c: &ModelConfig, o: PlanOptions) -> MemoryPlan {
     let layout = ParamLayout::new(c);
     let floats = 4 * layout.len();
     let ternary = layout.params().iter().filter(|p| p.kind == ParamKind::Ternary);
-    let (activations, scratch) = Workspace::planned_bytes(c, o.batch, o.seq, o.checkpointing, o.gradients);
+    let (activations, scratch) = Workspace::planned_bytes(c, o.batch, o.seq, o.checkpointing, o.gradients, o.head);
     MemoryPlan {
         weights: floats,
         ternary: ternary.map(|p| TernaryMatrix::planned_bytes(p.shape[0], p.shape[1])).sum(),
