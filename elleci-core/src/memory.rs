@@ -1,8 +1,8 @@
 //! What a training run takes: bytes by use, and arithmetic by kind, both from shapes alone.
 
 use crate::config::{LayerKind, ModelConfig};
-use crate::ops::head::HeadPrecision;
 use crate::model::{Checkpointing, Workspace};
+use crate::ops::head::HeadPrecision;
 use crate::optim::{StatePrecision, state_bytes};
 use crate::params::{ParamKind, ParamLayout};
 use crate::ternary::{GradPrecision, TernaryMatrix};

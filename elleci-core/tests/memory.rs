@@ -7,6 +7,7 @@ use elleci_core::config::ModelConfig;
 use elleci_core::init::initialise;
 use elleci_core::memory::{PlanOptions, plan};
 use elleci_core::model::{Batch, Checkpointing, Model, Workspace};
+use elleci_core::ops::head::HeadPrecision;
 use elleci_core::optim::{AdamW, AdamWConfig, StatePrecision, StepRates};
 use elleci_core::params::Params;
 use elleci_core::ternary::GradPrecision::{Float32, Int16};
@@ -42,7 +43,8 @@ fn measured(c: &ModelConfig, o: PlanOptions) -> usize {
     let before = LIVE.load(Relaxed);
     PEAK.store(before, Relaxed);
     let mut model = Model::new(c.clone(), initialise(c, 1)).unwrap();
-    let mut ws = Workspace::new(c, o.batch, o.seq, o.checkpointing).with_grad_precision(o.gradients);
+    let mut ws =
+        Workspace::new(c, o.batch, o.seq, o.checkpointing).with_grad_precision(o.gradients).with_head_precision(o.head);
     let mut grads = Params::zeros(model.layout().clone());
     let mut adamw = AdamW::new(model.layout().clone(), AdamWConfig::default(), o.states);
     let n = o.batch * o.seq;
@@ -69,7 +71,8 @@ fn the_plan_is_what_the_allocator_sees() {
             ("mini", 2, 256, Checkpointing::EveryKth(3), StatePrecision::F32, Float32),
         ] {
             let c = ModelConfig::preset(preset).unwrap();
-            let o = PlanOptions { batch, seq, checkpointing, states, gradients, average: false };
+            let head = if gradients == Int16 { HeadPrecision::Int16 } else { HeadPrecision::Float32 };
+            let o = PlanOptions { batch, seq, checkpointing, states, gradients, head, average: false };
             let (planned, seen) = (plan(&c, o).total() as f64, measured(&c, o) as f64);
             let ratio = planned / seen;
             println!(
@@ -92,6 +95,7 @@ fn what_the_plan_promises() {
         checkpointing: Checkpointing::EveryLayer,
         states,
         gradients: Int16,
+        head: HeadPrecision::Int16,
         average: false,
     };
     let (wide, narrow) = (plan(&c, o(StatePrecision::F32)), plan(&c, o(StatePrecision::Block8)));
@@ -107,6 +111,7 @@ fn what_the_plan_promises() {
                 checkpointing,
                 states: StatePrecision::F32,
                 gradients: Int16,
+                head: HeadPrecision::Int16,
                 average: false,
             },
         )

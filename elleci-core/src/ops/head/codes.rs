@@ -258,14 +258,7 @@ fn token_panel(x: &[f32], weights: &[f32], d: usize, lines: &mut [Line], scales:
 
 /// A panel of at most [`WIDTH`] channels.
 #[inline(always)]
-fn channel_panel(
-    x: &[f32],
-    weights: &[f32],
-    d: usize,
-    cols: Range<usize>,
-    lines: &mut [Line],
-    scales: &mut [f32],
-) {
+fn channel_panel(x: &[f32], weights: &[f32], d: usize, cols: Range<usize>, lines: &mut [Line], scales: &mut [f32]) {
     let n = weights.len();
     let zero = [0.0f32; WIDTH];
     let row = |t: usize| match weights.get(t) {

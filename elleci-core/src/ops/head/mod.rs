@@ -49,9 +49,9 @@ use self::codes::{HeadCodes, InputCodes, row_scale};
 use self::softmax::{Block, Excess, Parts, Totals};
 use super::loss::HeadInput;
 use super::rows;
+use crate::par;
 use crate::simd::{self, Isa};
 use crate::ternary::int16::kernel::{self, Ahead, Kernel, Line, ROWS, WIDTH, WithKernel, Words};
-use crate::par;
 
 /// Rows of the vocabulary that are multiplied together in the gradients.
 const BLOCK: usize = 1024;
@@ -144,7 +144,10 @@ impl Int16Head {
         let d = input.normed.len() / tokens;
         let vocab = input.head.len() / d;
         assert!(input.weights.len() == tokens && input.normed.len() == tokens * d, "head: {tokens} tokens of {d}");
-        assert!(dnormed.len() == tokens * d && dhead.len() == vocab * d, "head: gradients of {tokens} and {vocab} x {d}");
+        assert!(
+            dnormed.len() == tokens * d && dhead.len() == vocab * d,
+            "head: gradients of {tokens} and {vocab} x {d}"
+        );
         let sound = |(x, w): (&[f32], &f32)| {
             *w == 0.0
                 || simd::vectorize(
@@ -158,7 +161,16 @@ impl Int16Head {
         let n = chunk_tokens(tokens, vocab);
         let mut loss = 0.0;
         let shape = Shape { vocab, d, n };
-        let call = Call { scratch: self, shape, input, scale, logits: &mut logits[..n * vocab], dnormed, dhead, loss: &mut loss };
+        let call = Call {
+            scratch: self,
+            shape,
+            input,
+            scale,
+            logits: &mut logits[..n * vocab],
+            dnormed,
+            dhead,
+            loss: &mut loss,
+        };
         kernel::dispatch(isa, call);
         Some(loss)
     }
@@ -187,7 +199,8 @@ impl WithKernel for Call<'_> {
     fn run<K: Kernel>(self, kernel: K) {
         let Shape { d, n, .. } = self.shape;
         let HeadInput { normed, head, targets, weights } = self.input;
-        let parts = normed.chunks(n * d).zip(targets.chunks(n)).zip(weights.chunks(n)).zip(self.dnormed.chunks_mut(n * d));
+        let parts =
+            normed.chunks(n * d).zip(targets.chunks(n)).zip(weights.chunks(n)).zip(self.dnormed.chunks_mut(n * d));
         for (((normed, targets), weights), dnormed) in parts {
             let input = HeadInput { normed, head, targets, weights };
             *self.loss += self.scratch.chunk(kernel, self.shape, input, self.scale, self.logits, dnormed, self.dhead);
@@ -338,42 +351,38 @@ fn sweep<K: Kernel>(
 }
 
 /// `dnormed` from `dx` `[d, n]`, the entries above θ, and the targets.
-fn finish_input(
-    dx: &[f32],
-    n: usize,
-    totals: &Totals,
-    excess: &mut [Excess],
-    input: HeadInput,
-    dnormed: &mut [f32],
-) {
+fn finish_input(dx: &[f32], n: usize, totals: &Totals, excess: &mut [Excess], input: HeadInput, dnormed: &mut [f32]) {
     let d = dx.len() / n;
     // Stable: a token's entries stay in the order of the vocabulary.
     excess.sort_by_key(|e| e.token);
     let excess = &*excess;
-    par::for_each(dnormed.chunks_mut(FINISH_TOKENS * d).enumerate().collect(), |(task, dnormed): (usize, &mut [f32])| {
-        let first = task * FINISH_TOKENS;
-        simd::vectorize(
-            #[inline(always)]
-            || {
-                for (i, dx) in dx.chunks_exact(n).enumerate() {
-                    for (row, v) in dnormed.chunks_exact_mut(d).zip(&dx[first..]) {
-                        row[i] = *v;
+    par::for_each(
+        dnormed.chunks_mut(FINISH_TOKENS * d).enumerate().collect(),
+        |(task, dnormed): (usize, &mut [f32])| {
+            let first = task * FINISH_TOKENS;
+            simd::vectorize(
+                #[inline(always)]
+                || {
+                    for (i, dx) in dx.chunks_exact(n).enumerate() {
+                        for (row, v) in dnormed.chunks_exact_mut(d).zip(&dx[first..]) {
+                            row[i] = *v;
+                        }
                     }
-                }
-                for (t, row) in (first..).zip(dnormed.chunks_exact_mut(d)) {
-                    let from = excess.partition_point(|e| (e.token as usize) < t);
-                    for e in excess[from..].iter().take_while(|e| e.token as usize == t) {
-                        rows::add_scaled(row, e.value, &input.head[e.row as usize * d..][..d]);
+                    for (t, row) in (first..).zip(dnormed.chunks_exact_mut(d)) {
+                        let from = excess.partition_point(|e| (e.token as usize) < t);
+                        for e in excess[from..].iter().take_while(|e| e.token as usize == t) {
+                            rows::add_scaled(row, e.value, &input.head[e.row as usize * d..][..d]);
+                        }
+                        row.iter_mut().for_each(|v| *v *= totals.factor[t]);
+                        if totals.target[t] != 0.0 {
+                            let head = &input.head[input.targets[t] as usize * d..][..d];
+                            rows::add_scaled(row, -totals.target[t], head);
+                        }
                     }
-                    row.iter_mut().for_each(|v| *v *= totals.factor[t]);
-                    if totals.target[t] != 0.0 {
-                        let head = &input.head[input.targets[t] as usize * d..][..d];
-                        rows::add_scaled(row, -totals.target[t], head);
-                    }
-                }
-            },
-        );
-    });
+                },
+            );
+        },
+    );
 }
 
 #[cfg(test)]
