@@ -75,7 +75,7 @@ pub struct Work {
     /// Forward of the ternary projections: int8 x ternary.
     pub int8_macs: f64,
     /// Everything else: head, `bcdt`, attention, scan, and all of the backward. In float32, or the backward of the ternary
-    /// projections in int16 ([`GradPrecision`]).
+    /// projections ([`GradPrecision`]) and the head ([`HeadPrecision`]) in int16.
     pub float_macs: f64,
 }
 
