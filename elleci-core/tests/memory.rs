@@ -89,16 +89,22 @@ fn the_plan_is_what_the_allocator_sees() {
 #[test]
 fn what_the_plan_promises() {
     let c = ModelConfig::preset("elleci-1.5b").unwrap();
-    let o = |states| PlanOptions {
-        batch: 1,
+    let o = |batch, average, states| PlanOptions {
+        batch,
         seq: 1024,
         checkpointing: Checkpointing::EveryLayer,
         states,
         gradients: Int16,
         head: HeadPrecision::Int16,
-        average: false,
+        average,
     };
-    let (wide, narrow) = (plan(&c, o(StatePrecision::F32)), plan(&c, o(StatePrecision::Block8)));
+    for (batch, average) in [(1, true), (4, false), (8, false), (16, false), (16, true)] {
+        let total = |states| plan(&c, o(batch, average, states)).total() as f64;
+        let saved = 1.0 - total(StatePrecision::Block8) / total(StatePrecision::F32);
+        println!("elleci-1.5b, {batch} x 1024, running mean {average}: 8-bit states save {:.1} %", 100.0 * saved);
+    }
+    let of = |states| plan(&c, o(1, false, states));
+    let (wide, narrow) = (of(StatePrecision::F32), of(StatePrecision::Block8));
     assert!(narrow.optimizer as f64 <= 0.35 * wide.optimizer as f64, "{narrow:?} {wide:?}");
     assert!(narrow.total() as f64 <= 0.75 * wide.total() as f64, "{} {}", narrow.total(), wide.total());
     let mini = ModelConfig::preset("mini").unwrap();
