@@ -42,7 +42,8 @@ impl Case {
         let unit = |v: u64| v as f32 / (1 << 23) as f32 - 1.0;
         // Uniform on ±1 has a variance of 1/3, a logit one of size²·d/9.
         let size = 3.0 / (d as f32).sqrt();
-        let sharp = |t: usize| if rows == Rows::Flat || rows == Rows::Mixed && t % 2 == 0 { 0.5 } else { 12.0 };
+        let sharp =
+            |t: usize| if rows == Rows::Flat || rows == Rows::Mixed && t.is_multiple_of(2) { 0.5 } else { 12.0 };
         let wide = |v: usize| if rows == Rows::Mixed { [1.0, 1e-3, 0.3, 1e-9][v % 4] } else { 1.0 };
         let normed = (0..tokens * d).map(|i| unit(draw()) * sharp(i / d)).collect();
         let head = (0..vocab * d).map(|i| unit(draw()) * size * wide(i / d)).collect();
