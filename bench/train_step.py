@@ -4,8 +4,8 @@
     python3 bench/train_step.py                              # nano 8 x 256 and mini 4 x 256, two threads
     python3 bench/train_step.py --only nano --rounds 5
 
-A step is forward, backward, clipping and AdamW on random tokens; "elleci" computes the gradients of its projections in
-int16, as the presets do. The contenders take turns, `--rounds` times; the table shows the best and the median round of
+A step is forward, backward, clipping and AdamW on random tokens; "elleci" computes the gradients of its projections, and
+the head, in int16, as the presets do. The contenders take turns, `--rounds` times; the table shows the best and the median round of
 each (tokens per second) and the peak resident memory of its process (VmHWM). The PyTorch side is
 reference/elleci_torch.py, eager and with --compile (which needs a C++ compiler), run by --python, or by a virtual
 environment that is made once in $ELLECI_CACHE. pip's own settings apply there: with PIP_INDEX_URL at PyTorch's index of
@@ -68,7 +68,8 @@ def contenders(preset, a, python, binary):
     torch = [python, ROOT / "reference" / "elleci_torch.py", "bench", *shape]
     return {
         "elleci": [binary, *shape],
-        "elleci, float32 gradients": [binary, *shape, "--gradients", "f32"],
+        "elleci, float32 head": [binary, *shape, "--head", "f32"],
+        "elleci, all float32": [binary, *shape, "--gradients", "f32", "--head", "f32"],
         "elleci, checkpointing": [binary, *shape, "--checkpoint"],
         "PyTorch eager": torch,
         "PyTorch compiled": [*torch, "--compile"],

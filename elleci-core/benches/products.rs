@@ -6,6 +6,8 @@
 use std::hint::black_box;
 use std::time::Instant;
 
+use elleci_core::ops::head::Int16Head;
+use elleci_core::ops::loss::{HeadInput, chunk_tokens, head_loss_grad};
 use elleci_core::ops::matmul::{Out, mat, mat_mut, matmul, matmul_serial};
 use elleci_core::simd::{self, Isa};
 use elleci_core::ternary::{Activations, GradPrecision, GradScratch, TernaryMatrix, quantize_row, weight_grad};
@@ -173,6 +175,26 @@ fn ternary(r: &Report) {
     }
 }
 
+/// Head, loss and both gradients, in float32 and in int16, logits in chunks of 32 MiB as a training step has them.
+fn heads(r: &Report) {
+    for (tokens, vocab, d) in [(2048, 4096, 256), (1024, 32_128, 512)] {
+        let (head, normed) = (values(vocab * d), values(tokens * d));
+        let targets: Vec<u32> = (0..tokens).map(|t| (t * 7919 % vocab) as u32).collect();
+        let input = HeadInput { normed: &normed, head: &head, targets: &targets, weights: &vec![1.0; tokens] };
+        let floats = chunk_tokens(tokens, vocab) * vocab;
+        let mut logits = vec![0.0; floats.max(Int16Head::logits_len(tokens, vocab))];
+        let (mut dx, mut dw) = (normed.clone(), head.clone());
+        let (macs, shape) = (3 * tokens * vocab * d, format!("[{tokens}, {vocab}, {d}]"));
+        r.float(&format!("head, float32 {shape}"), macs, || {
+            black_box(head_loss_grad(input, 1e-3, &mut logits, &mut dx, &mut dw));
+        });
+        let mut int16 = Int16Head::default();
+        r.float(&format!("head, int16   {shape}"), macs, || {
+            black_box(int16.loss_grad(Isa::detect(), input, 1e-3, &mut logits, &mut dx, &mut dw));
+        });
+    }
+}
+
 /// The products inside a chunk or a head: on one thread, rows of a wider buffer on both sides.
 fn small(r: &Report) {
     const WIDE: usize = 640;
@@ -202,6 +224,7 @@ fn main() {
         pool.install(|| {
             dense(&report);
             ternary(&report);
+            heads(&report);
             if threads == 1 {
                 small(&report);
             }

@@ -9,6 +9,7 @@ use elleci_core::config::ModelConfig;
 use elleci_core::init::initialise;
 use elleci_core::memory::work_per_token;
 use elleci_core::model::{Batch, Checkpointing, Model, Workspace};
+use elleci_core::ops::head::HeadPrecision;
 use elleci_core::optim::{AdamW, AdamWConfig, StatePrecision, StepRates, norm};
 use elleci_core::params::Params;
 use elleci_core::ternary::GradPrecision;
@@ -32,11 +33,16 @@ fn main() {
         "f32" => GradPrecision::Float32,
         other => panic!("--gradients {other}: int16 or f32"),
     };
+    let head = match value("--head", "int16").as_str() {
+        "int16" => HeadPrecision::Int16,
+        "f32" => HeadPrecision::Float32,
+        other => panic!("--head {other}: int16 or f32"),
+    };
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a thread pool");
     pool.install(|| {
         let mut model = Model::new(config.clone(), initialise(&config, 0)).expect("a preset");
         let layout = model.layout().clone();
-        let mut ws = Workspace::new(&config, batch, seq, checkpointing).with_grad_precision(gradients);
+        let mut ws = Workspace::new(&config, batch, seq, checkpointing).with_grad_precision(gradients).with_head_precision(head);
         let mut grads = Params::zeros(layout.clone());
         let mut adamw = AdamW::new(layout.clone(), AdamWConfig::default(), StatePrecision::F32);
         let n = batch * seq;

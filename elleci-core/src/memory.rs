@@ -2,6 +2,7 @@
 
 use crate::config::{LayerKind, ModelConfig};
 use crate::model::{Checkpointing, Workspace};
+use crate::ops::head::HeadPrecision;
 use crate::optim::{StatePrecision, state_bytes};
 use crate::params::{ParamKind, ParamLayout};
 use crate::ternary::{GradPrecision, TernaryMatrix};
@@ -45,6 +46,8 @@ pub struct PlanOptions {
     pub states: StatePrecision,
     /// Precision of the gradients that enter the projections' products.
     pub gradients: GradPrecision,
+    /// Precision of the head in a step.
+    pub head: HeadPrecision,
     /// Whether a running mean of the weights is kept.
     pub average: bool,
 }
@@ -54,7 +57,7 @@ pub fn plan(c: &ModelConfig, o: PlanOptions) -> MemoryPlan {
     let layout = ParamLayout::new(c);
     let floats = 4 * layout.len();
     let ternary = layout.params().iter().filter(|p| p.kind == ParamKind::Ternary);
-    let (activations, scratch) = Workspace::planned_bytes(c, o.batch, o.seq, o.checkpointing, o.gradients);
+    let (activations, scratch) = Workspace::planned_bytes(c, o.batch, o.seq, o.checkpointing, o.gradients, o.head);
     MemoryPlan {
         weights: floats,
         ternary: ternary.map(|p| TernaryMatrix::planned_bytes(p.shape[0], p.shape[1])).sum(),
@@ -72,7 +75,7 @@ pub struct Work {
     /// Forward of the ternary projections: int8 x ternary.
     pub int8_macs: f64,
     /// Everything else: head, `bcdt`, attention, scan, and all of the backward. In float32, or the backward of the ternary
-    /// projections in int16 ([`GradPrecision`]).
+    /// projections ([`GradPrecision`]) and the head ([`HeadPrecision`]) in int16.
     pub float_macs: f64,
 }
 

@@ -10,12 +10,14 @@ use crate::layers::ffn::{self, FfnSaved};
 use crate::layers::mamba::{self, MambaSaved};
 use crate::layers::mla::{self, MlaSaved};
 use crate::layers::{Context, Scratch, add};
+use crate::ops::head::{HeadPrecision, Int16Head};
 use crate::ops::loss::{HeadInput, chunk_tokens, head_loss, head_loss_grad};
 use crate::ops::matmul::{Out, mat, mat_mut, matmul};
 use crate::ops::norm::{QuantizedRows, rmsnorm, rmsnorm_backward, rmsnorm_quantize};
 use crate::ops::rope::RopeTable;
 use crate::par;
 use crate::params::{Id, LayerIds, MixerIds, ParamKind, ParamLayout, Params};
+use crate::simd::Isa;
 use crate::ternary::{GradPrecision, GradScratch, TernaryMatrix};
 
 /// Tokens and what is to be predicted from them. All `[batch, seq]`, row-major.
@@ -138,6 +140,8 @@ pub struct Workspace {
     final_rstd: Vec<f32>,
     /// Gradient of the residual stream `[tokens, d_model]`
     dh: Vec<f32>,
+    head: HeadPrecision,
+    int16_head: Int16Head,
     logits: Vec<f32>,
 }
 
@@ -165,6 +169,8 @@ impl Workspace {
             rope: RopeTable::new(c.d_rope, c.rope_base, seq),
             final_rstd: vec![0.0; tokens],
             dh: stream(),
+            head: HeadPrecision::Float32,
+            int16_head: Int16Head::default(),
             logits: vec![0.0; chunk_tokens(tokens, c.vocab_size) * c.vocab_size],
         }
     }
@@ -176,6 +182,14 @@ impl Workspace {
         self
     }
 
+    /// The same, for training steps that compute the head in this precision. ([`Model::loss`] and [`Model::logits`] stay
+    /// in float32.)
+    #[must_use]
+    pub fn with_head_precision(mut self, precision: HeadPrecision) -> Workspace {
+        self.head = precision.here();
+        self
+    }
+
     /// Bytes that a backward's [`Workspace`] comes to: `(kept for the backward, scratch)`.
     pub fn planned_bytes(
         c: &ModelConfig,
@@ -183,6 +197,7 @@ impl Workspace {
         seq: usize,
         checkpointing: Checkpointing,
         precision: GradPrecision,
+        head: HeadPrecision,
     ) -> (usize, usize) {
         let tokens = batch * seq;
         let segment = checkpointing.segment(c.n_layers);
@@ -197,8 +212,13 @@ impl Workspace {
                 kept += MlaSaved::planned_bytes(c, tokens);
             }
         }
-        let logits = 4 * chunk_tokens(tokens, c.vocab_size) * c.vocab_size;
-        (kept, Scratch::planned_bytes(c, batch, seq, precision) + stream + logits + 4 * tokens + 4 * seq * c.d_rope)
+        let mut logits = chunk_tokens(tokens, c.vocab_size) * c.vocab_size;
+        let mut scratch = Scratch::planned_bytes(c, batch, seq, precision) + stream + 4 * tokens + 4 * seq * c.d_rope;
+        if head.here() == HeadPrecision::Int16 {
+            logits = logits.max(Int16Head::logits_len(tokens, c.vocab_size));
+            scratch += Int16Head::planned_bytes(tokens, c.vocab_size, c.d_model);
+        }
+        (kept, scratch + 4 * logits)
     }
 
     /// `(batch, seq)` that it was made for.
@@ -367,7 +387,17 @@ impl Model {
         let last_residual = 2 * self.layers_in_last_segment(ws) - 1;
         let dnormed = &mut ws.scratch.a[..tokens * d];
         let input = self.head_input(&ws.scratch.normed, batch);
-        let loss = head_loss_grad(input, scale, &mut ws.logits, dnormed, &mut grads[layout.lm_head()]);
+        let dhead = &mut grads[layout.lm_head()];
+        let rounded = match ws.head {
+            HeadPrecision::Float32 => None,
+            HeadPrecision::Int16 => {
+                let needed = Int16Head::logits_len(tokens, self.config.vocab_size);
+                ws.logits.resize(needed.max(ws.logits.len()), 0.0);
+                ws.int16_head.loss_grad(Isa::detect(), input, scale, &mut ws.logits, dnormed, dhead)
+            }
+        };
+        // What is not finite is float32's to carry on.
+        let loss = rounded.unwrap_or_else(|| head_loss_grad(input, scale, &mut ws.logits, dnormed, dhead));
         let last = &ws.residuals[last_residual];
         let (gain, dgain) = (&self.params[layout.final_norm()], &mut grads[layout.final_norm()]);
         rmsnorm_backward(last, gain, &ws.final_rstd, dnormed, &mut ws.dh, dgain, Out::Store);

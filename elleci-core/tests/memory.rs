@@ -7,6 +7,7 @@ use elleci_core::config::ModelConfig;
 use elleci_core::init::initialise;
 use elleci_core::memory::{PlanOptions, plan};
 use elleci_core::model::{Batch, Checkpointing, Model, Workspace};
+use elleci_core::ops::head::HeadPrecision;
 use elleci_core::optim::{AdamW, AdamWConfig, StatePrecision, StepRates};
 use elleci_core::params::Params;
 use elleci_core::ternary::GradPrecision::{Float32, Int16};
@@ -42,7 +43,8 @@ fn measured(c: &ModelConfig, o: PlanOptions) -> usize {
     let before = LIVE.load(Relaxed);
     PEAK.store(before, Relaxed);
     let mut model = Model::new(c.clone(), initialise(c, 1)).unwrap();
-    let mut ws = Workspace::new(c, o.batch, o.seq, o.checkpointing).with_grad_precision(o.gradients);
+    let mut ws =
+        Workspace::new(c, o.batch, o.seq, o.checkpointing).with_grad_precision(o.gradients).with_head_precision(o.head);
     let mut grads = Params::zeros(model.layout().clone());
     let mut adamw = AdamW::new(model.layout().clone(), AdamWConfig::default(), o.states);
     let n = o.batch * o.seq;
@@ -69,7 +71,8 @@ fn the_plan_is_what_the_allocator_sees() {
             ("mini", 2, 256, Checkpointing::EveryKth(3), StatePrecision::F32, Float32),
         ] {
             let c = ModelConfig::preset(preset).unwrap();
-            let o = PlanOptions { batch, seq, checkpointing, states, gradients, average: false };
+            let head = if gradients == Int16 { HeadPrecision::Int16 } else { HeadPrecision::Float32 };
+            let o = PlanOptions { batch, seq, checkpointing, states, gradients, head, average: false };
             let (planned, seen) = (plan(&c, o).total() as f64, measured(&c, o) as f64);
             let ratio = planned / seen;
             println!(
@@ -86,15 +89,22 @@ fn the_plan_is_what_the_allocator_sees() {
 #[test]
 fn what_the_plan_promises() {
     let c = ModelConfig::preset("elleci-1.5b").unwrap();
-    let o = |states| PlanOptions {
-        batch: 1,
+    let o = |batch, average, states| PlanOptions {
+        batch,
         seq: 1024,
         checkpointing: Checkpointing::EveryLayer,
         states,
         gradients: Int16,
-        average: false,
+        head: HeadPrecision::Int16,
+        average,
     };
-    let (wide, narrow) = (plan(&c, o(StatePrecision::F32)), plan(&c, o(StatePrecision::Block8)));
+    for (batch, average) in [(1, true), (4, false), (8, false), (16, false), (16, true)] {
+        let total = |states| plan(&c, o(batch, average, states)).total() as f64;
+        let saved = 1.0 - total(StatePrecision::Block8) / total(StatePrecision::F32);
+        println!("elleci-1.5b, {batch} x 1024, running mean {average}: 8-bit states save {:.1} %", 100.0 * saved);
+    }
+    let of = |states| plan(&c, o(1, false, states));
+    let (wide, narrow) = (of(StatePrecision::F32), of(StatePrecision::Block8));
     assert!(narrow.optimizer as f64 <= 0.35 * wide.optimizer as f64, "{narrow:?} {wide:?}");
     assert!(narrow.total() as f64 <= 0.75 * wide.total() as f64, "{} {}", narrow.total(), wide.total());
     let mini = ModelConfig::preset("mini").unwrap();
@@ -107,6 +117,7 @@ fn what_the_plan_promises() {
                 checkpointing,
                 states: StatePrecision::F32,
                 gradients: Int16,
+                head: HeadPrecision::Int16,
                 average: false,
             },
         )

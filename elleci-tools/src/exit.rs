@@ -1,7 +1,7 @@
 //! How a tool ends: 0 done, 1 failed, 2 wrong usage or configuration, 130 stopped by the user.
 
-use std::fmt;
 use std::process::ExitCode;
+use std::{fmt, io};
 
 /// A mistake in the arguments or the configuration: exit code 2.
 #[derive(Debug)]
@@ -39,6 +39,36 @@ pub fn finish(result: anyhow::Result<()>) -> ExitCode {
         eprintln!("{interrupted}");
         return ExitCode::from(130);
     }
-    eprintln!("error: {error:#}");
+    eprintln!("error: {error:#}{}", remedy(&error));
     ExitCode::from(if error.downcast_ref::<Usage>().is_some() { 2 } else { 1 })
+}
+
+/// What to do about an error that no tool can do anything about, for the end of its message.
+fn remedy(error: &anyhow::Error) -> &'static str {
+    let kinds = error.chain().filter_map(|cause| cause.downcast_ref::<io::Error>()).map(io::Error::kind);
+    for kind in kinds {
+        match kind {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+                return "; free space there, then run the same command again";
+            }
+            io::ErrorKind::ReadOnlyFilesystem => return "; choose a place that can be written",
+            _ => {}
+        }
+    }
+    ""
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::Context;
+
+    use super::*;
+
+    #[test]
+    fn a_full_disk_has_a_remedy_wherever_it_stands_in_the_chain() {
+        let full = |kind| Err::<(), _>(io::Error::from(kind)).context("writing x").context("saving").unwrap_err();
+        assert!(remedy(&full(io::ErrorKind::StorageFull)).contains("free space"));
+        assert!(remedy(&full(io::ErrorKind::ReadOnlyFilesystem)).contains("can be written"));
+        assert_eq!(remedy(&full(io::ErrorKind::NotFound)), "");
+    }
 }

@@ -5,6 +5,7 @@ pub mod attention;
 #[cfg(all(feature = "std", target_arch = "x86_64"))]
 pub(crate) mod avx512;
 pub mod conv;
+pub mod head;
 pub(crate) mod lanes;
 pub mod loss;
 pub mod matmul;

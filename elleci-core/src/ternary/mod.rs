@@ -6,7 +6,7 @@
 //! straight-through estimator: [`TernaryMatrix::gradients`].
 
 mod grad;
-mod int16;
+pub(crate) mod int16;
 mod kernel;
 mod matrix;
 pub mod packed;

@@ -3,6 +3,7 @@
 use elleci_core::archive::{Archive, DenseFormat, PackOptions, to_bytes};
 use elleci_core::inference::Session;
 use elleci_core::model::{Batch, Checkpointing, Model, Workspace};
+use elleci_core::ops::head::HeadPrecision;
 use elleci_core::optim::norm::global_norm;
 use elleci_core::optim::schedule::depth_of;
 use elleci_core::optim::swa::Swa;
@@ -35,6 +36,17 @@ impl Group {
             Group::Average => "swa.safetensors",
         }
     }
+}
+
+/// How a step is computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StepForm {
+    /// Which activations are kept.
+    pub checkpointing: Checkpointing,
+    /// Precision of the gradients that enter the products of ternary projections.
+    pub gradients: GradPrecision,
+    /// Precision of the head's products.
+    pub head: HeadPrecision,
 }
 
 /// What a checkpoint must know of a backend beside its tensors.
@@ -122,20 +134,13 @@ pub struct CpuBackend {
     optimizer: AdamW,
     average: Option<Swa>,
     depth: Vec<usize>,
-    checkpointing: Checkpointing,
-    gradients: GradPrecision,
+    form: StepForm,
     workspace: Option<(Checkpointing, Workspace)>,
 }
 
 impl CpuBackend {
     /// Optimizer states at zero.
-    pub fn new(
-        model: Model,
-        adamw: AdamWConfig,
-        states: StatePrecision,
-        checkpointing: Checkpointing,
-        gradients: GradPrecision,
-    ) -> CpuBackend {
+    pub fn new(model: Model, adamw: AdamWConfig, states: StatePrecision, form: StepForm) -> CpuBackend {
         let layout = model.layout().clone();
         let depth = (0..layout.params().len()).map(|i| depth_of(&layout, Id(i))).collect();
         CpuBackend {
@@ -143,8 +148,7 @@ impl CpuBackend {
             optimizer: AdamW::new(layout, adamw, states),
             average: None,
             depth,
-            checkpointing,
-            gradients,
+            form,
             workspace: None,
             model,
         }
@@ -160,8 +164,10 @@ impl CpuBackend {
         let shape = (batch.batch, batch.seq);
         if !self.workspace.as_ref().is_some_and(|(k, w)| *k == kept && w.shape() == shape) {
             self.workspace = None;
-            let workspace = Workspace::new(self.model.config(), batch.batch, batch.seq, kept);
-            self.workspace = Some((kept, workspace.with_grad_precision(self.gradients)));
+            let workspace = Workspace::new(self.model.config(), batch.batch, batch.seq, kept)
+                .with_grad_precision(self.form.gradients)
+                .with_head_precision(self.form.head);
+            self.workspace = Some((kept, workspace));
         }
     }
 
@@ -193,7 +199,7 @@ pub fn read_params(params: &mut Params, file: &TensorFile) -> anyhow::Result<()>
 
 impl Backend for CpuBackend {
     fn accumulate(&mut self, batch: &Batch<'_>, scale: f32) -> anyhow::Result<f64> {
-        self.workspace(batch, self.checkpointing);
+        self.workspace(batch, self.form.checkpointing);
         let (_, workspace) = self.workspace.as_mut().expect("made by the line above");
         Ok(self.model.loss_and_grad(workspace, batch, scale, &mut self.grads)?)
     }

@@ -47,6 +47,9 @@ pub struct TrainingConfig {
     /// Precision of the gradients that enter the products of ternary projections. (Runs older than this key had float32.)
     #[serde(default)]
     pub gradients: Gradients,
+    /// Precision of the head's products in a step: logits and both gradients. (Runs older than this key had float32.)
+    #[serde(default)]
+    pub head: Head,
     /// Largest global norm of the gradient; 0 = off.
     pub clip: f64,
     /// Seeds initialisation, data order and samples.
@@ -77,6 +80,19 @@ pub enum Gradients {
     #[serde(rename = "f32")]
     F32,
     /// int16 with a scale a token or channel: exact integer products, faster with AVX-512 VNNI (docs/LOG.md).
+    #[serde(rename = "int16")]
+    Int16,
+}
+
+/// Precision of the head's products in a step.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Head {
+    /// float32
+    #[default]
+    #[serde(rename = "f32")]
+    F32,
+    /// int16 with a scale a row, and float32 for what is above 64 times a softmax's mean. float32 on machines without AVX-512
+    /// VNNI, and in evaluations.
     #[serde(rename = "int16")]
     Int16,
 }

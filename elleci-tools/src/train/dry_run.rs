@@ -14,7 +14,7 @@ use super::cli::TrainArgs;
 use super::config::RunConfig;
 use super::device::{Device, available_memory};
 use super::log::Log;
-use super::plan::{Plan, checkpointing, gradients, largest_micro_batch, precision};
+use super::plan::{Plan, checkpointing, gradients, head, largest_micro_batch, precision};
 use super::session::cpu_backend;
 use super::{Progress, Run};
 use crate::report::format::{duration, si, thousands};
@@ -103,7 +103,8 @@ pub fn planned_bytes(config: &RunConfig, schedule: &Plan) -> u64 {
 fn memory_of(config: &RunConfig, schedule: &Plan, kept: Checkpointing, states: StatePrecision) -> MemoryPlan {
     let (batch, seq) = largest_micro_batch(config, schedule);
     let average = config.swa.start < 1.0;
-    plan(&config.model, PlanOptions { batch, seq, checkpointing: kept, states, gradients: gradients(config), average })
+    let (gradients, head) = (gradients(config), head(config));
+    plan(&config.model, PlanOptions { batch, seq, checkpointing: kept, states, gradients, head, average })
 }
 
 fn total_flops(config: &RunConfig, schedule: &Plan) -> f64 {

@@ -2,12 +2,14 @@
 
 use elleci_core::config::ModelConfig;
 use elleci_core::model::Checkpointing;
+use elleci_core::ops::head::HeadPrecision;
 use elleci_core::optim::StatePrecision;
 use elleci_core::optim::schedule::{Cooldown, Lerac, Phases, SequenceCurriculum, StepShape, Wsd, boundary};
 use elleci_core::ternary::GradPrecision;
 
+use super::backend::StepForm;
 use super::batches::phase_weights;
-use super::config::{CooldownKind, Gradients, LeracMode, RunConfig, States};
+use super::config::{CooldownKind, Gradients, Head, LeracMode, RunConfig, States};
 
 /// The schedules of a run.
 pub struct Plan {
@@ -169,6 +171,19 @@ pub fn gradients(config: &RunConfig) -> GradPrecision {
         Gradients::F32 => GradPrecision::Float32,
         Gradients::Int16 => GradPrecision::Int16,
     }
+}
+
+/// Precision of the head of a configuration.
+pub fn head(config: &RunConfig) -> HeadPrecision {
+    match config.training.head {
+        Head::F32 => HeadPrecision::Float32,
+        Head::Int16 => HeadPrecision::Int16,
+    }
+}
+
+/// How a configuration has its steps computed.
+pub fn step_form(config: &RunConfig) -> StepForm {
+    StepForm { checkpointing: checkpointing(config), gradients: gradients(config), head: head(config) }
 }
 
 /// Rows and tokens of the largest micro-batch of a configuration: what memory must hold.

@@ -17,7 +17,7 @@ use super::cli::TrainArgs;
 use super::config::RunConfig;
 use super::device::{Device, available_memory};
 use super::log::{Log, first_and_last_loss, write_text};
-use super::plan::{Plan, checkpointing, gradients, precision, same_model};
+use super::plan::{Plan, precision, same_model, step_form};
 use super::record::Recorder;
 use super::samples::Text;
 use super::step::load_model;
@@ -269,7 +269,7 @@ pub(super) fn cpu_backend(config: &RunConfig, init: Option<&Path>, resumed: bool
     let o = &config.optimizer;
     let adamw = AdamWConfig { beta1: o.betas[0], beta2: o.betas[1], eps: o.eps };
     let model = Model::new(config.model.clone(), params)?;
-    Ok(CpuBackend::new(model, adamw, precision(config), checkpointing(config), gradients(config)))
+    Ok(CpuBackend::new(model, adamw, precision(config), step_form(config)))
 }
 
 fn announce(run: &Run<'_>) {

@@ -1,5 +1,7 @@
 //! `elleci-train` as a whole under faults: killed, interrupted, out of disk, with damaged files.
 
+use std::io::Write;
+use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -44,28 +46,96 @@ fn killed_at_any_moment_a_run_ends_with_the_same_losses() {
     assert_eq!(scene.checkpoints("killed"), scene.checkpoints("whole"));
 }
 
+/// Ctrl-C, `kill` and a closed terminal: the step that runs is finished and saved.
 #[test]
-fn an_interrupt_saves_and_exits_130() {
+fn signals_save_and_exit_130() {
     let scene = Scene::new();
     scene.expect(scene.command("whole", &["--steps", "400"]), 0);
-    let child = scene.spawn(scene.command("stopped", &["--steps", "400"]));
-    while scene.checkpoints("stopped").is_empty() {
-        std::thread::sleep(Duration::from_millis(5));
+    for signal in ["INT", "TERM", "HUP"] {
+        let child = scene.spawn(scene.command(signal, &["--steps", "400"]));
+        while scene.checkpoints(signal).is_empty() {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Command::new("kill").args([&format!("-{signal}"), &child.id().to_string()]).status().unwrap();
+        let output = child.wait_with_output().unwrap();
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(130), "{signal}: {text}");
+        assert!(text.contains("stopped and saved after step"), "{signal}: {text}");
+        let last = scene.losses(signal).last().unwrap().0;
+        assert!(last < 400);
+        assert_eq!(scene.checkpoints(signal).last().unwrap(), &format!("step-{last:08}"));
+        let (_, text) = scene.expect(scene.command(signal, &["--steps", "400"]), 0);
+        assert!(text.contains("resuming from"), "{signal}: {text}");
+        assert_eq!(scene.losses(signal), scene.losses("whole"), "{signal}");
     }
-    Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
-    let output = child.wait_with_output().unwrap();
-    let text = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(130), "{text}");
-    assert!(text.contains("stopped and saved after step"), "{text}");
-    let last = scene.losses("stopped").last().unwrap().0;
-    assert!(last < 400);
-    assert_eq!(scene.checkpoints("stopped").last().unwrap(), &format!("step-{last:08}"));
-    let (_, text) = scene.expect(scene.command("stopped", &["--steps", "400"]), 0);
-    assert!(text.contains("resuming from"), "{text}");
-    assert_eq!(scene.losses("stopped"), scene.losses("whole"));
 }
 
-/// The limit on the size of files stands in for a full disk: both fail a write in the middle of a tensor.
+/// A file system of `kilobytes` of its own under `run`, for as long as the script runs: in a user namespace, which most
+/// systems allow. `None`, said on standard error, where this one does not.
+fn on_a_small_disk(scene: &Scene, kilobytes: u64, script: &str) -> Option<(i32, String)> {
+    std::fs::create_dir_all(scene.path("run")).unwrap();
+    let mount = format!("mount -t tmpfs -o size={kilobytes}k none run");
+    let within = |script: &str| {
+        let mut command = Command::new("unshare");
+        command.args(["--map-root-user", "--mount", "bash", "-c", script]).current_dir(scene.path("")).output()
+    };
+    let refused = match within(&mount) {
+        Ok(output) if output.status.success() => None,
+        Ok(output) => Some(String::from_utf8_lossy(&output.stderr).into_owned()),
+        Err(error) => Some(error.to_string()),
+    };
+    if let Some(reason) = refused {
+        // Not `eprintln`, which the harness keeps to itself when a test passes.
+        let _ = writeln!(std::io::stderr(), "SKIPPED, no full disk was tested: `unshare`, `{mount}`: {reason}");
+        return None;
+    }
+    let output = within(&format!("{mount} && {script}")).unwrap();
+    Some((output.status.code().unwrap_or(-1), String::from_utf8_lossy(&output.stderr).into_owned()))
+}
+
+/// Kilobytes of all files in a directory, each in whole pages as a tmpfs counts them.
+fn kilobytes(dir: &Path) -> u64 {
+    let entries = std::fs::read_dir(dir).unwrap().map(|e| e.unwrap());
+    let size = |e: std::fs::DirEntry| match e.file_type().unwrap().is_dir() {
+        true => kilobytes(&e.path()),
+        false => e.metadata().unwrap().len().div_ceil(4096) * 4,
+    };
+    entries.map(size).sum()
+}
+
+#[test]
+fn a_full_disk_leaves_the_checkpoint_before_it() {
+    let scene = Scene::new();
+    scene.expect(scene.command("whole", &[]), 0);
+    scene.expect(scene.command("three", &["--steps", "3", "--set", "swa.start=1.0"]), 0);
+    let size = |path: &str| kilobytes(&scene.path("three").join(path));
+    let checkpoint = size("checkpoints");
+    let logs = size("") - checkpoint - size("final");
+    let train = format!("{} --config run.toml --data data --out run", env!("CARGO_BIN_EXE_elleci-train"));
+    // Room for one checkpoint and more or less of the next, down to hardly any: some part of it is the one that fails.
+    for share in [90, 50, 10] {
+        let after = format!("after{share}");
+        let script = format!("{train}; code=$?; cp -a run {after}; exit $code");
+        let Some((code, text)) = on_a_small_disk(&scene, logs + checkpoint + checkpoint * share / 100, &script) else {
+            return;
+        };
+        assert_eq!(code, 1, "{text}");
+        for part in ["step 6 not saved to run/checkpoints", "earlier ones are untouched", "No space left", "free space"]
+        {
+            assert!(text.contains(part), "{share} %: {part}: {text}");
+        }
+        assert_eq!(scene.checkpoints(&after), ["step-00000003"]);
+        // With room again, the same command goes on, and nothing shows that anything happened.
+        let (_, text) = scene.expect(scene.command(&after, &[]), 0);
+        assert!(text.contains(&format!("resuming from {after}/checkpoints/step-00000003")), "{text}");
+        assert_eq!(scene.losses(&after), scene.losses("whole"));
+        let model = |run: &str| std::fs::read(scene.path(run).join("final/model.safetensors")).unwrap();
+        assert!(model(&after) == model("whole"), "the final weights differ");
+    }
+}
+
+/// The limit on the size of files fails a write in the middle of a tensor, as a full disk does, on systems too where the
+/// test above cannot have a disk of its own.
 #[test]
 fn a_failed_write_leaves_the_checkpoint_before_it() {
     let scene = Scene::new();

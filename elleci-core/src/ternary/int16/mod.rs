@@ -23,7 +23,7 @@
 //!
 //! **What is not finite** reaches the scale of its row or channel, and everything that it touches comes out not finite.
 
-mod kernel;
+pub(crate) mod kernel;
 mod quantize;
 
 #[cfg(all(feature = "std", target_arch = "x86_64"))]
