@@ -44,7 +44,7 @@ pub fn article_form(out: &mut Pairs) {
         Noun("scaffale", "scaffali", M),
         Noun("zerbino", "zerbini", M),
         Noun("spazzolino", "spazzolini", M),
-        Noun("gnomo", "gnomi", M),
+        Noun("zoccolo", "zoccoli", M),
     ];
     const FRAMES: &[(&str, &str)] =
         &[("Ho visto ", " in giardino."), ("Non riconosco ", "."), ("Ecco ", " di cui parlavi."), ("Hai notato ", "?")];

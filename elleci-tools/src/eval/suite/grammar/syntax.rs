@@ -132,11 +132,15 @@ pub fn preposition_choice(out: &mut Pairs) {
     }
     const CITIES: &[&str] = &["Roma", "Milano", "Torino", "Parigi", "Palermo", "Bologna"];
     const COUNTRIES: &[&str] = &["Francia", "Spagna", "Germania", "Italia", "Grecia", "Svizzera"];
-    const GOING: &[&str] = &["Domani vado", "Mio fratello abita", "Torniamo", "D'estate resto", "Hanno trovato lavoro"];
+    // With verbs of staying, "in Roma" is the style of public offices: only movement makes it plainly wrong.
+    const GOING: &[&str] = &["Domani vado", "Torniamo", "Volevano andare", "Siamo arrivati", "Ieri sono andato"];
+    const BEING: &[&str] = &["Mio fratello abita", "D'estate resto", "Hanno trovato lavoro"];
     for start in GOING {
         for city in CITIES {
             out.add((format!("{start} a {city}."), format!("{start} in {city}.")));
         }
+    }
+    for start in GOING.iter().chain(BEING) {
         for country in COUNTRIES {
             out.add((format!("{start} in {country}."), format!("{start} a {country}.")));
         }
