@@ -237,11 +237,13 @@ fn report_absent(absent: &[Absent]) {
         [] => {}
         [one] => eprintln!("{}: {}", one.name, one.reason),
         [first, ..] => {
-            let names: Vec<&str> = without.iter().map(|a| a.name.as_str()).collect();
+            // The variants of a task are told once.
+            let mut names: Vec<&str> = without.iter().filter_map(|a| a.name.split("_prompt-").next()).collect();
+            names.dedup();
             eprintln!(
                 "{} tasks have no data and are left out: {}\n  {}: {}\n  `elleci-data fetch --eval --out DIR` gets them \
                  all, then `--data DIR`",
-                without.len(),
+                names.len(),
                 names.join(", "),
                 first.name,
                 first.reason
@@ -396,8 +398,12 @@ fn write_results(args: &RunArgs, prepared: &[Prepared], absent: &[Absent], facts
         }
         let values: Vec<_> = asked.iter().map(|i| item_values(&p.task, i, &p.answers.known[&i.doc].answer)).collect();
         let measured = report::measure(&p.task, &asked, &values, args.seed);
-        let mut parts: Vec<String> = asked.iter().filter_map(|i| i.part.clone()).collect();
-        parts.dedup();
+        let mut parts: Vec<String> = Vec::new();
+        for part in asked.iter().filter_map(|i| i.part.as_ref()) {
+            if !parts.contains(part) {
+                parts.push(part.clone());
+            }
+        }
         let part = |part: String| {
             let own: Vec<usize> = (0..asked.len()).filter(|i| asked[*i].part.as_ref() == Some(&part)).collect();
             let items: Vec<&Item> = own.iter().map(|i| asked[*i]).collect();
