@@ -49,7 +49,8 @@ struct Question {
     references: Vec<String>,
 }
 
-/// All questions of a task, with `shots` examples each.
+/// All questions of a task, with `shots` examples each: the first of their split, as the harness has them for MMLU and Belebele
+/// (elsewhere it draws them).
 ///
 /// # Errors
 /// Rows that the templates do not fit, by row; too few rows for the examples.
