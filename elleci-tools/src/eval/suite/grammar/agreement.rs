@@ -47,7 +47,7 @@ pub fn article_form(out: &mut Pairs) {
         Noun("zoccolo", "zoccoli", M),
     ];
     const FRAMES: &[(&str, &str)] =
-        &[("Ho visto ", " in giardino."), ("Non riconosco ", "."), ("Ecco ", " di cui parlavi."), ("Hai notato ", "?")];
+        &[("Ieri ho visto ", "."), ("Non riconosco ", "."), ("Ecco ", " di cui parlavi."), ("Hai notato ", "?")];
     for (nouns, right, wrong) in [(PLAIN, Onset::Plain, Onset::Special), (SPECIAL, Onset::Special, Onset::Plain)] {
         for noun in nouns {
             for (before, after) in FRAMES {

@@ -90,6 +90,6 @@ mod tests {
             .flat_map(|(name, pairs)| pairs.iter().map(move |(a, b)| format!("{name}|{a}|{b}\n")))
             .collect();
         // A change here changes every published number of the suite: raise the task's version with it.
-        assert_eq!(format!("{:016x}", xxh3_64(text.concat().as_bytes())), "0000000000000000");
+        assert_eq!(format!("{:016x}", xxh3_64(text.concat().as_bytes())), "ded9a39bb28c32ff");
     }
 }
