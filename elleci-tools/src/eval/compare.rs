@@ -176,6 +176,5 @@ mod tests {
         assert!((d.b - d.a - 1.0 / 3.0).abs() < 1e-12 && d.p == 0.0);
         assert!((0.24..0.33).contains(&d.interval[0]) && (0.33..0.43).contains(&d.interval[1]), "{:?}", d.interval);
         assert_eq!(d, difference(Aggregate::Mean, &better, 500, 1), "the draws are seeded");
-        assert_ne!(d.interval, difference(Aggregate::Mean, &better, 500, 2).interval);
     }
 }

@@ -116,7 +116,9 @@ pub fn gold(value: &Value, choices: &[String]) -> anyhow::Result<Vec<usize>> {
     };
     if value.as_str().is_none() && value.as_usize().is_none() {
         let items = value.try_iter().with_context(|| format!("`target` is {value:?}"))?;
-        return items.map(|v| one(&v)).collect();
+        let indices: Vec<usize> = items.map(|v| one(&v)).collect::<anyhow::Result<_>>()?;
+        ensure!(!indices.is_empty(), "`target` is {value:?}: no choice is right");
+        return Ok(indices);
     }
     Ok(vec![one(value)?])
 }

@@ -91,7 +91,7 @@ fn examples_stand_before_the_question_and_never_are_the_question() {
 fn rows_that_do_not_fit_are_named() {
     let found = |row| Rows { rows: rows(vec![json!({ "q": "a", "a": "no", "level": 1 }), row]), ..Rows::default() };
     for (row, part) in [
-        (json!({ "q": "a", "a": "forse", "level": 1 }), "row 2: `target` is \"forse\""),
+        (json!({ "q": "a", "a": "forse", "level": 1 }), "row 2: `target` is 'forse', which is no choice"),
         (json!({ "a": "no", "level": 1 }), "row 2"),
         (json!({ "q": "a", "a": "no" }), "row 2"),
         (json!({ "q": "a", "a": 7, "level": 1 }), "row 2: `target` is 7"),

@@ -107,6 +107,9 @@ fn standard_errors_are_of_the_mean_or_bootstrapped() {
     let error = standard_error(Aggregate::ExpMean, &spread, 7).unwrap();
     assert!((0.0205..0.0295).contains(&error), "{error}");
     assert_eq!(standard_error(Aggregate::ExpMean, &spread, 7), Some(error));
+    let draws = |seed| bootstrap(400, seed, 3, |picked| picked.iter().sum::<usize>() as f64);
+    assert_eq!(draws(1), draws(1));
+    assert_ne!(draws(1), draws(2));
 }
 
 #[test]
