@@ -314,9 +314,9 @@ impl<'a> Engine<'a> {
             while !active.is_empty() {
                 self.step(&mut active, how)?;
                 let is_over = |w: &Writing| w.done.ended || w.done.tokens == how.max_tokens;
-                let (over, going) = active.into_iter().partition(is_over);
+                let (over, going): (Vec<_>, Vec<_>) = active.into_iter().partition(is_over);
                 active = going;
-                for mut writing in Vec::<Writing>::from(over) {
+                for mut writing in over {
                     writing.done.text += &writing.stream.finish();
                     finished.push((writing.index, writing.done));
                 }
