@@ -3,6 +3,7 @@
 pub mod checkpoint;
 pub mod convert;
 pub mod data;
+pub mod eval;
 pub mod exit;
 pub mod hf;
 pub mod mapped;

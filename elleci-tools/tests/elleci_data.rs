@@ -213,6 +213,8 @@ struct Hub {
     break_offs: AtomicU32,
     /// The first byte that each download asked for.
     starts: Mutex<Vec<usize>>,
+    /// Data set, revision as it stands in addresses, file.
+    place: (&'static str, &'static str, &'static str),
 }
 
 const FILE: &str = "data/train-00000-of-00001.parquet";
@@ -234,10 +236,10 @@ impl Hub {
         }
         drop(lines);
         let path = request.split(' ').nth(1).unwrap_or_default();
-        let repo = "datasets/OpenAssistant/oasst1";
-        if path == format!("/api/{repo}/revision/main") {
+        let (repo, revision, file) = self.place;
+        if path == format!("/api/datasets/{repo}/revision/{revision}") {
             let body = format!(
-                "{{\"sha\":\"c0ffee\",\"siblings\":[{{\"rfilename\":\"README.md\"}},{{\"rfilename\":\"{FILE}\"}}]}}"
+                "{{\"sha\":\"c0ffee\",\"siblings\":[{{\"rfilename\":\"README.md\"}},{{\"rfilename\":\"{file}\"}}]}}"
             );
             return write!(
                 stream,
@@ -245,7 +247,7 @@ impl Hub {
                 body.len()
             );
         }
-        if path != format!("/{repo}/resolve/main/{FILE}") {
+        if path != format!("/datasets/{repo}/resolve/{revision}/{file}") {
             return write!(stream, "HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
         }
         let total = self.content.len();
@@ -282,13 +284,25 @@ fn start(hub: &'static Hub) -> String {
 }
 
 fn hub(break_offs: u32, sha256: impl Fn(&[u8]) -> String) -> &'static Hub {
+    hub_of(("OpenAssistant/oasst1", "main", FILE), break_offs, sha256)
+}
+
+fn hub_of(
+    place: (&'static str, &'static str, &'static str),
+    break_offs: u32,
+    sha256: impl Fn(&[u8]) -> String,
+) -> &'static Hub {
     let content: Vec<u8> = (0..300_000u32).map(|i| (i.wrapping_mul(i) >> 7) as u8).collect();
     let sha256 = sha256(&content);
-    Box::leak(Box::new(Hub { content, sha256, break_offs: break_offs.into(), starts: Mutex::default() }))
+    Box::leak(Box::new(Hub { content, sha256, break_offs: break_offs.into(), starts: Mutex::default(), place }))
 }
 
 fn fetch(dir: &Path, endpoint: &str) -> Output {
-    command(dir, &["fetch", "--only", "oasst", "--out", "got"])
+    fetch_with(dir, endpoint, &["--only", "oasst"])
+}
+
+fn fetch_with(dir: &Path, endpoint: &str, what: &[&str]) -> Output {
+    command(dir, &[&["fetch", "--out", "got"], what].concat())
         .env("HF_ENDPOINT", endpoint)
         .env("HF_HOME", dir.join("hf"))
         .env_remove("HTTP_PROXY")
@@ -333,4 +347,33 @@ fn fetch_refuses_a_wrong_checksum_and_reports_an_absent_hub() {
     let output = fetch(tmp.path(), &format!("http://{closed}"));
     assert_eq!(output.status.code(), Some(1));
     assert!(stderr(&output).contains("cannot list the dataset OpenAssistant/oasst1"), "{}", stderr(&output));
+}
+
+/// The branch that holds the parquet form of every data set.
+const CONVERTED: &str = "refs%2Fconvert%2Fparquet";
+
+#[test]
+fn test_sets_come_from_their_parquet_form_and_what_is_absent_is_named() {
+    let tmp = tempfile::tempdir().unwrap();
+    let place = ("alexandrainst/m_hellaswag", CONVERTED, "it/val/0000.parquet");
+    let hub = hub_of(place, 1, elleci_tools::data::shards::sha256_hex);
+    let output = fetch_with(tmp.path(), &start(hub), &["--eval", "--tasks", "hellaswag_it"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let got = "got/alexandrainst/m_hellaswag/it/val/0000.parquet";
+    assert_eq!(fs::read(tmp.path().join(got)).unwrap(), hub.content);
+    assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), got);
+
+    // The split of the examples is not there: the other one is got all the same. A set without a parquet form has its own files.
+    let place = ("cambridgeltl/xcopa", "main", "data/it/test.jsonl");
+    let output = fetch_with(
+        tmp.path(),
+        &start(hub_of(place, 0, elleci_tools::data::shards::sha256_hex)),
+        &["--eval", "--tasks", "xcopa_it"],
+    );
+    assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+    assert!(stderr(&output).contains("no file of the split validation of it"), "{}", stderr(&output));
+    assert!(tmp.path().join("got/cambridgeltl/xcopa/it/test/test.jsonl").exists());
+
+    fails(tmp.path(), &["fetch", "--eval", "--tasks", "xcopa_ti"], 1, &["is it `xcopa_it`?"]);
+    fails(tmp.path(), &["fetch", "--tasks", "xcopa_it"], 2, &["--eval"]);
 }

@@ -66,10 +66,14 @@ impl InputArgs {
 /// With --demo: some 15 MB of real Italian and English text from Debian packages (manuals, help pages, aphorisms), by
 /// `apt-get download` and pinned checksums, as OUT/it/*.jsonl and OUT/en/*.jsonl. Its licences are copyleft for the most part:
 /// train on it, do not pass it on as yours.
+///
+/// With --eval: the test sets that `elleci-eval --data OUT` reads, some 150 MB, as OUT/OWNER/NAME/CONFIG/SPLIT/*. Never train on them.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   elleci-data fetch --demo --out corpus
   elleci-data fetch --only wikipedia --only oasst --out corpus
+  elleci-data fetch --eval --out eval
+  elleci-data fetch --eval --tasks arc_it,xcopa_it --out eval
   HF_ENDPOINT=https://mirror.example elleci-data fetch --only cosmopedia --limit-files 4 --out corpus")]
 struct FetchArgs {
     /// The Debian packages.
@@ -78,6 +82,14 @@ struct FetchArgs {
     /// Take packages whose checksum is not the pinned one (Debian has moved on); results then differ.
     #[arg(long, requires = "demo")]
     any_version: bool,
+    /// The test sets of elleci-eval.
+    #[cfg(feature = "hub")]
+    #[arg(long, conflicts_with_all = ["demo", "only", "limit_files"])]
+    eval: bool,
+    /// Only the data of these tasks [default: all].
+    #[cfg(feature = "hub")]
+    #[arg(long, value_name = "NAME,..", value_delimiter = ',', requires = "eval")]
+    tasks: Vec<String>,
     /// Only this corpus (repeatable) [default: all].
     #[cfg(feature = "hub")]
     #[arg(long, value_enum, conflicts_with = "demo")]
@@ -197,6 +209,13 @@ fn run_fetch(args: &FetchArgs) -> Result<()> {
         let report = fetch::demo::fetch(&args.out, args.any_version)?;
         print!("{}", report.table());
         return Ok(());
+    }
+    #[cfg(feature = "hub")]
+    if args.eval {
+        let found = crate::eval::task::built_in()?;
+        let tasks = if args.tasks.is_empty() { found } else { crate::eval::task::select(&found, &args.tasks)? };
+        let sources: Vec<_> = tasks.into_iter().filter_map(|t| t.source).collect();
+        return fetch::eval::fetch(&args.out, &sources, &mut |path| println!("{}", path.display()));
     }
     #[cfg(feature = "hub")]
     {

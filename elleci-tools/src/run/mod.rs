@@ -5,7 +5,7 @@ pub mod bench;
 pub mod chat;
 pub mod cli;
 pub mod generate;
-mod interrupt;
+pub(crate) mod interrupt;
 pub mod logits;
 pub mod model;
 pub mod text;

@@ -5,7 +5,7 @@
 
 use anyhow::{Context, Result, bail, ensure};
 use hf_hub::api::Progress;
-use hf_hub::api::sync::{Api, ApiBuilder, ApiRepo};
+use hf_hub::api::sync::{Api, ApiBuilder};
 use hf_hub::{Cache, Repo};
 use indicatif::ProgressBar;
 use std::fs::{self, File};
@@ -54,29 +54,19 @@ const ATTEMPTS: u32 = 5;
 /// # Errors
 /// The hub cannot be reached or has no such files, a file fails its checksum, or the file system refuses.
 pub fn fetch(out: &Path, corpora: &[Corpus], limit_files: Option<usize>) -> Result<Vec<PathBuf>> {
-    let cache = Cache::from_env();
-    // The crate resolves links by absolute paths.
-    let cache = Cache::new(std::path::absolute(cache.path()).context("cannot resolve the hub's cache directory")?);
-    let mut builder = ApiBuilder::from_cache(cache.clone()).with_progress(false);
-    let endpoint = std::env::var("HF_ENDPOINT").unwrap_or_else(|_| "https://huggingface.co".to_string());
-    builder = builder.with_endpoint(endpoint.trim_end_matches('/').to_string());
-    let api = builder.build().context("cannot set up the hub's client")?;
+    let client = Client::new()?;
     let mut links = Vec::new();
     for corpus in corpora {
         let (id, prefix) = corpus.place();
-        let repo = api.dataset(id.to_string());
-        let info = repo.info().with_context(|| {
-            format!("{endpoint}: cannot list the dataset {id}; is the network up (HF_ENDPOINT names a mirror)?")
-        })?;
-        let mut files: Vec<String> = info.siblings.into_iter().map(|s| s.rfilename).collect();
+        let repo = Repo::dataset(id.to_string());
+        let mut files = client.list(&repo)?;
         files.retain(|f| f.starts_with(prefix) && f.ends_with(".parquet"));
-        files.sort();
         ensure!(!files.is_empty(), "{id}: no parquet file under {prefix}; has the dataset been rearranged?");
         let all = files.len();
         files.truncate(limit_files.unwrap_or(all));
         for (i, file) in files.iter().enumerate() {
             eprintln!("{id}: file {} of {} (there are {all}): {file}", i + 1, files.len());
-            let cached = download(&api, &repo, &cache, id, file).with_context(|| format!("{id}: {file}"))?;
+            let cached = client.download(&repo, file).with_context(|| format!("{id}: {file}"))?;
             let name = Path::new(file).file_name().context("a file without a name")?;
             links.push(link(&cached, &out.join(corpus.name()).join(name))?);
         }
@@ -84,44 +74,77 @@ pub fn fetch(out: &Path, corpora: &[Corpus], limit_files: Option<usize>) -> Resu
     Ok(links)
 }
 
-/// The file in the cache, downloaded and verified unless it is there.
-fn download(api: &Api, repo: &ApiRepo, cache: &Cache, id: &str, file: &str) -> Result<PathBuf> {
-    if let Some(path) = cache.dataset(id.to_string()).get(file) {
-        return Ok(path);
+/// The hub's client with the hub's cache.
+pub(super) struct Client {
+    api: Api,
+    cache: Cache,
+    endpoint: String,
+}
+
+impl Client {
+    /// As the environment says: HF_HOME, HF_ENDPOINT.
+    pub fn new() -> Result<Client> {
+        let cache = Cache::from_env();
+        // The crate resolves links by absolute paths.
+        let cache = Cache::new(std::path::absolute(cache.path()).context("cannot resolve the hub's cache directory")?);
+        let endpoint = std::env::var("HF_ENDPOINT").unwrap_or_else(|_| "https://huggingface.co".to_string());
+        let builder = ApiBuilder::from_cache(cache.clone()).with_progress(false);
+        let builder = builder.with_endpoint(endpoint.trim_end_matches('/').to_string());
+        Ok(Client { api: builder.build().context("cannot set up the hub's client")?, cache, endpoint })
     }
-    let mut attempt = 0;
-    loop {
-        attempt += 1;
-        // The crate's own retries restart a resumed part from its beginning: each attempt here looks at the part anew.
-        match try_download(api, repo, cache, id, file) {
-            Ok(path) => return Ok(path),
-            Err(e) if attempt == ATTEMPTS => return Err(e),
-            Err(e) => {
-                eprintln!("  attempt {attempt} of {ATTEMPTS} failed: {e:#}");
-                std::thread::sleep(Duration::from_millis(250 << attempt));
+
+    /// The files of a repository, in order.
+    pub fn list(&self, repo: &Repo) -> Result<Vec<String>> {
+        let info = self.api.repo(repo.clone()).info().with_context(|| {
+            let id = repo.folder_name().trim_start_matches("datasets--").replacen("--", "/", 1);
+            let endpoint = &self.endpoint;
+            format!("{endpoint}: cannot list the dataset {id}; is the network up (HF_ENDPOINT names a mirror)?")
+        })?;
+        let mut files: Vec<String> = info.siblings.into_iter().map(|s| s.rfilename).collect();
+        files.sort();
+        Ok(files)
+    }
+
+    /// The file in the cache, downloaded and verified unless it is there.
+    pub fn download(&self, repo: &Repo, file: &str) -> Result<PathBuf> {
+        if let Some(path) = self.cache.repo(repo.clone()).get(file) {
+            return Ok(path);
+        }
+        let mut attempt = 0;
+        loop {
+            attempt += 1;
+            // The crate's own retries restart a resumed part from its beginning: each attempt here looks at the part anew.
+            match self.try_download(repo, file) {
+                Ok(path) => return Ok(path),
+                Err(e) if attempt == ATTEMPTS => return Err(e),
+                Err(e) => {
+                    eprintln!("  attempt {attempt} of {ATTEMPTS} failed: {e:#}");
+                    std::thread::sleep(Duration::from_millis(250 << attempt));
+                }
             }
         }
     }
-}
 
-fn try_download(api: &Api, repo: &ApiRepo, cache: &Cache, id: &str, file: &str) -> Result<PathBuf> {
-    let meta = api.metadata(&repo.url(file)).context("cannot ask the hub for the file")?;
-    let blob = cache.repo(Repo::dataset(id.to_string())).blob_path(meta.etag());
-    let part = blob.with_extension("part");
-    // Complete but not renamed, or of another length: asking for what follows it would fail for ever.
-    if fs::metadata(&part).is_ok_and(|m| m.len() >= meta.size() as u64) {
-        fs::remove_file(&part).with_context(|| format!("{}: cannot remove", part.display()))?;
-    }
-    let path = repo.download_with_progress(file, Bar(ProgressBar::hidden())).context("download broke off")?;
-    let size = fs::metadata(&path).with_context(|| format!("{}: cannot read", path.display()))?.len();
-    let sound = size == meta.size() as u64 && checksum_agrees(&path, meta.etag())?;
-    if !sound {
-        for wrong in [&path, &blob] {
-            let _ = fs::remove_file(wrong);
+    fn try_download(&self, repo: &Repo, file: &str) -> Result<PathBuf> {
+        let remote = self.api.repo(repo.clone());
+        let meta = self.api.metadata(&remote.url(file)).context("cannot ask the hub for the file")?;
+        let blob = self.cache.repo(repo.clone()).blob_path(meta.etag());
+        let part = blob.with_extension("part");
+        // Complete but not renamed, or of another length: asking for what follows it would fail for ever.
+        if fs::metadata(&part).is_ok_and(|m| m.len() >= meta.size() as u64) {
+            fs::remove_file(&part).with_context(|| format!("{}: cannot remove", part.display()))?;
         }
-        bail!("the downloaded file does not have the size or the checksum that the hub states; it was removed");
+        let path = remote.download_with_progress(file, Bar(ProgressBar::hidden())).context("download broke off")?;
+        let size = fs::metadata(&path).with_context(|| format!("{}: cannot read", path.display()))?.len();
+        let sound = size == meta.size() as u64 && checksum_agrees(&path, meta.etag())?;
+        if !sound {
+            for wrong in [&path, &blob] {
+                let _ = fs::remove_file(wrong);
+            }
+            bail!("the downloaded file does not have the size or the checksum that the hub states; it was removed");
+        }
+        Ok(path)
     }
-    Ok(path)
 }
 
 /// Large files have their SHA-256 as the tag.
@@ -145,7 +168,7 @@ fn checksum_agrees(path: &Path, etag: &str) -> Result<bool> {
 }
 
 /// Makes `link` lead to `target`.
-fn link(target: &Path, link: &Path) -> Result<PathBuf> {
+pub(super) fn link(target: &Path, link: &Path) -> Result<PathBuf> {
     let parent = crate::data::files::parent_of(link);
     fs::create_dir_all(&parent).with_context(|| format!("{}: cannot create", parent.display()))?;
     if fs::symlink_metadata(link).is_ok() {

@@ -1,6 +1,8 @@
 //! Getting corpora.
 
 pub mod demo;
+#[cfg(feature = "hub")]
+pub mod eval;
 mod fortune;
 mod html;
 #[cfg(feature = "hub")]

@@ -6,6 +6,7 @@ mod parquet;
 mod schema;
 mod text;
 
+pub(crate) use parquet::value as parquet_value;
 pub use schema::{Row, Schema};
 
 use super::chatml::Turn;

@@ -63,7 +63,7 @@ pub fn read(
 }
 
 /// As JSON has it; kinds that no schema reads become null.
-fn value(field: Field) -> Value {
+pub fn value(field: Field) -> Value {
     match field {
         Field::Str(s) => Value::String(s),
         // Files written without the UTF-8 annotation.

@@ -1,0 +1,441 @@
+//! Log-likelihoods and continuations: what every task asks a model.
+//!
+//! Text becomes tokens as lm-evaluation-harness does it: a context and its continuation are encoded as one text, white space at
+//! the end of the context counts as the continuation's, and the continuation's tokens are those past the length of the context
+//! encoded alone. A context that several requests share is evaluated once and its session forked for each continuation; the
+//! beginning that all contexts of a task share (examples, instructions) is evaluated once for the whole task (the [`Stem`]).
+//! What a request is given does not depend on the others: a session computes the same bits in every company.
+
+use std::collections::HashMap;
+
+use anyhow::{Context, bail, ensure};
+use elleci_core::archive::PackedModel;
+use elleci_core::inference::{Batch, Feed, Session};
+use elleci_core::ops::activation::exp;
+use elleci_core::ops::rows;
+use elleci_core::sampler::{Sampler, SamplerOptions};
+use elleci_core::simd::vectorize;
+
+use crate::data::tokenizer::{Cache, END_OF_TEXT_ID, IM_END_ID, Tokenizer};
+use crate::run::model::OpenModel;
+use crate::run::text::TextStream;
+
+/// Tokens of a call at least, where there are so many: four passes of the model.
+const CALL_TOKENS: usize = 1024;
+/// Memory that the sessions of a call may take.
+const CALL_BYTES: usize = 256 << 20;
+/// Sessions of a call at most: the logits of each are kept until its continuations are scored.
+const CALL_SESSIONS: usize = 64;
+/// A shared beginning must save this many tokens to be worth a session.
+const MIN_STEM: usize = 16;
+
+/// A continuation to be scored after a context, as tokens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pair {
+    /// What comes before; never empty.
+    pub context: Vec<u32>,
+    /// What is scored; never empty.
+    pub continuation: Vec<u32>,
+    /// Tokens that were cut from the left of the context because the window is no longer.
+    pub truncated: usize,
+}
+
+/// The score of a [`Pair`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Score {
+    /// Sum of the natural logarithms of the tokens' probabilities.
+    pub logprob: f64,
+    /// Whether every token is the likeliest at its place.
+    pub greedy: bool,
+}
+
+/// The beginning that the contexts of a task share, evaluated once.
+pub struct Stem {
+    session: Session,
+    /// Logits after it `[vocab_size]`.
+    logits: Vec<f32>,
+}
+
+/// How a text is continued.
+#[derive(Clone, Debug)]
+pub struct Continue {
+    /// Tokens at most.
+    pub max_tokens: usize,
+    /// Strings that end the text; they are not part of it.
+    pub until: Vec<String>,
+    /// Temperature 0 is greedy.
+    pub sampling: SamplerOptions,
+}
+
+/// A continuation that the model wrote.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Continuation {
+    /// The text, without what ended it.
+    pub text: String,
+    /// Tokens, without the one that ended the text.
+    pub tokens: usize,
+    /// Whether a stop string or an end token was met before the limit.
+    pub ended: bool,
+    /// Tokens that were cut from the left of the prompt.
+    pub truncated: usize,
+}
+
+/// A model that answers requests.
+pub struct Engine<'a> {
+    model: PackedModel<'a>,
+    tokenizer: &'a Tokenizer,
+    banned: Vec<u32>,
+    batch: Batch,
+    words: Cache,
+    max_length: usize,
+    /// Sessions that may exist together in a call.
+    sessions: usize,
+    /// Tokens fed so far.
+    pub fed: u64,
+}
+
+impl<'a> Engine<'a> {
+    /// An engine whose windows are `max_length` tokens long.
+    ///
+    /// # Errors
+    /// A model without a tokenizer, or one that does not fit into memory.
+    pub fn new(open: &'a OpenModel, max_length: usize) -> anyhow::Result<Engine<'a>> {
+        let model = open.packed();
+        let tokenizer = open.tokenizer().with_context(|| {
+            format!("{} has no tokenizer, and text cannot be scored; `elleci-convert --tokenizer` adds one", open.name)
+        })?;
+        let bytes = Session::new(model)?.bytes().max(1);
+        let sessions = (CALL_BYTES / bytes).clamp(1, CALL_SESSIONS);
+        let banned = open.banned(false);
+        let batch = Batch::new();
+        Ok(Engine { model, tokenizer, banned, batch, words: Cache::default(), max_length, sessions, fed: 0 })
+    }
+
+    /// Length of a window in tokens.
+    pub fn max_length(&self) -> usize {
+        self.max_length
+    }
+
+    /// The tokens of a text.
+    pub fn encode(&mut self, text: &str) -> Vec<u32> {
+        let mut tokens = Vec::new();
+        self.tokenizer.encode_into(text, &mut self.words, &mut tokens);
+        tokens
+    }
+
+    /// A context and its continuation as tokens, the context cut from the left to what the window holds.
+    ///
+    /// # Errors
+    /// A continuation without tokens, or longer than the window.
+    pub fn pair(&mut self, context: &str, continuation: &str) -> anyhow::Result<Pair> {
+        let head = context.trim_end();
+        let (context, continuation) = if head.is_empty() {
+            let continuation = self.encode(&format!("{context}{continuation}"));
+            if continuation.first() == Some(&END_OF_TEXT_ID) {
+                (continuation[..1].to_vec(), continuation[1..].to_vec())
+            } else {
+                (vec![END_OF_TEXT_ID], continuation)
+            }
+        } else {
+            let mut whole = self.encode(&format!("{context}{continuation}"));
+            let alone = self.encode(head);
+            let continuation = whole.split_off(alone.len().min(whole.len()));
+            (alone, continuation)
+        };
+        self.window(context, continuation)
+    }
+
+    /// The windows of a text: each token is scored once, the first after the token that ends documents, and a window's tokens
+    /// see at least `overlap` tokens before them (1: windows that share nothing but one token, as the harness has them).
+    ///
+    /// # Errors
+    /// An overlap that leaves no room in the window.
+    pub fn windows(&mut self, text: &str, overlap: usize) -> anyhow::Result<Vec<Pair>> {
+        let tokens = self.encode(text);
+        rolling_windows(&tokens, END_OF_TEXT_ID, self.max_length, overlap)
+    }
+
+    fn window(&self, mut context: Vec<u32>, continuation: Vec<u32>) -> anyhow::Result<Pair> {
+        ensure!(!continuation.is_empty(), "the continuation has no tokens");
+        ensure!(
+            continuation.len() <= self.max_length,
+            "a continuation of {} tokens is longer than the window of {}; raise --max-length",
+            continuation.len(),
+            self.max_length
+        );
+        // The last token is only predicted: a window of n tokens scores n + 1 with its context.
+        let truncated = (context.len() + continuation.len()).saturating_sub(self.max_length + 1);
+        context.drain(..truncated);
+        Ok(Pair { context, continuation, truncated })
+    }
+
+    /// Evaluates what two contexts have in common, for all contexts of their task. `None` if it would save little.
+    ///
+    /// # Errors
+    /// What the model reports.
+    pub fn stem(&mut self, a: &Pair, b: &Pair) -> anyhow::Result<Option<Stem>> {
+        let common = a.context.iter().zip(&b.context).take_while(|(a, b)| a == b).count();
+        if a.truncated + b.truncated > 0 || (common < MIN_STEM && !(a.context == b.context && common > 0)) {
+            return Ok(None);
+        }
+        let mut session = Session::new(self.model)?;
+        let mut feeds = [Feed { session: &mut session, tokens: &a.context[..common] }];
+        let logits = self.batch.extend(self.model, &mut feeds)?.to_vec();
+        self.fed += common as u64;
+        Ok(Some(Stem { session, logits }))
+    }
+
+    /// The scores of `pairs`, in their order.
+    ///
+    /// # Errors
+    /// What the model reports.
+    pub fn score(&mut self, pairs: &[Pair], stem: Option<&Stem>) -> anyhow::Result<Vec<Score>> {
+        let mut places: HashMap<&[u32], usize> = HashMap::new();
+        let mut groups: Vec<(&[u32], Vec<usize>)> = Vec::new();
+        for (i, pair) in pairs.iter().enumerate() {
+            let place = *places.entry(&pair.context).or_insert_with(|| {
+                groups.push((&pair.context, Vec::new()));
+                groups.len() - 1
+            });
+            groups[place].1.push(i);
+        }
+        let mut scores = vec![Score { logprob: 0.0, greedy: true }; pairs.len()];
+        let mut rest = groups.as_slice();
+        while !rest.is_empty() {
+            let taken = calls(rest.iter().map(|g| g.0.len()), self.sessions);
+            let (call, after) = rest.split_at(taken);
+            self.score_groups(pairs, call, stem, &mut scores)?;
+            rest = after;
+        }
+        Ok(scores)
+    }
+
+    /// One call for the contexts of `groups`, then as many as are needed for their continuations.
+    fn score_groups(
+        &mut self,
+        pairs: &[Pair],
+        groups: &[(&[u32], Vec<usize>)],
+        stem: Option<&Stem>,
+        scores: &mut [Score],
+    ) -> anyhow::Result<()> {
+        let vocab = self.model.config().vocab_size;
+        let mut sessions = Vec::with_capacity(groups.len());
+        let mut starts = Vec::with_capacity(groups.len());
+        for (context, _) in groups {
+            let shared = stem.filter(|s| context.starts_with(s.session.tokens()));
+            sessions.push(match shared {
+                Some(stem) => stem.session.clone(),
+                None => Session::new(self.model)?,
+            });
+            starts.push(shared.map_or(0, |s| s.session.position()));
+        }
+        let new: Vec<usize> = (0..groups.len()).filter(|&g| starts[g] < groups[g].0.len()).collect();
+        let mut feeds: Vec<Feed<'_>> = sessions
+            .iter_mut()
+            .enumerate()
+            .filter(|(g, _)| starts[*g] < groups[*g].0.len())
+            .map(|(g, session)| Feed { session, tokens: &groups[g].0[starts[g]..] })
+            .collect();
+        self.fed += feeds.iter().map(|f| f.tokens.len() as u64).sum::<u64>();
+        let logits = if feeds.is_empty() { &[] } else { self.batch.extend(self.model, &mut feeds)? };
+        let mut rows: Vec<&[f32]> = groups.iter().map(|_| stem.map_or(&[][..], |s| &s.logits)).collect();
+        for (row, g) in logits.chunks_exact(vocab).zip(new) {
+            rows[g] = row;
+        }
+        let mut forks = Vec::new();
+        for (g, (_, members)) in groups.iter().enumerate() {
+            let row = LogRow::new(rows[g]);
+            for &i in members {
+                add(&mut scores[i], &row, rows[g], pairs[i].continuation[0]);
+                if pairs[i].continuation.len() > 1 {
+                    forks.push((g, i));
+                }
+            }
+        }
+        let mut rest = forks.as_slice();
+        while !rest.is_empty() {
+            let taken = calls(rest.iter().map(|(_, i)| pairs[*i].continuation.len() - 1), self.sessions);
+            let (call, after) = rest.split_at(taken);
+            let mut forked: Vec<Session> = call.iter().map(|(g, _)| sessions[*g].clone()).collect();
+            let feed = |(session, (_, i)): (_, &(usize, usize))| {
+                let continuation = &pairs[*i].continuation;
+                Feed { session, tokens: &continuation[..continuation.len() - 1] }
+            };
+            let mut feeds: Vec<Feed<'_>> = forked.iter_mut().zip(call).map(feed).collect();
+            self.fed += feeds.iter().map(|f| f.tokens.len() as u64).sum::<u64>();
+            self.batch.extend_each(self.model, &mut feeds, |feed, index, logits| {
+                let i = call[feed].1;
+                add(&mut scores[i], &LogRow::new(logits), logits, pairs[i].continuation[index + 1]);
+            })?;
+            rest = after;
+        }
+        Ok(())
+    }
+
+    /// Continues `prompts`, all at once. A prompt that leaves no room for `max_tokens` in the window is cut from the left.
+    ///
+    /// # Errors
+    /// More tokens than the window holds; logits that are not numbers.
+    pub fn generate(
+        &mut self,
+        prompts: &[&str],
+        how: &Continue,
+        seed_of: impl Fn(usize) -> u64,
+    ) -> anyhow::Result<Vec<Continuation>> {
+        let Some(room) = self.max_length.checked_sub(how.max_tokens).filter(|n| *n > 0) else {
+            bail!(
+                "{} tokens to generate leave no room for a prompt in a window of {}; raise --max-length",
+                how.max_tokens,
+                self.max_length
+            );
+        };
+        let mut texts = Vec::with_capacity(prompts.len());
+        for (i, prompt) in prompts.iter().enumerate() {
+            let mut tokens = self.encode(prompt);
+            if tokens.is_empty() {
+                tokens.push(END_OF_TEXT_ID);
+            }
+            let cut = tokens.len().saturating_sub(room);
+            tokens.drain(..cut);
+            let options = SamplerOptions { seed: seed_of(i), ..how.sampling };
+            texts.push(Writing {
+                index: i,
+                next: tokens,
+                session: Session::new(self.model)?,
+                sampler: Sampler::new(options)?,
+                stream: TextStream::new(&how.until),
+                done: Continuation { text: String::new(), tokens: 0, ended: false, truncated: cut },
+            });
+        }
+        let mut finished: Vec<(usize, Continuation)> = Vec::with_capacity(prompts.len());
+        while !texts.is_empty() {
+            let taken = texts.len().min(self.sessions);
+            let mut active: Vec<Writing> = texts.drain(..taken).collect();
+            while !active.is_empty() {
+                self.step(&mut active, how)?;
+                let is_over = |w: &Writing| w.done.ended || w.done.tokens == how.max_tokens;
+                let (over, going): (Vec<_>, Vec<_>) = active.into_iter().partition(is_over);
+                active = going;
+                for mut writing in over {
+                    writing.done.text += &writing.stream.finish();
+                    finished.push((writing.index, writing.done));
+                }
+            }
+        }
+        finished.sort_by_key(|(index, _)| *index);
+        Ok(finished.into_iter().map(|(_, done)| done).collect())
+    }
+
+    /// One more token for every text.
+    fn step(&mut self, active: &mut [Writing], how: &Continue) -> anyhow::Result<()> {
+        let vocab = self.model.config().vocab_size;
+        self.fed += active.iter().map(|w| w.next.len() as u64).sum::<u64>();
+        let mut feeds: Vec<Feed<'_>> =
+            active.iter_mut().map(|w| Feed { session: &mut w.session, tokens: &w.next }).collect();
+        let mut logits = self.batch.extend(self.model, &mut feeds)?.to_vec();
+        for (writing, row) in active.iter_mut().zip(logits.chunks_exact_mut(vocab)) {
+            if how.max_tokens == 0 {
+                writing.done.ended = true;
+                continue;
+            }
+            self.banned.iter().for_each(|t| row[*t as usize] = f32::NEG_INFINITY);
+            let token = writing.sampler.sample(row, writing.session.tokens())?;
+            if token == END_OF_TEXT_ID || token == IM_END_ID {
+                writing.done.ended = true;
+                continue;
+            }
+            writing.done.tokens += 1;
+            let shown = writing.stream.push(&self.tokenizer.decode_bytes(&[token]));
+            writing.done.text += &shown.text;
+            writing.done.ended = shown.stop.is_some();
+            writing.next.clear();
+            writing.next.push(token);
+        }
+        Ok(())
+    }
+}
+
+/// A text on its way.
+struct Writing {
+    index: usize,
+    /// Tokens to be fed next.
+    next: Vec<u32>,
+    session: Session,
+    sampler: Sampler,
+    stream: TextStream,
+    done: Continuation,
+}
+
+/// How many of the feeds of these lengths belong into one call.
+fn calls(lengths: impl Iterator<Item = usize>, sessions: usize) -> usize {
+    let (mut tokens, mut taken) = (0, 0);
+    for length in lengths {
+        if taken == sessions || tokens >= CALL_TOKENS {
+            break;
+        }
+        tokens += length;
+        taken += 1;
+    }
+    taken
+}
+
+/// What turns a row of logits into log-probabilities.
+struct LogRow {
+    max: f32,
+    /// `ln Σ exp(x)`
+    normaliser: f64,
+}
+
+impl LogRow {
+    fn new(row: &[f32]) -> LogRow {
+        vectorize(
+            #[inline(always)]
+            || {
+                let max = rows::max(row);
+                // Sixteen partial sums of at most 32,128 / 16 terms in [0, 1]: their relative error stays below 2,008 · 2⁻²⁴,
+                // and in practice near its square root.
+                let mut lanes = [0.0f32; 16];
+                for block in row.chunks(16) {
+                    for (lane, x) in lanes.iter_mut().zip(block) {
+                        *lane += exp(x - max);
+                    }
+                }
+                let total: f64 = lanes.iter().map(|x| f64::from(*x)).sum();
+                LogRow { max, normaliser: f64::from(max) + total.ln() }
+            },
+        )
+    }
+}
+
+fn add(score: &mut Score, row: &LogRow, logits: &[f32], token: u32) {
+    let (before, from) = logits.split_at(token as usize);
+    score.logprob += f64::from(from[0]) - row.normaliser;
+    // Of several that are likeliest, the first counts.
+    score.greedy = score.greedy && from[0] == row.max && !before.contains(&row.max);
+}
+
+/// See [`Engine::windows`].
+fn rolling_windows(tokens: &[u32], prefix: u32, max_length: usize, overlap: usize) -> anyhow::Result<Vec<Pair>> {
+    ensure!(
+        (1..=max_length).contains(&overlap),
+        "an overlap of {overlap} tokens does not fit a window of {max_length}; it must be 1 to {max_length}"
+    );
+    let pair =
+        |context: Vec<u32>, continuation: &[u32]| Pair { context, continuation: continuation.to_vec(), truncated: 0 };
+    let mut windows = Vec::new();
+    let mut done = max_length.min(tokens.len());
+    if done > 0 {
+        windows.push(pair(vec![prefix], &tokens[..done]));
+    }
+    while done < tokens.len() {
+        let end = (done + max_length - overlap + 1).min(tokens.len());
+        // The window's input ends one before its last token, and is as long as a window can be.
+        let start = end - max_length - 1;
+        windows.push(pair(tokens[start..done].to_vec(), &tokens[done..end]));
+        done = end;
+    }
+    Ok(windows)
+}
+
+#[cfg(test)]
+mod tests;
