@@ -11,7 +11,7 @@
 //! The three sums of products are integer products (`ternary::int16`), the terms of the targets are added in float32.
 //!
 //! **Codes.** A row of an operand, along the depth of a product, is rounded to `rne(v / s)` with a scale of its own,
-//! `s = max(max|v| / 32767, ‖v‖ / 46300)` (less a little, see [`codes::norm_limit`]). The norms of two rows of codes are then
+//! `s = max(max|v| / 32767, ‖v‖ / 46300)` (less a little, see `norm_limit`). The norms of two rows of codes are then
 //! below `√(2³¹)`, and by Cauchy and Schwarz so is every partial sum of their product: int32 cannot overflow, whatever the
 //! depth, and no bits are held back for a worst case that does not occur. A Gaussian row of 512 keeps codes of 2,046 in the
 //! root mean square: it is rounded by 1.4e-4 of that where bfloat16 rounds by 1.7e-3.
@@ -19,7 +19,7 @@
 //! **The tail of the softmax.** A target's p may be near 1 while most of a vocabulary stands at 1e-6: one scale for both
 //! would round the tail to zero. So for `dx` only `min(e, θ)` is rounded, with `θ[t] = 64 · Z[t] / V`, 64 times the row's mean.
 //! What is above, `(e − θ) · W[v]`, is added in float32: at most V / 64 entries of a token, as they sum to Z. The scale belongs
-//! to a token and [`BLOCK`] rows of the vocabulary. For `dW` it belongs to a row v and a chunk of tokens: what it
+//! to a token and `BLOCK` rows of the vocabulary. For `dW` it belongs to a row v and a chunk of tokens: what it
 //! rounds by is small beside the largest contribution to that same row.
 //!
 //! **Error.** Each code is off by at most half a unit, hence with `s_W`, `s_x`, .. the scales of the rows that meet:
