@@ -38,10 +38,12 @@ trap 'rm -rf "$work"' EXIT
 trap 'exit 1' INT TERM
 
 echo "nvrtc.sh: downloading NVRTC $version to $cache (86 MB, once)" >&2
-python3 -m pip download --quiet --disable-pip-version-check --no-cache-dir --no-deps --only-binary :all: \
+# Downloading installs nothing, so that pip takes part where the distribution manages Python's packages, too (PEP 668).
+python3 -m pip download --quiet --disable-pip-version-check --no-cache-dir --retries 2 --no-deps --only-binary :all: \
     --platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 --platform manylinux2014_x86_64 \
     --platform manylinux2010_x86_64 --dest "$work/wheels" "nvidia-cuda-nvrtc==$version" >&2 ||
-    fail "pip could not download the wheel (see above); or set NVRTC to a folder with libnvrtc.so"
+    fail "pip could not download nvidia-cuda-nvrtc==$version (its reason is above). Without a network: set NVRTC to a folder
+    with libnvrtc.so (of a CUDA 13 toolkit, or the wheel unpacked), or copy $dir from a machine that has it"
 
 python3 - "$work" >&2 <<'PY'
 import glob, os, shutil, sys, zipfile

@@ -286,6 +286,10 @@ KERNEL(256, rotate)(float* data, const float* table, int tokens, int seq, int gr
     a[half] = y * c + x * s;
 }
 
+// Tiles of 128 columns leave room for one block in the shared memory of most cards.
+#define DKV_64 256
+#define DKV_128 ONE_BLOCK
+
 #define ATTENTION(P, D, suffix)                                                                                        \
     KERNEL(256, attention_forward_##suffix)(const float* q, const float* kv, const float* ckr, int seq, int heads,     \
                                             int nope, int rope, int v, int rank, float scale, float* o, float* lse) {  \
@@ -296,7 +300,7 @@ KERNEL(256, rotate)(float* data, const float* table, int tokens, int seq, int gr
                                        const float* d_o, float* dq) {                                                  \
         attention_dq<P, D>(AttentionInput{q, kv, ckr}, Heads{seq, heads, nope, rope, v, rank}, scale, lse, delta, d_o, dq); \
     }                                                                                                                  \
-    KERNEL(256, attention_dkv_##suffix)(const float* q, const float* kv, const float* ckr, int seq, int heads, int nope, \
+    KERNEL(DKV_##D, attention_dkv_##suffix)(const float* q, const float* kv, const float* ckr, int seq, int heads, int nope, \
                                         int rope, int v, int rank, float scale, const float* lse, const float* delta,  \
                                         const float* d_o, float* dkv, float* dkr_heads) {                              \
         attention_dkv<P, D>(AttentionInput{q, kv, ckr}, Heads{seq, heads, nope, rope, v, rank}, scale, lse, delta, d_o, \

@@ -20,6 +20,8 @@ typedef unsigned long long u64;
 #else
 
 #define KERNEL(threads, name) extern "C" __global__ void __launch_bounds__(threads) name
+// Stands for the threads of a kernel of which a multiprocessor holds one block at a time, so that registers are saved for no other.
+#define ONE_BLOCK 256, 1
 #define DEVICE __device__ __forceinline__
 #define BARRIER() __syncthreads()
 

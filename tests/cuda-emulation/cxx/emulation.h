@@ -13,6 +13,7 @@ extern Dim3 threadIdx, blockIdx, blockDim, gridDim;
 #define KERNEL(threads, name)             \
     enum { threads_of_##name = threads }; \
     extern "C" __attribute__((noinline)) void name
+#define ONE_BLOCK 256
 #define DEVICE inline
 // Touches no memory of the device.
 #define UNWATCHED __attribute__((no_sanitize("thread")))

@@ -1,0 +1,211 @@
+//! The buffers of each part of a step, taken from the arena one after the other.
+
+use elleci_core::config::{LayerKind, ModelConfig};
+use elleci_core::optim::StatePrecision;
+use elleci_core::optim::adamw::MIN_8BIT_ELEMS;
+use elleci_core::params::{Param, ParamKind, ParamLayout};
+
+use super::buffers::{
+    FfnScratch, HeadScratch, LayerSaved, MambaSaved, MambaScratch, MlaSaved, MlaScratch, ParamBufs, Tables,
+};
+use super::{Options, conv, scan};
+use crate::arena::{Arena, Buf, Dtype, Use};
+use crate::ops::product::Ternary;
+use crate::ops::{Rows, norm, optim, padded, ssd, ternary};
+
+/// Elements of the logits that stand in memory at a time.
+const LOGITS: usize = 16 << 20;
+
+/// Whether a parameter's states are 8-bit: as in the core.
+pub fn has_8bit_states(p: &Param, precision: StatePrecision) -> bool {
+    let keeps_f32 = matches!(p.kind, ParamKind::Embedding | ParamKind::Norm) || p.len() < MIN_8BIT_ELEMS;
+    precision == StatePrecision::Block8 && !keeps_f32
+}
+
+/// Names buffers and takes them from the arena.
+pub(super) struct Builder<'a> {
+    pub arena: &'a mut Arena,
+    pub purpose: Use,
+    pub prefix: String,
+    pub tokens: usize,
+}
+
+impl Builder<'_> {
+    pub fn any(&mut self, name: &str, dtype: Dtype, len: usize) -> Buf {
+        self.arena.buffer(self.purpose, format!("{}{name}", self.prefix), dtype, len)
+    }
+
+    pub fn floats(&mut self, name: &str, len: usize) -> Buf {
+        self.any(name, Dtype::F32, len)
+    }
+
+    /// `[tokens, width]`
+    pub fn rows(&mut self, name: &str, width: usize) -> Buf {
+        self.floats(name, self.tokens * width)
+    }
+
+    pub fn quantized(&mut self, name: &str, width: usize) -> Rows {
+        Rows {
+            codes: self.any(&format!("{name}.codes"), Dtype::I8, self.tokens * padded(width)),
+            scales: self.rows(&format!("{name}.scales"), 1),
+            rstd: self.rows(&format!("{name}.rstd"), 1),
+        }
+    }
+}
+
+pub(super) fn param_buffers(arena: &mut Arena, layout: &ParamLayout, o: &Options) -> Vec<ParamBufs> {
+    let dtype = |p: &Param, bf16: bool| if bf16 && p.kind.decays() { Dtype::Bf16 } else { Dtype::F32 };
+    let mut each = |purpose: Use, suffix: &str, dtype_len: &dyn Fn(&Param) -> Option<(Dtype, usize)>| {
+        let mut take = |p: &Param| {
+            dtype_len(p).map(|(dtype, len)| arena.buffer(purpose, format!("{}{suffix}", p.name), dtype, len))
+        };
+        layout.params().iter().map(&mut take).collect::<Vec<Option<Buf>>>()
+    };
+    // One kind after the other, so that all gradients lie together: a few large ranges to reduce over several devices.
+    let weights = each(Use::Weights, "", &|p| Some((dtype(p, o.bf16_masters), p.len())));
+    let grads = each(Use::Gradients, ".grad", &|p| Some((dtype(p, o.bf16_gradients), p.len())));
+    let is8 = |p: &Param| has_8bit_states(p, o.states);
+    let moment = |p: &Param| Some((if is8(p) { Dtype::U8 } else { Dtype::F32 }, p.len()));
+    let blocks = |p: &Param| is8(p).then(|| (Dtype::F32, optim::state_blocks(p.len())));
+    let m = each(Use::Optimizer, ".m", &moment);
+    let v = each(Use::Optimizer, ".v", &moment);
+    let m_absmax = each(Use::Optimizer, ".m_absmax", &blocks);
+    let v_absmax = each(Use::Optimizer, ".v_absmax", &blocks);
+    let mean = each(Use::Average, ".mean", &|p| o.average.then_some((Dtype::F32, p.len())));
+    let is_ternary = |p: &Param| p.kind == ParamKind::Ternary;
+    let packed = each(Use::Ternary, ".packed", &|p| {
+        is_ternary(p).then(|| (Dtype::U8, Ternary::packed_bytes(p.shape[0], p.shape[1])))
+    });
+    let gamma = each(Use::Ternary, ".gamma", &|p| is_ternary(p).then_some((Dtype::F32, 1)));
+    let bufs = |i: usize, p: &Param| {
+        let some = |buf: Option<Buf>| buf.expect("every parameter has one");
+        let form = packed[i].zip(gamma[i]);
+        ParamBufs {
+            optim: optim::Tensor {
+                weights: some(weights[i]),
+                grads: some(grads[i]),
+                moments: (some(m[i]), some(v[i])),
+                absmax: m_absmax[i].zip(v_absmax[i]),
+                mean: mean[i],
+            },
+            ternary: form.map(|(packed, gamma)| Ternary { packed, gamma, out: p.shape[0], input: p.shape[1] }),
+        }
+    };
+    layout.params().iter().enumerate().map(|(i, p)| bufs(i, p)).collect()
+}
+
+pub(super) fn tables(arena: &mut Arena, layout: &ParamLayout) -> Tables {
+    let ternary = layout.params().iter().filter(|p| p.kind == ParamKind::Ternary);
+    let partials = ternary.clone().map(|p| ternary::partials(p.shape[0], p.shape[1])).sum();
+    let blocks = optim::blocks(layout.params().iter().map(Param::len));
+    let mut take = |name: &str, dtype, len| arena.buffer(Use::Scratch, name, dtype, len);
+    Tables {
+        optim: take("table.optim", Dtype::U8, layout.params().len() * optim::ENTRY),
+        adam: take("table.adam", Dtype::U8, optim::ADAM),
+        maps: take("table.maps", Dtype::F32, optim::MAPS),
+        squares: take("table.squares", Dtype::F64, blocks),
+        norm: take("table.norm", Dtype::F64, 1),
+        quantizer: take("table.ternary", Dtype::U8, ternary.count() * ternary::ENTRY),
+        ternary_partials: take("table.partials", Dtype::F64, partials),
+    }
+}
+
+pub(super) fn layer_saved(b: &mut Builder, c: &ModelConfig, o: &Options, segment: usize, slot: usize) -> LayerSaved {
+    b.prefix = format!("slot.{slot}.");
+    let has = |kind| c.layer_kinds().into_iter().skip(slot).step_by(segment).any(|k| k == kind);
+    LayerSaved {
+        mid: b.rows("mid", c.d_model),
+        out: (slot + 1 < segment).then(|| b.rows("out", c.d_model)),
+        mixer_norm: b.quantized("mixer_norm", c.d_model),
+        mamba: has(LayerKind::Mamba).then(|| MambaSaved {
+            zx: b.rows("zx", 2 * c.d_inner),
+            bcdt: b.rows("bcdt", conv(c, o).bcdt_width()),
+            xbc: b.rows("xbc", c.conv_channels()),
+            dt: b.rows("dt", c.mamba_heads()),
+            y: b.rows("y", c.d_inner),
+            scan: ssd::Saved {
+                states: b.floats("states", scan(c, o).states_len()),
+                decay: b.floats("decay", scan(c, o).chunk_heads()),
+            },
+            gated: b.quantized("gated", c.d_inner),
+        }),
+        mla: has(LayerKind::Mla).then(|| MlaSaved {
+            q: b.rows("q", c.n_heads * c.d_qk()),
+            ckr: b.rows("ckr", c.kv_rank + c.d_rope),
+            latent: b.quantized("latent", c.kv_rank),
+            kv: b.rows("kv", c.n_heads * (c.d_nope + c.d_v)),
+            o: b.rows("o", c.n_heads * c.d_v),
+            lse: b.rows("lse", c.n_heads),
+            out: b.quantized("attention", c.n_heads * c.d_v),
+        }),
+        ffn_norm: b.quantized("ffn_norm", c.d_model),
+        gate: b.rows("gate", c.ffn_hidden),
+        up: b.rows("up", c.ffn_hidden),
+        hidden: b.quantized("hidden", c.ffn_hidden),
+    }
+}
+
+pub(super) fn ffn_scratch(b: &mut Builder, c: &ModelConfig) -> FfnScratch {
+    b.prefix = "ffn.".into();
+    let f = c.ffn_hidden;
+    let partials = norm::partials_len(b.tokens, f).max(norm::partials_len(b.tokens, c.d_model));
+    FfnScratch {
+        dhidden: b.rows("dhidden", f),
+        dgate: b.rows("dgate", f),
+        dup: b.rows("dup", f),
+        partials: b.floats("partials", partials),
+    }
+}
+
+pub(super) fn mamba_scratch(b: &mut Builder, c: &ModelConfig, o: &Options) -> MambaScratch {
+    b.prefix = "mamba.".into();
+    let (conv, scan) = (conv(c, o), scan(c, o));
+    let norms = norm::partials_len(b.tokens, c.d_inner).max(norm::partials_len(b.tokens, c.d_model));
+    let partials = norms.max(conv.conv_partials_len()).max(conv.step_partials_len());
+    MambaScratch {
+        dgated: b.rows("dgated", c.d_inner),
+        dy: b.rows("dy", c.d_inner),
+        dzx: b.rows("dzx", 2 * c.d_inner),
+        dbcdt: b.rows("dbcdt", conv.bcdt_width()),
+        dxbc: b.rows("dxbc", c.conv_channels()),
+        ddt: b.rows("ddt", c.mamba_heads()),
+        scan: ssd::Scratch {
+            dstates: b.floats("dstates", scan.states_len()),
+            dbc: b.floats("dbc", scan.dbc_len()),
+            da_log: b.floats("da_log", scan.chunk_heads()),
+            dskip: b.floats("dskip", scan.chunk_heads()),
+        },
+        partials: b.floats("partials", partials),
+        renormed: b.rows("renormed", c.d_model),
+        rstd: b.rows("rstd", 1),
+    }
+}
+
+pub(super) fn mla_scratch(b: &mut Builder, c: &ModelConfig) -> MlaScratch {
+    b.prefix = "mla.".into();
+    let o = c.n_heads * c.d_v;
+    let widths = [o, c.kv_rank, c.d_model];
+    let partials = widths.map(|w| norm::partials_len(b.tokens, w)).into_iter().max().unwrap_or(0);
+    MlaScratch {
+        dout: b.rows("dout", o),
+        d_o: b.rows("d_o", o),
+        delta: b.rows("delta", c.n_heads),
+        dq: b.rows("dq", c.n_heads * c.d_qk()),
+        dkv: b.rows("dkv", c.n_heads * (c.d_nope + c.d_v)),
+        dkr_heads: b.rows("dkr_heads", c.n_heads * c.d_rope),
+        dckr: b.rows("dckr", c.kv_rank + c.d_rope),
+        dlatent: b.rows("dlatent", c.kv_rank),
+        partials: b.floats("partials", partials),
+    }
+}
+
+pub(super) fn head_scratch(b: &mut Builder, c: &ModelConfig) -> HeadScratch {
+    b.prefix = "head.".into();
+    let chunk = (LOGITS / c.vocab_size).max(128).min(b.tokens);
+    HeadScratch {
+        logits: b.floats("logits", chunk * c.vocab_size),
+        chunk,
+        dnormed: b.rows("dnormed", c.d_model),
+        partials: b.floats("partials", norm::partials_len(b.tokens, c.d_model)),
+    }
+}
