@@ -3,7 +3,7 @@
 //! One token reads the cached latents themselves: `kv_up` is absorbed into its query on one side and into its output on the
 //! other, and the context is cut into blocks whose partial softmaxes are put together in order. A run of tokens expands the
 //! latents, some at a time, into keys and values that all its queries share; the softmax goes along. Either
-//! way nothing grows with the context but the cache.
+//! way little grows with the context but the cache: one token keeps a partial softmax a block, two thirds of a layer's cache at most.
 
 use alloc::vec;
 use alloc::vec::Vec;

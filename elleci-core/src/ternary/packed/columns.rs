@@ -160,7 +160,7 @@ pub(super) fn product<T: Send>(
         *sums = vec![0; rows];
         *ran = add_products(isa, matrix, &quads, sums);
     });
-    let offset = q.iter().map(|q| *q as i32).sum();
+    let offset = super::sum(q);
     let items: Vec<_> = out.chunks_mut(SLAB).enumerate().collect();
     par::for_each(items, |(slab, out)| {
         let mut sums = [0; SLAB];
