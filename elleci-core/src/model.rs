@@ -35,6 +35,35 @@ pub struct Batch<'a> {
     pub weights: &'a [f32],
 }
 
+impl<'a> Batch<'a> {
+    /// Whether it is a batch at all.
+    ///
+    /// # Errors
+    /// [`ModelError::BatchShape`] for one that is empty or whose parts differ in length from `batch · seq`.
+    pub fn validate(&self) -> Result<(), ModelError> {
+        let n = self.batch * self.seq;
+        let whole = n > 0 && self.tokens.len() == n && self.targets.len() == n && self.weights.len() == n;
+        whole.then_some(()).ok_or(ModelError::BatchShape)
+    }
+
+    /// Its sequences as batches of `rows` (> 0), the last of what is left.
+    ///
+    /// # Errors
+    /// As [`Batch::validate`].
+    pub fn split(&self, rows: usize) -> Result<impl Iterator<Item = Batch<'a>> + use<'a>, ModelError> {
+        self.validate()?;
+        let (seq, n) = (self.seq, rows * self.seq);
+        let parts = self.tokens.chunks(n).zip(self.targets.chunks(n)).zip(self.weights.chunks(n));
+        Ok(parts.map(move |((tokens, targets), weights)| Batch {
+            batch: tokens.len() / seq,
+            seq,
+            tokens,
+            targets,
+            weights,
+        }))
+    }
+}
+
 /// Why a [`Batch`] or a set of weights does not fit a model.
 #[derive(Clone, Debug, PartialEq)]
 pub enum ModelError {
@@ -318,10 +347,7 @@ impl Model {
     }
 
     fn check(&self, ws: &Workspace, batch: &Batch) -> Result<(), ModelError> {
-        let n = batch.batch * batch.seq;
-        if n == 0 || batch.tokens.len() != n || batch.targets.len() != n || batch.weights.len() != n {
-            return Err(ModelError::BatchShape);
-        }
+        batch.validate()?;
         if ws.shape() != (batch.batch, batch.seq) {
             return Err(ModelError::Workspace { expected: ws.shape(), got: (batch.batch, batch.seq) });
         }

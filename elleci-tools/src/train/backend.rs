@@ -127,6 +127,16 @@ pub trait Backend {
     fn import(&mut self, group: Group, file: &TensorFile, counters: Counters) -> anyhow::Result<()>;
 }
 
+/// Tokens that a CPU works on at once, unless one sequence is longer: its products are at their full speed with so many, and
+/// activations of more would only take memory.
+const PASS_TOKENS: usize = 2048;
+
+/// Sequences of a micro-batch of `rows` times `seq` tokens that the CPU works on at once. Passes of a micro-batch are equal.
+pub fn pass_rows(rows: usize, seq: usize) -> usize {
+    let most = (PASS_TOKENS / seq.max(1)).clamp(1, rows.max(1));
+    (1..=most).rev().find(|n| rows % n == 0).unwrap_or(1)
+}
+
 /// The CPU: everything in `elleci-core`.
 pub struct CpuBackend {
     model: Model,
@@ -199,9 +209,13 @@ pub fn read_params(params: &mut Params, file: &TensorFile) -> anyhow::Result<()>
 
 impl Backend for CpuBackend {
     fn accumulate(&mut self, batch: &Batch<'_>, scale: f32) -> anyhow::Result<f64> {
-        self.workspace(batch, self.form.checkpointing);
-        let (_, workspace) = self.workspace.as_mut().expect("made by the line above");
-        Ok(self.model.loss_and_grad(workspace, batch, scale, &mut self.grads)?)
+        let mut loss = 0.0;
+        for pass in batch.split(pass_rows(batch.batch, batch.seq))? {
+            self.workspace(&pass, self.form.checkpointing);
+            let (_, workspace) = self.workspace.as_mut().expect("made by the line above");
+            loss += self.model.loss_and_grad(workspace, &pass, scale, &mut self.grads)?;
+        }
+        Ok(loss)
     }
 
     fn grad_norm(&mut self) -> anyhow::Result<f64> {
@@ -229,10 +243,14 @@ impl Backend for CpuBackend {
     }
 
     fn evaluate(&mut self, batch: &Batch<'_>) -> anyhow::Result<f64> {
-        // Nothing is kept for a backward: the smallest workspace does.
-        self.workspace(batch, Checkpointing::EveryLayer);
-        let (_, workspace) = self.workspace.as_mut().expect("made by the line above");
-        Ok(self.model.loss(workspace, batch)?)
+        let mut loss = 0.0;
+        for pass in batch.split(pass_rows(batch.batch, batch.seq))? {
+            // Nothing is kept for a backward: the smallest workspace does.
+            self.workspace(&pass, Checkpointing::EveryLayer);
+            let (_, workspace) = self.workspace.as_mut().expect("made by the line above");
+            loss += self.model.loss(workspace, &pass)?;
+        }
+        Ok(loss)
     }
 
     fn sample(&mut self, prompt: &[u32], pick: &mut dyn FnMut(&[f32]) -> Option<u32>) -> anyhow::Result<()> {

@@ -7,7 +7,7 @@ use elleci_core::optim::StatePrecision;
 use elleci_core::optim::schedule::{Cooldown, Lerac, Phases, SequenceCurriculum, StepShape, Wsd, boundary};
 use elleci_core::ternary::GradPrecision;
 
-use super::backend::StepForm;
+use super::backend::{StepForm, pass_rows};
 use super::batches::phase_weights;
 use super::config::{CooldownKind, Gradients, Head, LeracMode, RunConfig, States};
 
@@ -186,10 +186,10 @@ pub fn step_form(config: &RunConfig) -> StepForm {
     StepForm { checkpointing: checkpointing(config), gradients: gradients(config), head: head(config) }
 }
 
-/// Rows and tokens of the largest micro-batch of a configuration: what memory must hold.
-pub fn largest_micro_batch(config: &RunConfig, plan: &Plan) -> (usize, usize) {
-    let sizes = plan.stages().into_iter().map(|(shape, _)| (shape.rows(0), shape.seq_len));
-    sizes.max_by_key(|&(rows, seq)| (rows * seq, seq)).unwrap_or((config.training.batch, config.model.max_seq_len))
+/// Sequences and tokens a sequence of the largest pass that the CPU makes in a run: what memory must hold.
+pub fn largest_pass(config: &RunConfig, plan: &Plan) -> (usize, usize) {
+    let passes = plan.stages().into_iter().map(|(shape, _)| (pass_rows(shape.rows(0), shape.seq_len), shape.seq_len));
+    passes.max_by_key(|&(rows, seq)| (rows * seq, seq)).unwrap_or((1, config.model.max_seq_len))
 }
 
 /// One more check of a model's shape: named by its config field.

@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicBool;
 
 use elleci_core::model::Batch;
 
-use super::backend::{Backend, Counters, Group};
+use super::backend::{Backend, Counters, Group, pass_rows};
 use super::batches::{Feed, MicroBatch, RandomFeed, StepData};
 use super::layers::{Layer, load};
 use super::log::Log;
@@ -339,9 +339,9 @@ fn another_configuration_or_tokenizer_is_refused() {
 }
 
 /// The same step in one micro-batch of four sequences and in two of two, on the real backend.
-#[test]
-fn accumulation_equals_the_large_batch_on_the_cpu() {
-    let settings = [
+/// The smallest shape of everything, with more settings.
+fn tiny(settings: &[&str]) -> RunConfig {
+    let shape = [
         "model.d_model=32",
         "model.d_inner=64",
         "model.head_dim=16",
@@ -350,11 +350,38 @@ fn accumulation_equals_the_large_batch_on_the_cpu() {
         "model.ffn_hidden=48",
         "model.n_heads=2",
         "model.vocab_size=16",
-        "training.batch=2",
-        "training.accumulation=2",
     ];
-    let layers: Vec<Layer> = settings.iter().map(|s| Layer::assignment(s).unwrap()).collect();
-    let config = load(None, &layers).unwrap();
+    let layers: Vec<Layer> = shape.iter().chain(settings).map(|s| Layer::assignment(s).unwrap()).collect();
+    load(None, &layers).unwrap()
+}
+
+#[test]
+fn a_large_micro_batch_is_worked_on_in_passes() {
+    let of = [(16, 1024), (7, 1024), (8, 256), (9, 256), (1, 5000), (3, 2048)].map(|(rows, seq)| pass_rows(rows, seq));
+    assert_eq!(of, [2, 1, 8, 3, 1, 1]);
+    let config = tiny(&[]);
+    let (rows, seq) = (12, 256);
+    let tokens: Vec<u32> = (0..rows * seq).map(|i| (i * i % 13) as u32).collect();
+    let weights: Vec<f32> = (0..rows * seq).map(|i| (i % 3) as f32).collect();
+    let whole = Batch { batch: rows, seq, tokens: &tokens, targets: &tokens, weights: &weights };
+    assert_eq!(pass_rows(rows, seq), 6);
+    let step = |batches: &[Batch<'_>]| {
+        let mut backend = session::cpu_backend(&config, None, false).unwrap();
+        let evaluated: f64 = batches.iter().map(|b| backend.evaluate(b).unwrap()).sum();
+        let loss: f64 = batches.iter().map(|b| backend.accumulate(b, 1e-3).unwrap()).sum();
+        [loss, evaluated, backend.grad_norm().unwrap()].map(f64::to_bits)
+    };
+    let halves: Vec<Batch<'_>> = whole.split(6).unwrap().collect();
+    assert_eq!(halves.len(), 2);
+    assert_eq!(step(std::slice::from_ref(&whole)), step(&halves));
+    let short = Batch { tokens: &tokens[1..], ..whole };
+    let mut backend = session::cpu_backend(&config, None, false).unwrap();
+    assert!(backend.accumulate(&short, 1.0).is_err() && backend.evaluate(&short).is_err());
+}
+
+#[test]
+fn accumulation_equals_the_large_batch_on_the_cpu() {
+    let config = tiny(&["training.batch=2", "training.accumulation=2"]);
     let mut feed = Numbered { config: config.clone(), at: 0, masked: true };
     let plan = Plan::new(&config, &feed.sources());
     let split = feed.next(plan.at(0).shape, plan.at(0).weights).unwrap().micro;
