@@ -4,7 +4,7 @@
 #   scripts/check.sh                  all stages
 #   scripts/check.sh fmt lint         only these
 #
-# Stages: fmt lint nostd capi test isa neon fuzz cuda parity doc
+# Stages: fmt lint test isa nostd capi neon cuda parity fuzz doc
 #
 # ELLECI_CHECK_ISA   instruction-set levels to run the core's tests under ("portable avx2 avx512"); the default is every
 #                    level below this machine's own. A level that is named here and cannot run is a failure.
@@ -17,7 +17,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 
-stages="fmt lint nostd capi test isa neon fuzz cuda parity doc"
+stages="fmt lint test isa nostd capi neon cuda parity fuzz doc"
 for stage in "$@"; do
     case " $stages " in
     *" $stage "*) ;;
@@ -36,13 +36,45 @@ need cc build-essential
 need g++ build-essential
 need python3 "python3 python3-pip"
 
-# One profile and one target directory for every stage, so that nothing is built twice.
-target=$(cargo metadata --format-version 1 --no-deps | python3 -c 'import json, sys; print(json.load(sys.stdin)["target_directory"])')
+# One profile, one target directory and one set of features for every stage, so that nothing is built twice. The tools' own code is not what
+# takes time when it runs, but it is when it is optimised.
+cargo() {
+    command cargo --config 'profile.release.package.elleci-tools.opt-level=1' "$@"
+}
+features="--features elleci-core/capi"
+target=$(command cargo metadata --format-version 1 --no-deps | python3 -c 'import json, sys; print(json.load(sys.stdin)["target_directory"])')
 export CARGO_TARGET_DIR="$target"
+
+# What is compiled: everything at once if several stages need it (LibTorch's wrapper, one long C++ file, beside the rest), else what
+# the stage itself is about.
+selection() {
+    case ${everything:-} in
+    yes) echo --workspace ;;
+    *) echo "$@" ;;
+    esac
+}
 
 libtorch() {
     LIBTORCH=$(scripts/libtorch.sh)
-    export LIBTORCH
+    export LIBTORCH LD_LIBRARY_PATH="$LIBTORCH/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
+}
+
+# Builds the tests of `selection $1`, and runs those of the packages that follow, each in its package's folder as cargo does.
+# shellcheck disable=SC2086  # lists
+tests() {
+    chosen=$(selection $1)
+    shift
+    [ "$chosen" != --workspace ] || libtorch
+    cargo test --release --locked $features $chosen --no-run --message-format json-render-diagnostics >"$target/tests.json"
+    python3 scripts/run_tests.py "$target/tests.json" "$@"
+}
+
+# Builds an example of the core; prints its path.
+# shellcheck disable=SC2046,SC2086  # lists
+example() {
+    [ "${everything:-}" != yes ] || libtorch
+    cargo build --quiet --release --locked $features $(selection -p elleci-core) --example "$1"
+    echo "$target/release/examples/$1"
 }
 
 stage_fmt() {
@@ -51,8 +83,10 @@ stage_fmt() {
     cargo fmt --manifest-path fuzz/Cargo.toml --check
 }
 
+# shellcheck disable=SC2046,SC2086  # lists
 stage_lint() {
-    cargo clippy --release --all-targets --locked -- -D warnings
+    [ "${everything:-}" != yes ] || libtorch
+    cargo clippy --release --all-targets --locked $features $(selection) -- -D warnings
 }
 
 # A static library without the standard library, linked into a C program that runs it against the ordinary build; and a
@@ -61,7 +95,8 @@ stage_nostd() {
     cargo build --release --locked --manifest-path tests/no-std/Cargo.toml
     cc -O1 -Wall -Wextra -Werror -Ielleci-core/include -o "$target/no-std-probe" tests/no-std/main.c \
         "$target/release/libelleci_no_std.a" -lm
-    expected=$(cargo run --release --quiet -p elleci-core --example probe)
+    probe=$(example probe)
+    expected=$("$probe")
     # shellcheck disable=SC2086  # four arguments
     "$target/no-std-probe" $expected
     "$target/release/tiny" || { echo "tests/no-std/src/bin/tiny.rs: failed with $?" >&2; return 1; }
@@ -69,8 +104,6 @@ stage_nostd() {
 
 # The C ABI: a program that calls all of it, with the shared and the static library, and the program of docs/embedding.md.
 stage_capi() {
-    cargo clippy --release --locked -p elleci-core --lib --tests --features capi -- -D warnings
-    cargo test --release --locked --quiet -p elleci-core --features capi --lib capi
     cargo rustc --release --locked --quiet -p elleci-core --features capi --crate-type cdylib,staticlib
     libraries="$target/release" archives=fixtures/archive
     flags="-std=c11 -O1 -Wall -Wextra -Werror -Ielleci-core/include"
@@ -91,15 +124,18 @@ stage_capi() {
 
 stage_test() {
     python3 fixtures/generate.py --check
-    cargo test --release --locked
+    tests "" elleci-core elleci-cuda elleci-tools
+    # shellcheck disable=SC2046,SC2086  # lists
+    cargo test --release --locked $features $(selection) --doc
 }
 
 # tests/isa.rs of the core fails where the level asked for is not the one that runs.
 stage_isa() {
-    levels=${ELLECI_CHECK_ISA:-$(cargo run --release --quiet -p elleci-core --example isa)}
+    isa=$(example isa)
+    levels=${ELLECI_CHECK_ISA:-$("$isa")}
     for level in $levels; do
         echo "-- ELLECI_ISA=$level"
-        ELLECI_ISA=$level cargo test --release --locked --quiet -p elleci-core
+        (export ELLECI_ISA="$level"; tests "-p elleci-core" --quiet elleci-core)
     done
 }
 
@@ -149,16 +185,13 @@ stage_fuzz() {
 # against the core.
 stage_cuda() {
     nvrtc=$(scripts/nvrtc.sh)
-    LD_LIBRARY_PATH="$nvrtc${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}" ELLECI_NVRTC=require \
-        cargo test --release --locked --quiet -p elleci-cuda --test nvrtc
-    cargo clippy --release --all-targets --locked -p elleci-cuda-emulation -- -D warnings
-    cargo test --release --locked --quiet -p elleci-cuda-emulation
+    export LD_LIBRARY_PATH="$nvrtc${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}" ELLECI_NVRTC=require
+    tests "-p elleci-cuda -p elleci-cuda-emulation" elleci-cuda elleci-cuda-emulation
 }
 
 stage_parity() {
     libtorch
-    cargo clippy --release --all-targets --locked -p elleci-tests -- -D warnings
-    cargo test --release --locked -p elleci-tests
+    tests "-p elleci-tests" elleci-tests
 }
 
 stage_doc() {
@@ -182,6 +215,7 @@ run() {
 }
 
 start=$(date +%s)
+[ $# -eq 1 ] || everything=yes
 for stage in ${*:-$stages}; do
     run "$stage"
 done

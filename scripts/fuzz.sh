@@ -25,18 +25,21 @@ targets=${*:-$all}
 
 target=${CARGO_TARGET_DIR:-target}/fuzz
 host=$(rustc -vV | sed -n 's/^host: //p')
-flags="--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 -Ccodegen-units=1
+flags="--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4
     -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table
     -Cllvm-args=-sanitizer-coverage-trace-compares -Cdebug-assertions -Coverflow-checks"
 if [ -n "${ELLECI_FUZZ_SANITIZER:-}" ]; then
     export RUSTC_BOOTSTRAP=1
     flags="$flags -Zsanitizer=$ELLECI_FUZZ_SANITIZER"
 fi
+# For a short run, building is what takes time.
+quick=
+[ "$seconds" -gt 60 ] || quick="--config profile.release.opt-level=1"
 bins=
 for name in $targets; do bins="$bins --bin $name"; done
 # With --target the flags stay away from build scripts and procedural macros.
 # shellcheck disable=SC2086  # lists
-RUSTFLAGS=$(echo $flags) cargo build --release --locked --manifest-path fuzz/Cargo.toml \
+RUSTFLAGS=$(echo $flags) cargo $quick build --release --locked --manifest-path fuzz/Cargo.toml \
     --target "$host" --target-dir "$target" $bins
 
 # Seeds that are kept elsewhere in this repository.
