@@ -26,7 +26,7 @@ async function open({ language = "it-IT", scheme = "light", width = 1180, height
   const context = await browser.createBrowserContext();
   page = await context.newPage();
   page.sent = [];
-  page.setDefaultTimeout(20000);
+  page.setDefaultTimeout(60000);
   await page.setBypassCSP(bypass);
   await page.setViewport({ width, height });
   await page.emulateMediaFeatures([{ name: "prefers-color-scheme", value: scheme }]);
@@ -45,9 +45,9 @@ async function open({ language = "it-IT", scheme = "light", width = 1180, height
     if (r.method() === "POST" && r.url().endsWith("/chat/completions")) page.sent.push(JSON.parse(r.postData()));
   });
   if (answers) await intercept(answers);
-  // A small model may write faster than anyone can watch: a thin line shows the stream.
-  if (given && !answers) await page.emulateNetworkConditions({ download: 6000, upload: 1e6, latency: 0 });
   await page.goto(at);
+  // A small model may write faster than anyone can watch: a thin line shows the stream.
+  if (given && !answers) await page.emulateNetworkConditions({ download: 10000, upload: 1e6, latency: 0 });
   await page.waitForFunction(() => document.querySelector("#model").textContent || !document.querySelector("#notice").hidden);
   return page;
 }
@@ -100,7 +100,7 @@ async function watched(enough) {
     await say(QUESTION);
     try {
       await page.waitForFunction((n) => ([...document.querySelectorAll(".model .text")].at(-1)?.textContent ?? "").length > n
-        && document.querySelector("#send").classList.contains("stop"), { timeout: given ? 15000 : 5000 }, enough);
+        && document.querySelector("#send").classList.contains("stop"), { timeout: given ? 15000 : 60000 }, enough);
       return;
     } catch (error) {
       if (!given || attempt === 6) throw new Error(`no answer of more than ${enough} characters could be caught in ${attempt} attempts`, { cause: error });

@@ -29,7 +29,7 @@ fn vocali(testo: &str) -> usize {
 
 Con \`vocali("perché")\` il risultato è 2.`],
 ];
-const LONG = "Questa frase è una prova, e ne segue sempre un’altra che dice la stessa cosa con parole diverse. ".repeat(6).trim();
+const LONG = "Questa frase è una prova, e ne segue sempre un’altra che dice la stessa cosa con parole diverse. ".repeat(12).trim();
 
 // Pieces of about a token: a word's head, its tail, marks on their own.
 const pieces = (text) => text.match(/\s*[\p{L}\p{N}]{1,5}|\s*[^\s\p{L}\p{N}]|\s+$/gu) ?? [];

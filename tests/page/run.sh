@@ -25,7 +25,7 @@ done
 command -v "${ELLECI_CHROMIUM:-none}" >/dev/null || skip "Chromium is missing (Debian: apt install chromium)"
 command -v node >/dev/null || skip "node is missing (Debian: apt install nodejs)"
 command -v npm >/dev/null || skip "npm is missing (Debian: apt install npm)"
-node -e 'process.exit(Number(process.versions.node.split(".")[0]) < 18)' || skip "Node $(node --version) is older than 18"
+node -e 'process.exit(parseInt(process.versions.node) < 18 ? 1 : 0)' || skip "Node $(node --version) is older than 18"
 
 work=${CARGO_TARGET_DIR:-../../target}/page
 mkdir -p "$work"

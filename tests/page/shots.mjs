@@ -1,4 +1,4 @@
-// Pictures of the page for docs/images and for whoever changes its looks: node shots.mjs URL OUT_DIR (run.sh does it).
+// Pictures of the page, for docs/images and for whoever changes its looks.
 
 export const SHOTS = [
   { name: "light", scheme: "light", width: 1180, height: 800 },
@@ -21,7 +21,6 @@ export async function shoot(browser, url, out) {
     for (const question of QUESTIONS) {
       await page.type("#input", question);
       await page.keyboard.press("Enter");
-      await page.waitForSelector("#again", { hidden: true }).catch(() => {});
       await page.waitForFunction(() => document.querySelector("#send").textContent === "Invia" && document.querySelector(".again"), { timeout: 60000 });
     }
     const path = `${out}/${shot.name}.png`;
