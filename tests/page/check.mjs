@@ -1,7 +1,8 @@
 // The page of `elleci-run serve` in a headless Chromium: node check.mjs (run.sh sets it up and explains the environment).
 //
 // Without ELLECI_URL it talks to the stand-in of mock.mjs. With it, to a server that runs: the same steps, where what a server does
-// not do on demand (a hostile answer, a wrong key, being busy) is put in its mouth by intercepting the request.
+// not do on demand (a hostile answer, a wrong key, being busy) is put in its mouth by intercepting the request. An argument runs
+// the steps alone whose names hold it; those before "settings begin" build on one another.
 
 import assert from "node:assert/strict";
 import { mkdirSync, readFileSync } from "node:fs";
@@ -18,6 +19,7 @@ const mock = given ? null : await start({ delay: 15, router: true });
 const url = given ?? mock.url;
 const browser = await puppeteer.launch({ executablePath: chromium, args: process.getuid?.() === 0 ? ["--no-sandbox"] : [] });
 const told = [];            // what must not happen: console errors, exceptions, other hosts, violations of the policy
+const only = process.argv[2];
 let page, steps = 0;
 
 // A tab with nothing stored, whose language is `language`; everything it asks for and complains of is written down.
@@ -70,6 +72,7 @@ const streaming = (chunks, ending = "data: [DONE]\n\n") => ({
 });
 
 async function step(name, run) {
+  if (only && !name.includes(only)) return;
   const began = Date.now();
   try {
     await run();
@@ -115,6 +118,17 @@ async function watched(enough) {
 
 await open();
 
+await step("one small file that needs nothing else, under a strict policy", async () => {
+  const response = await fetch(url), source = await response.text();
+  assert.match(response.headers.get("content-type"), /^text\/html; *charset=utf-8$/i);
+  const policy = response.headers.get("content-security-policy") ?? "";
+  for (const rule of ["default-src 'none'", "connect-src 'self'"]) assert.ok(policy.includes(rule), `the server's policy has ${rule}: ${policy}`);
+  assert.ok(Buffer.byteLength(source) < 45000, `${Buffer.byteLength(source)} bytes`);
+  for (const banned of [/\bon[a-z]+\s*=\s*["']/, /innerHTML|outerHTML|insertAdjacentHTML|document\.write/, /\beval\(|new Function/, /@import|url\(/, /<link(?! rel="icon" href="data:)/]) {
+    assert.doesNotMatch(source, banned);
+  }
+});
+
 await step("an answer streams in several steps and is counted", async () => {
   assert.equal(await page.$eval("#blank", (e) => e.hidden), false);
   await watched(0);
@@ -144,9 +158,9 @@ await step("a screen reader hears the whole answer, sentence by sentence", async
 await step("the request carries the conversation and every setting", async () => {
   const body = page.sent.at(-1);
   assert.deepEqual(body.messages, [{ role: "user", content: QUESTION }]);
-  const { messages, model, seed, ...rest } = body;
-  assert.ok(Number.isInteger(seed) && model);
-  assert.deepEqual(rest, { stream: true, stream_options: { include_usage: true }, temperature: 0.8, top_p: 0.95, top_k: 40, min_p: 0.05, repeat_penalty: 1 });
+  const { messages, model, seed, stream, stream_options, ...rest } = body;
+  assert.ok(Number.isInteger(seed) && model && stream && stream_options.include_usage);
+  assert.deepEqual(rest, { temperature: 0.8, top_p: 0.95, top_k: 40, min_p: 0.05, repeat_penalty: 1 }, "a server given is to run with its defaults");
 });
 
 await step("the conversation and a half-typed message outlive a reload", async () => {
@@ -233,6 +247,7 @@ await step("settings go into the request, are bounded, kept and reset", async ()
   await set("top_k", "3.6");
   assert.equal(await value("#top_k"), "4");
   await page.reload();
+  await page.waitForFunction(() => document.querySelector("#model").textContent);
   await page.click("#tune");
   assert.equal(await value("#temperature"), "0.3");
   await say("Ciao.");
@@ -251,7 +266,34 @@ await step("settings go into the request, are bounded, kept and reset", async ()
   assert.equal(await page.evaluate(() => document.activeElement.id), "tune", "focus returns to the button");
 });
 
+await step("settings begin where the server's do, and stay where they were put", async () => {
+  const props = { model: "m", context_length: 256, router: false, defaults: { temperature: 0.30000001192092896, top_k: 9, repetition_penalty: 1.1 } };
+  const answers = { "/props": { body: JSON.stringify(props) }, "/v1/chat/completions": streaming(["Sì.", { choices: [{ delta: {}, finish_reason: "stop" }] }]) };
+  await open({ answers });
+  await page.click("#tune");
+  await page.click("#top_k", { count: 3 });
+  await page.type("#top_k", "5");
+  await page.keyboard.press("Tab");
+  props.defaults.temperature = 0.6;
+  answers["/props"].body = JSON.stringify(props);
+  await page.reload();
+  await page.waitForFunction(() => document.querySelector("#model").textContent);
+  await say("Ciao.");
+  await page.waitForSelector(".again");
+  const { temperature, top_k, top_p, repeat_penalty } = page.sent.at(-1);
+  assert.deepEqual({ temperature, top_k, top_p, repeat_penalty }, { temperature: 0.6, top_k: 5, top_p: 0.95, repeat_penalty: 1.1 });
+});
+
+await step("a server that still loads its model is asked again", async () => {
+  let calls = 0;
+  const loading = failing(503, { message: "loading", code: "loading" }, { "Retry-After": "1" });
+  await open({ answers: { "/v1/models": loading, "/props": () => (calls++ ? { body: JSON.stringify({ model: "pronto", context_length: 256 }) } : loading) } });
+  assert.match(await text("#notice"), /sta caricando/);
+  await page.waitForFunction(() => document.querySelector("#model").textContent.startsWith("pronto") && document.querySelector("#notice").hidden);
+});
+
 await step("Shift+Enter breaks the line; the box grows", async () => {
+  await open();
   const height = await page.$eval("#input", (e) => e.offsetHeight);
   await page.type("#input", "una");
   await page.keyboard.down("Shift"); await page.keyboard.press("Enter"); await page.keyboard.up("Shift");
@@ -262,11 +304,14 @@ await step("Shift+Enter breaks the line; the box grows", async () => {
 
 await step("the language follows the browser, and the switch", async () => {
   assert.equal(await page.$eval("html", (e) => e.lang), "it");
+  await watched(5);
+  await page.keyboard.press("Escape");
+  await idle();
   await page.click("#lang");
   assert.equal(await page.$eval("html", (e) => e.lang), "en");
   assert.equal(await text("#send"), "Send");
   assert.equal(await text("#fresh"), "New chat");
-  assert.match(await text(".model .facts"), /5 tokens.*seed 1234|\d+ tokens?.*seed 1234/);
+  assert.match(await text(".model .facts"), /\d+ tokens.*[\d.]+ tokens\/s.*seed \d+.*stopped/);
   await page.reload();
   assert.equal(await text("#send"), "Send");
   await open({ language: "de-DE" });
@@ -459,11 +504,15 @@ await step("a connection lost in the middle leaves what has arrived", async () =
   assert.match(await text("#notice"), /Errore del server: out of memory/);
 });
 
-await step("a failed Regenerate leaves the old answer", async () => {
+await step("an answer can be copied, and a failed Regenerate leaves it", async () => {
   let calls = 0;
   await open({ answers: { "/v1/chat/completions": () => (calls++ ? failing(429, { message: "busy" }) : streaming(["Vecchia", { choices: [{ delta: {}, finish_reason: "stop" }] }])) } });
   await say("Dimmi.");
   await page.waitForSelector(".again");
+  await page.browserContext().overridePermissions(new URL(url).origin, ["clipboard-read", "clipboard-write"]);
+  await page.click(".copy");
+  await page.waitForFunction(() => document.querySelector(".copy").textContent === "Copiato");
+  assert.equal(await page.evaluate(() => navigator.clipboard.readText()), "Vecchia");
   await page.click(".again");
   await page.waitForFunction(() => !document.querySelector("#notice").hidden);
   await idle();
@@ -553,7 +602,8 @@ await step("axe finds nothing, in either theme, at either width, in every state"
   assert.equal(checked, 20);
 });
 
-if (shots) {
+assert.ok(steps > 0, `no step is named ${only}`);
+if (shots && !only) {
   mkdirSync(shots, { recursive: true });
   console.log((await shoot(browser, url, shots)).join("\n"));
 }

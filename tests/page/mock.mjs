@@ -1,13 +1,19 @@
 // A stand-in for `elleci-run serve`, for working on its page without a model: node tests/page/mock.mjs [PORT] [--router] [--key K].
 // It sends the page under the policy that the server sends it under, and answers in tokens with pauses between them.
 
+import { createHash } from "node:crypto";
 import { readFileSync, realpathSync } from "node:fs";
 import { createServer } from "node:http";
 import { setTimeout as pause } from "node:timers/promises";
 import { fileURLToPath } from "node:url";
 
 const PAGE = fileURLToPath(new URL("../../elleci-tools/src/serve/page/index.html", import.meta.url));
-export const POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:";
+
+// The server's policy: the page's script by its hash.
+function policy(html) {
+  const hash = createHash("sha256").update(/<script[^>]*>([^]*)<\/script>/.exec(html)[1]).digest("base64");
+  return `default-src 'none'; script-src 'sha256-${hash}'; style-src 'unsafe-inline'; img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'`;
+}
 
 const CONTEXT = 1024;
 const ANSWERS = [
@@ -79,8 +85,9 @@ export function start({ port = 0, router = false, key = null, delay = 25 } = {})
   const server = createServer(async (request, response) => {
     const path = new URL(request.url, "http://mock").pathname;
     if (path === "/") {
-      response.writeHead(200, { "Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": POLICY });
-      return response.end(readFileSync(PAGE));
+      const html = readFileSync(PAGE, "utf8");
+      response.writeHead(200, { "Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": policy(html) });
+      return response.end(html);
     }
     if (mock.options.key && request.headers.authorization !== `Bearer ${mock.options.key}`) {
       return json(response, 401, { error: { message: "missing or wrong API key", type: "authentication_error", code: "invalid_api_key" } });

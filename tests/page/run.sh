@@ -2,6 +2,7 @@
 # The page of `elleci-run serve` in a headless Chromium, against a stand-in server or, with ELLECI_URL, against one that runs.
 #
 #   tests/page/run.sh                                        the stand-in server of mock.mjs
+#   tests/page/run.sh hostile                                only the steps whose names hold this (see check.mjs)
 #   ELLECI_URL=http://127.0.0.1:8080/ tests/page/run.sh      a server without an API key; use a model that has learnt to write
 #
 # ELLECI_CHECK_PAGE  `require` makes a failure of a machine without Chromium, Node or npm, which is skipped otherwise
@@ -37,4 +38,4 @@ if ! cmp -s package-lock.json "$work/installed.json"; then
 fi
 
 export ELLECI_CHROMIUM ELLECI_PAGE_MODULES="$work" ELLECI_SHOTS="${ELLECI_SHOTS:-$work/shots}"
-exec node check.mjs
+exec node check.mjs "$@"
