@@ -164,6 +164,7 @@ await step("the request carries the conversation and every setting", async () =>
 });
 
 await step("the conversation and a half-typed message outlive a reload", async () => {
+  if (!await count(".turn")) { await watched(5); await page.keyboard.press("Escape"); await idle(); }
   const before = await text("#log");
   await page.type("#input", "non ancora mandato");
   await page.reload();
