@@ -71,6 +71,12 @@ impl DenseFormat {
         Some([scales..values, values + rows * cols * self.width()..self.bytes(rows, cols)?])
     }
 
+    /// Where the values of a row are stored.
+    pub(super) fn row_bytes(self, rows: usize, cols: usize, row: usize) -> Option<Range<usize>> {
+        let (start, len) = (self.scales(rows)?, cols * self.width());
+        Some(start + row * len..start + (row + 1) * len)
+    }
+
     /// Stores a matrix.
     pub(super) fn encode(self, values: &[f32], cols: usize, bytes: &mut [u8]) {
         let rows = values.len() / cols.max(1);
@@ -145,6 +151,20 @@ impl<'a> DenseMatrix<'a> {
             }
         };
         DenseMatrix { rows, cols, values }
+    }
+
+    /// One row as a matrix; its values from `bytes`, which are stored as the matrix is, or from the matrix itself.
+    pub(super) fn only(&self, row: usize, bytes: Option<&'a [u8]>) -> DenseMatrix<'a> {
+        let range = row * self.cols..(row + 1) * self.cols;
+        let values = match self.values {
+            Values::F32(v) => Values::F32(bytes.map_or(&v[range], bytemuck::cast_slice)),
+            Values::F16(v) => Values::F16(bytes.map_or(&v[range], bytemuck::cast_slice)),
+            Values::Bf16(v) => Values::Bf16(bytes.map_or(&v[range], bytemuck::cast_slice)),
+            Values::Int8 { scales, codes } => {
+                Values::Int8 { scales: &scales[row..row + 1], codes: bytes.map_or(&codes[range], bytemuck::cast_slice) }
+            }
+        };
+        DenseMatrix { rows: 1, cols: self.cols, values }
     }
 
     /// Rows.

@@ -22,9 +22,11 @@ mod writer;
 #[cfg(test)]
 mod tests;
 
+use alloc::boxed::Box;
 use alloc::string::String;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
+use core::fmt;
 use core::ops::Range;
 
 use rkyv::rancor::Failure;
@@ -147,11 +149,24 @@ pub struct TensorInfo<'a> {
     pub gamma: Option<f32>,
 }
 
+/// Copies the bytes of an archive from an offset on; `false` if it cannot.
+type ReadAt = dyn Fn(usize, &mut [u8]) -> bool + Send + Sync;
+
+/// How rows of the embedding table are read, if not from the archive's bytes.
+struct RowReader(Box<ReadAt>);
+
+impl fmt::Debug for RowReader {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("RowReader")
+    }
+}
+
 /// A checked archive over bytes that it owns or borrows.
 #[derive(Debug)]
 pub struct Archive<B> {
     bytes: B,
     index: Index,
+    rows: Option<RowReader>,
 }
 
 impl<B: AsRef<[u8]>> Archive<B> {
@@ -163,12 +178,20 @@ impl<B: AsRef<[u8]>> Archive<B> {
     pub fn open(bytes: B) -> Result<Archive<B>, ArchiveError> {
         let index = read_index(bytes.as_ref())?;
         verify_sections(bytes.as_ref(), &index)?;
-        Ok(Archive { bytes, index })
+        Ok(Archive { bytes, index, rows: None })
+    }
+
+    /// Has rows of an embedding table that only serves look-ups read by `read(offset, to)`, which copies the archive's bytes from an
+    /// offset on, or returns `false` if it cannot. For a file that is mapped: where one page of a map is touched, the system maps
+    /// those around it (Linux sixteen), and after some text most of the table counts as the process's memory.
+    pub fn with_row_reader(mut self, read: impl Fn(usize, &mut [u8]) -> bool + Send + Sync + 'static) -> Archive<B> {
+        self.rows = Some(RowReader(Box::new(read)));
+        self
     }
 
     /// The model in the archive.
     pub fn model(&self) -> PackedModel<'_> {
-        PackedModel { bytes: self.bytes.as_ref(), index: &self.index }
+        PackedModel { bytes: self.bytes.as_ref(), index: &self.index, rows: self.rows.as_ref() }
     }
 
     /// Gives the bytes back.
@@ -182,6 +205,7 @@ impl<B: AsRef<[u8]>> Archive<B> {
 pub struct PackedModel<'a> {
     bytes: &'a [u8],
     index: &'a Index,
+    rows: Option<&'a RowReader>,
 }
 
 impl<'a> PackedModel<'a> {
@@ -244,9 +268,9 @@ impl<'a> PackedModel<'a> {
                 }
             }
             Format::Dense(_) => {
-                let cols = param.shape[1];
+                let (cols, mut scratch) = (param.shape[1], Vec::new());
                 for (row, values) in values.chunks_exact_mut(cols).enumerate() {
-                    self.row(id, row, values)?;
+                    self.row(id, row, &mut scratch, values)?;
                 }
             }
             Format::Floats => values.copy_from_slice(self.floats(id)),
@@ -275,22 +299,38 @@ impl<'a> PackedModel<'a> {
         DenseMatrix::new(format, shape[0], shape[1], &self.bytes[section.data.clone()])
     }
 
-    /// One row of a full-precision matrix, verified where that is left to its use.
-    pub(crate) fn row(&self, id: Id, row: usize, values: &mut [f32]) -> Result<(), ArchiveError> {
-        self.verify_row(id, row)?;
-        self.dense(id).row(row, values);
+    /// One row of a full-precision matrix, verified where that is left to its use. `scratch` is kept between calls.
+    fn row(&self, id: Id, row: usize, scratch: &mut Vec<Line>, to: &mut [f32]) -> Result<(), ArchiveError> {
+        self.verify_row(id, row, scratch)?;
+        self.stored_row(id, row, scratch).row(0, to);
         Ok(())
     }
 
-    /// The check of [`PackedModel::row`] alone.
-    pub(crate) fn verify_row(&self, id: Id, row: usize) -> Result<(), ArchiveError> {
+    /// Verifies a row, where that is left to its use.
+    pub(crate) fn verify_row(&self, id: Id, row: usize, scratch: &mut Vec<Line>) -> Result<(), ArchiveError> {
         if let Some(hashes) = &self.index.sections[id.0].row_hashes {
             let hash = hashes.start + 8 * row;
-            if self.bytes[hash..hash + 8] != self.dense(id).row_hash(row).to_le_bytes() {
+            if self.bytes[hash..hash + 8] != self.stored_row(id, row, scratch).row_hash(0).to_le_bytes() {
                 return Err(ArchiveError::DamagedRow { tensor: self.layout().param(id).name.clone(), row });
             }
         }
         Ok(())
+    }
+
+    /// A full-precision matrix of one row, read where a reader is for that.
+    pub(crate) fn stored_row<'s>(&'s self, id: Id, row: usize, scratch: &'s mut Vec<Line>) -> DenseMatrix<'s> {
+        self.dense(id).only(row, self.read_row(id, row, scratch))
+    }
+
+    /// The values of a row as they are stored, where a reader gives them.
+    fn read_row<'s>(&self, id: Id, row: usize, scratch: &'s mut Vec<Line>) -> Option<&'s [u8]> {
+        let (reader, section, shape) = (self.rows?, &self.index.sections[id.0], &self.layout().param(id).shape);
+        section.row_hashes.as_ref()?;
+        let Format::Dense(format) = section.format else { return None };
+        let range = format.row_bytes(shape[0], shape[1], row)?;
+        scratch.resize(range.len().div_ceil(size_of::<Line>()), Line([0; 64]));
+        let to = &mut bytemuck::cast_slice_mut(scratch)[..range.len()];
+        (reader.0)(section.data.start + range.start, to).then_some(&*to)
     }
 }
 

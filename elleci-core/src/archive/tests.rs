@@ -122,11 +122,47 @@ fn every_flipped_bit_is_found() {
                 assert!(embedding.contains(&at), "a flipped bit at {at} was not found");
                 let (token, model) = ((at - embedding.start) / 48, archive.model());
                 let tensor = String::from("tok_emb.weight");
-                let error = model.row(model.layout().tok_emb(), token, &mut row).unwrap_err();
+                let error = model.row(model.layout().tok_emb(), token, &mut Vec::new(), &mut row).unwrap_err();
                 assert_eq!(error, ArchiveError::DamagedRow { tensor, row: token });
             }
         }
         bytes.as_mut_slice()[at] ^= bit;
+    }
+}
+
+/// A reader of rows gives what the bytes hold, is verified like them, and may fail.
+#[test]
+fn rows_that_are_read() {
+    for dense in DenseFormat::ALL {
+        let bytes = archive(PackOptions { dense, ..PackOptions::default() });
+        let plain = Archive::open(&bytes).unwrap();
+        let id = plain.model().layout().tok_emb();
+        let section = plain.index.sections[id.0].data.clone();
+        let row_of = |archive: &Archive<&AlignedBytes>, row| {
+            let mut to = vec![0.0; 24];
+            archive.model().row(id, row, &mut Vec::new(), &mut to).map(|()| to)
+        };
+        let calls = Arc::new(core::sync::atomic::AtomicUsize::new(0));
+        let (copy, counter) = (bytes.as_ref().to_vec(), calls.clone());
+        let read = Archive::open(&bytes).unwrap().with_row_reader(move |at, to| {
+            counter.fetch_add(1, core::sync::atomic::Ordering::Relaxed);
+            assert!(section.contains(&at) && to.len() <= section.end - at);
+            to.copy_from_slice(&copy[at..at + to.len()]);
+            true
+        });
+        let fails = Archive::open(&bytes).unwrap().with_row_reader(|_, _| false);
+        let wrong = Archive::open(&bytes).unwrap().with_row_reader(|_, to| {
+            to.fill(1);
+            true
+        });
+        for row in [0, 5, 36] {
+            let want = row_of(&plain, row).unwrap();
+            assert_eq!(row_of(&read, row).unwrap(), want, "{dense:?}");
+            assert_eq!(row_of(&fails, row).unwrap(), want, "{dense:?}");
+            let tensor = String::from("tok_emb.weight");
+            assert_eq!(row_of(&wrong, row).unwrap_err(), ArchiveError::DamagedRow { tensor, row });
+        }
+        assert_eq!(calls.load(core::sync::atomic::Ordering::Relaxed), 6);
     }
 }
 

@@ -167,10 +167,11 @@ impl Batch {
 
         let mut h = core::mem::take(&mut self.scratch.h);
         let stream = grown(&mut h, rows * d);
-        let table = model.dense(layout.tok_emb());
+        let mut row = Vec::new();
         for s in segments {
             for (i, token) in feeds[s.feed].tokens[s.start..][..s.len].iter().enumerate() {
-                table.row(*token as usize, &mut stream[(s.row + i) * d..][..d]);
+                let to = &mut stream[(s.row + i) * d..][..d];
+                model.stored_row(layout.tok_emb(), *token as usize, &mut row).row(0, to);
             }
         }
         for (layer, ids) in layout.layers().iter().enumerate() {
@@ -232,6 +233,7 @@ impl Batch {
 /// Everything that can go wrong, before anything changes.
 fn check(model: PackedModel<'_>, feeds: &[Feed<'_>]) -> Result<(), InferenceError> {
     let c = model.config();
+    let mut row = Vec::new();
     for feed in feeds {
         if feed.session.fingerprint != model.fingerprint() {
             return Err(InferenceError::OtherModel);
@@ -243,7 +245,7 @@ fn check(model: PackedModel<'_>, feeds: &[Feed<'_>]) -> Result<(), InferenceErro
             if token as usize >= c.vocab_size {
                 return Err(InferenceError::Token { token, vocab_size: c.vocab_size });
             }
-            model.verify_row(model.layout().tok_emb(), token as usize)?;
+            model.verify_row(model.layout().tok_emb(), token as usize, &mut row)?;
         }
     }
     Ok(())
