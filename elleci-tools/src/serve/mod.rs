@@ -201,7 +201,7 @@ fn load(open: Arc<OpenModel>, settings: &Settings, threads: usize) -> anyhow::Re
     let context = settings.context.unwrap_or(config.max_seq_len.max(CONTEXT));
     // Half of what is free may become sessions; a cache that is full counts as one more.
     let fresh = Session::new(open.packed())?.bytes();
-    let attention = config.layer_kinds().filter(|k| *k == LayerKind::Mla).count();
+    let attention = config.layer_kinds().into_iter().filter(|k| *k == LayerKind::Mla).count();
     let token_bytes = attention * (config.kv_rank + 4 + 4 * config.d_rope);
     let session_bytes = fresh + token_bytes * context.next_multiple_of(256);
     let free = (available_memory() / 2).saturating_sub(settings.cache_bytes as u64);
