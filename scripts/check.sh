@@ -4,20 +4,21 @@
 #   scripts/check.sh                  all stages
 #   scripts/check.sh fmt lint         only these
 #
-# Stages: fmt lint nostd capi test isa neon fuzz cuda parity doc
+# Stages: fmt lint nostd capi test isa neon fuzz cuda parity server doc
 #
 # ELLECI_CHECK_ISA   instruction-set levels to run the core's tests under ("portable avx2 avx512"); the default is every
 #                    level below this machine's own. A level that is named here and cannot run is a failure.
 #
 # ELLECI_CHECK_NEON  `require` makes a failure of a `neon` stage that finds no tools, which is skipped otherwise
 # ELLECI_CHECK_FUZZ  seconds a fuzz target (5)
+# ELLECI_CHECK_SERVER  `judge` makes slow figures of the `server` stage a failure: for a machine that does nothing else
 #
 # Needs Rust, a C++ compiler and python3 with pip. LibTorch's wrapper alone takes
 # 5 minutes to build, once.
 set -eu
 cd "$(dirname "$0")/.."
 
-stages="fmt lint nostd capi test isa neon fuzz cuda parity doc"
+stages="fmt lint nostd capi test isa neon fuzz cuda parity server doc"
 for stage in "$@"; do
     case " $stages " in
     *" $stage "*) ;;
@@ -147,6 +148,33 @@ stage_parity() {
     libtorch
     cargo clippy --release --all-targets --locked -p elleci-tests -- -D warnings
     cargo test --release --locked -p elleci-tests
+}
+
+# The server against OpenAI's own clients, and under load. Their packages come from PyPI and npm.
+stage_server() {
+    cargo build --release --locked
+    folder="$target/server-tests"
+    mkdir -p "$folder"
+    if ! [ -x "$folder/venv/bin/python" ]; then
+        python3 -m venv "$folder/venv" || {
+            rm -rf "$folder/venv"
+            echo "check.sh: the server was NOT tested: python3 -m venv fails (Debian: apt install python3-venv)" >&2
+            return
+        }
+    fi
+    "$folder/venv/bin/python" -c 'import openai' 2>/dev/null || "$folder/venv/bin/pip" install --quiet 'openai>=2,<3' || {
+        echo "check.sh: the server was NOT tested: pip cannot install openai" >&2
+        return
+    }
+    if [ -d "$folder/node_modules/openai" ]; then
+        :
+    elif command -v npm >/dev/null; then
+        npm install --silent --no-audit --no-fund --prefix "$folder" openai@6 ||
+            echo "check.sh: npm cannot install openai" >&2
+    fi
+    judge=--report-only
+    [ "${ELLECI_CHECK_SERVER:-}" = judge ] && judge=
+    "$folder/venv/bin/python" tests/server/run.py "$folder" $judge
 }
 
 stage_doc() {

@@ -122,10 +122,15 @@ fn outputs_are_those_asked_for() {
         sessions.iter_mut().zip(&feeds).map(|(session, (tokens, _))| Feed { session, tokens }).collect();
     let mut got: Vec<Vec<Vec<f32>>> = vec![Vec::new(); feeds.len()];
     Batch::new()
-        .extend_with(model, &mut calls, |feed| feeds[feed].1, |feed, index, values| {
-            assert_eq!(index, got[feed].len());
-            got[feed].push(values.to_vec());
-        })
+        .extend_with(
+            model,
+            &mut calls,
+            |feed| feeds[feed].1,
+            |feed, index, values| {
+                assert_eq!(index, got[feed].len());
+                got[feed].push(values.to_vec());
+            },
+        )
         .unwrap();
     assert!(got[0].is_empty() && got[2].len() == 140 && got[3].len() == 1);
     let logits = |tokens: &[u32]| {

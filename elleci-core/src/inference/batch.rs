@@ -168,13 +168,7 @@ impl Batch {
     }
 
     /// Cuts the feeds into passes and runs them.
-    fn passes(
-        &mut self,
-        model: PackedModel<'_>,
-        feeds: &mut [Feed<'_>],
-        outputs: &Outputs<'_>,
-        visit: &mut Visit<'_>,
-    ) {
+    fn passes(&mut self, model: PackedModel<'_>, feeds: &mut [Feed<'_>], outputs: &Outputs<'_>, visit: &mut Visit<'_>) {
         let mut segments = Vec::new();
         let mut rows = 0;
         for feed in 0..feeds.len() {

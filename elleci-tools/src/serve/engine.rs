@@ -164,7 +164,8 @@ impl<'a> Engine<'a> {
     /// Takes in what has come; without work waits for some. False when nothing will come any more.
     fn take_in(&mut self, inbox: &Inbox) -> bool {
         let idle = self.writing.is_empty() && self.reading.is_empty() && self.waiting.is_empty();
-        let mut message = if idle { inbox.0.recv().map_err(|_| TryRecvError::Disconnected) } else { inbox.0.try_recv() };
+        let mut message =
+            if idle { inbox.0.recv().map_err(|_| TryRecvError::Disconnected) } else { inbox.0.try_recv() };
         loop {
             match message {
                 Ok(Message::Submit(Submission { ask, jobs, ticket })) => {
@@ -319,12 +320,15 @@ impl<'a> Engine<'a> {
             gathered.push(&mut reading.gathered);
         }
         let logits = &mut self.logits;
-        self.batch.extend_with(self.open.packed(), &mut feeds, |feed| outputs[feed], |feed, index, values| {
-            match feed.checked_sub(texts) {
+        self.batch.extend_with(
+            self.open.packed(),
+            &mut feeds,
+            |feed| outputs[feed],
+            |feed, index, values| match feed.checked_sub(texts) {
                 None => logits[feed * vocab..(feed + 1) * vocab].copy_from_slice(values),
                 Some(prompt) => gathered[prompt].take(starts[prompt], index, values),
-            }
-        })
+            },
+        )
     }
 
     /// Chooses a text's next token and tells what is new. Whether it goes on.

@@ -63,7 +63,8 @@ impl Default for Metrics {
 impl Metrics {
     /// All zero.
     pub fn new() -> Metrics {
-        let seconds = || Histogram::new([0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0]);
+        let seconds =
+            || Histogram::new([0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0]);
         let mut metrics = Metrics {
             registry: Registry::with_prefix("elleci"),
             requests: Family::default(),
@@ -184,4 +185,3 @@ impl std::fmt::Debug for Metrics {
         f.debug_struct("Metrics").field("generated_tokens", &self.generated_tokens.get()).finish_non_exhaustive()
     }
 }
-

@@ -230,12 +230,8 @@ fn load(open: Arc<OpenModel>, settings: &Settings, threads: usize) -> anyhow::Re
             "repetition_penalty": settings.sampling.repetition_penalty
         }
     });
-    let limits = Limits {
-        vocab_size: config.vocab_size,
-        context,
-        copies: parallel.min(COPIES),
-        sampling: settings.sampling,
-    };
+    let limits =
+        Limits { vocab_size: config.vocab_size, context, copies: parallel.min(COPIES), sampling: settings.sampling };
     let options = EngineOptions { parallel, cache_bytes: settings.cache_bytes };
     Ok((Loaded { open, limits, name, created: openai::now(), props }, options))
 }

@@ -1,6 +1,8 @@
 //! The page at `/`: one file that holds everything it needs, and may load or run nothing else.
 
-use axum::http::header::{CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, REFERRER_POLICY, X_CONTENT_TYPE_OPTIONS};
+use axum::http::header::{
+    CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, REFERRER_POLICY, X_CONTENT_TYPE_OPTIONS,
+};
 use axum::response::{IntoResponse, Response};
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
@@ -57,7 +59,9 @@ mod tests {
     fn the_page_holds_everything_it_needs() {
         assert!(scripts(PAGE).count() > 0);
         let lower = PAGE.to_lowercase();
-        for forbidden in [" onclick=", " onload=", " onsubmit=", " oninput=", " onkeydown=", "javascript:", "<script src", "@import"] {
+        for forbidden in
+            [" onclick=", " onload=", " onsubmit=", " oninput=", " onkeydown=", "javascript:", "<script src", "@import"]
+        {
             assert!(!lower.contains(forbidden), "{forbidden}");
         }
         for outside in ["src=\"http", "href=\"http", "src=\"//", "url(http"] {

@@ -297,8 +297,9 @@ impl Reader<'_> {
                 Some(n) => format!(" and {n} are to be chosen"),
                 None => " and leaves no room for an answer".to_string(),
             };
-            let message =
-                format!("the context is {context} tokens (--context), and the prompt has {longest}{plus}: it is not cut");
+            let message = format!(
+                "the context is {context} tokens (--context), and the prompt has {longest}{plus}: it is not cut"
+            );
             return Err(ApiError::too_long(name, message));
         }
         Ok(asked.unwrap_or(context - longest))

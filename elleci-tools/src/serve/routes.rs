@@ -56,9 +56,9 @@ pub fn router(app: Arc<App>) -> Router {
     }
     let mut router = router
         .fallback(|uri: Uri| async move { ApiError::not_found(uri.path()) })
-        .method_not_allowed_fallback(|method: Method, uri: Uri| async move {
-            ApiError::method(method.as_str(), uri.path())
-        })
+        .method_not_allowed_fallback(
+            |method: Method, uri: Uri| async move { ApiError::method(method.as_str(), uri.path()) },
+        )
         .layer(from_fn_with_state(app.clone(), gate));
     if let Some(origin) = &app.settings.cors {
         let methods = [Method::GET, Method::POST];
@@ -68,12 +68,7 @@ pub fn router(app: Arc<App>) -> Router {
 }
 
 /// Opens the account of a request and lets it pass if it may.
-async fn gate(
-    State(app): State<Arc<App>>,
-    matched: Option<MatchedPath>,
-    mut request: Request,
-    next: Next,
-) -> Response {
+async fn gate(State(app): State<Arc<App>>, matched: Option<MatchedPath>, mut request: Request, next: Next) -> Response {
     let path = request.uri().path();
     let endpoint = matched.as_ref().map_or("other", MatchedPath::as_str);
     let account = Account::new(app.clone(), request.method().as_str(), path, endpoint);
@@ -126,7 +121,8 @@ async fn parse<T: Send + 'static>(
     let body = body_of(app, request).await?;
     let (own, large) = (loaded.clone(), body.len() >= LARGE_BODY);
     let work = move || {
-        let value = serde_json::from_slice(&body).map_err(|e| ApiError::invalid(format!("the body is no JSON: {e}")))?;
+        let value =
+            serde_json::from_slice(&body).map_err(|e| ApiError::invalid(format!("the body is no JSON: {e}")))?;
         read(own.reader(), &value)
     };
     let read = if large {

@@ -13,7 +13,8 @@ use crate::run::cli::{FilterArgs, ModelArgs};
 
 /// `elleci-run serve`.
 #[derive(Debug, Args)]
-#[command(after_help = "The interface is OpenAI's: point its clients at http://HOST:PORT/v1; docs/server.md describes all of it. A page to
+#[command(
+    after_help = "The interface is OpenAI's: point its clients at http://HOST:PORT/v1; docs/server.md describes all of it. A page to
 talk to the model is at http://HOST:PORT/. Sampling options are what requests get that do not say otherwise.
 
 Ctrl-C or SIGTERM ends it: running answers have --grace seconds to finish; once more ends it at once.
@@ -21,7 +22,8 @@ Ctrl-C or SIGTERM ends it: running answers have --grace seconds to finish; once 
 Examples:
   elleci-run serve -m model.elleci
   elleci-run serve -m model.elleci --port 0 --api-key secret --cors https://example.org
-  curl http://127.0.0.1:8080/v1/chat/completions -d '{\"messages\": [{\"role\": \"user\", \"content\": \"Ciao!\"}]}'")]
+  curl http://127.0.0.1:8080/v1/chat/completions -d '{\"messages\": [{\"role\": \"user\", \"content\": \"Ciao!\"}]}'"
+)]
 pub struct ServeArgs {
     /// Which model, on what.
     #[command(flatten)]

@@ -81,7 +81,12 @@ impl Writing {
     ///
     /// # Errors
     /// When no logit is a number.
-    pub fn choose(&mut self, tokenizer: &Tokenizer, banned: &[Vec<u32>; 2], row: &mut [f32]) -> Result<(), SamplerError> {
+    pub fn choose(
+        &mut self,
+        tokenizer: &Tokenizer,
+        banned: &[Vec<u32>; 2],
+        row: &mut [f32],
+    ) -> Result<(), SamplerError> {
         let generate = self.generate.clone();
         // Probabilities are the model's own: of the logits before anything is done to them.
         let own = generate.logprobs.map(|top| (row.to_vec(), top));

@@ -24,7 +24,10 @@ fn every_endpoint_answers() {
     assert_eq!((&health["status"], &health["elleci"]["model"]), (&json!("ok"), &json!("tiny")));
     let props = server.get("/props").json();
     assert_eq!(props, health["elleci"]);
-    assert_eq!((&props["router"], &props["context"], &props["trained_context"]), (&json!(false), &json!(4096), &json!(64)));
+    assert_eq!(
+        (&props["router"], &props["context"], &props["trained_context"]),
+        (&json!(false), &json!(4096), &json!(64))
+    );
     assert_eq!(props["vocabulary"], tokenizer().config().tokens);
     let models = server.get("/v1/models").json();
     assert_eq!((&models["object"], &models["data"][0]["id"]), (&json!("list"), &json!("tiny")));
@@ -55,11 +58,16 @@ fn every_endpoint_answers() {
     assert_eq!(completion["usage"]["completion_tokens"], 5);
     let messages = json!([{ "role": "system", "content": "Sii breve." }, { "role": "user", "content": "Ciao" }]);
     let chat = server.ok("/v1/chat/completions", &json!({ "messages": messages, "max_completion_tokens": 4 }));
-    assert_eq!((&chat["object"], &chat["choices"][0]["message"]["role"]), (&json!("chat.completion"), &json!("assistant")));
+    assert_eq!(
+        (&chat["object"], &chat["choices"][0]["message"]["role"]),
+        (&json!("chat.completion"), &json!("assistant"))
+    );
 
     let metrics = server.get("/metrics");
     assert!(metrics.headers["content-type"].starts_with("application/openmetrics-text"));
-    for part in ["elleci_requests_total{endpoint=\"/v1/completions\",status=\"200\"} 1", "elleci_generated_tokens_total 9"] {
+    for part in
+        ["elleci_requests_total{endpoint=\"/v1/completions\",status=\"200\"} 1", "elleci_generated_tokens_total 9"]
+    {
         assert!(metrics.body.contains(part), "{part}: {}", metrics.body);
     }
     assert!(server.metric("elleci_resident_memory_bytes") > 1e6);
@@ -80,7 +88,8 @@ fn echoed_prompts_have_the_evaluator_s_scores() {
     std::fs::write(&path, archive).unwrap();
     let open = OpenModel::open(&path).unwrap();
     let mut engine = Engine::new(&open, 1024).unwrap();
-    let prompts: Vec<Vec<u32>> = (1..5u32).map(|i| (0..9 + 7 * i).map(|j| 4 + (j * j * 31 + j * i) % 320).collect()).collect();
+    let prompts: Vec<Vec<u32>> =
+        (1..5u32).map(|i| (0..9 + 7 * i).map(|j| 4 + (j * j * 31 + j * i) % 320).collect()).collect();
     let body = json!({
         "model": "any", "prompt": prompts, "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": true
     });
@@ -119,7 +128,8 @@ fn echoed_prompts_have_the_evaluator_s_scores() {
         assert_eq!(only["choices"][0]["text"], server.ok("/detokenize", &json!({ "tokens": prompt }))["prompt"]);
     }
     // A likeliest token counts as greedy: the greedy continuation of a prompt is.
-    let greedy = server.ok("/v1/completions", &json!({ "prompt": prompts[0], "max_tokens": 6, "temperature": 0, "logprobs": 2 }));
+    let greedy = server
+        .ok("/v1/completions", &json!({ "prompt": prompts[0], "max_tokens": 6, "temperature": 0, "logprobs": 2 }));
     let scores = &greedy["choices"][0]["logprobs"];
     for (logprob, top) in floats(&scores["token_logprobs"]).iter().zip(scores["top_logprobs"].as_array().unwrap()) {
         assert!(top.as_object().unwrap().len() >= 2);
@@ -134,9 +144,7 @@ fn answers_follow_from_the_request_alone() {
     let bare = Server::start(&["--cache", "0", "--parallel", "1", "-t", "1"]);
     let long = format!("{} {PROMPT}", "perché no? La città è grande. ".repeat(40));
     let prompts = [PROMPT, "perché", &long, "La"];
-    let hot = |prompt: Value, seed: u64| {
-        json!({ "prompt": prompt, "max_tokens": 24, "temperature": 1.3, "top_k": 0, "min_p": 0, "seed": seed })
-    };
+    let hot = |prompt: Value, seed: u64| json!({ "prompt": prompt, "max_tokens": 24, "temperature": 1.3, "top_k": 0, "min_p": 0, "seed": seed });
     let texts = |answer: &Value| -> Vec<String> {
         answer["choices"].as_array().unwrap().iter().map(|c| c["text"].as_str().unwrap().to_string()).collect()
     };
@@ -166,7 +174,8 @@ fn answers_follow_from_the_request_alone() {
     let mut messages = vec![json!({ "role": "user", "content": "La città è più grande, perché no? ".repeat(6) })];
     for _ in 0..3 {
         let body = json!({ "messages": messages, "max_tokens": 20, "temperature": 1, "seed": 9 });
-        let say = |server: &Server| server.ok("/v1/chat/completions", &body)["choices"][0]["message"]["content"].clone();
+        let say =
+            |server: &Server| server.ok("/v1/chat/completions", &body)["choices"][0]["message"]["content"].clone();
         let answer = say(&server);
         assert_eq!(say(&bare), answer);
         assert_eq!(say(&server), answer);
@@ -184,7 +193,10 @@ fn streams_hold_what_whole_answers_hold() {
     streamed["stream"] = json!(true);
     streamed["stream_options"] = json!({ "include_usage": true });
     let events = server.post("/v1/completions", &streamed).events();
-    let mut choices = vec![json!({ "text": "", "logprobs": { "tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": [] } }); 4];
+    let mut choices = vec![
+        json!({ "text": "", "logprobs": { "tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": [] } });
+        4
+    ];
     let (last, parts) = events.split_last().unwrap();
     assert_eq!((&last["choices"], &last["usage"]), (&json!([]), &whole["usage"]));
     for part in parts {
@@ -259,9 +271,11 @@ fn texts_end_and_tokens_are_chosen_as_asked() {
     assert_ne!(greedy(json!({ "max_tokens": 3, "logit_bias": { first: -100 } }))[0], free[0]);
     // A token that has been chosen is less likely afterwards.
     let biased = json!({ token.to_string(): 30 });
-    let distinct = |tokens: Vec<Value>| tokens.iter().map(Value::to_string).collect::<std::collections::HashSet<_>>().len();
+    let distinct =
+        |tokens: Vec<Value>| tokens.iter().map(Value::to_string).collect::<std::collections::HashSet<_>>().len();
     let plain = distinct(greedy(json!({ "logit_bias": biased, "max_tokens": 40 })));
-    let penalised = greedy(json!({ "logit_bias": biased, "max_tokens": 40, "frequency_penalty": 2, "presence_penalty": 2 }));
+    let penalised =
+        greedy(json!({ "logit_bias": biased, "max_tokens": 40, "frequency_penalty": 2, "presence_penalty": 2 }));
     assert!(distinct(penalised) > plain);
     // The end of text is a token that may be chosen, unless the text must go on.
     let ends = json!({ "0": 100 });

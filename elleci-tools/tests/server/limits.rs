@@ -84,7 +84,10 @@ fn what_has_no_meaning_is_refused_by_name() {
     for size in [20_001, 70_000, 3_000_000] {
         let body = json!({ "prompt": "x".repeat(size) }).to_string();
         let mut stream = server.connect();
-        let head = format!("POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {}\r\n\r\n", body.len());
+        let head = format!(
+            "POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {}\r\n\r\n",
+            body.len()
+        );
         stream.write_all(head.as_bytes()).unwrap();
         // It may be cut off while it is still sending.
         let _ = stream.write_all(body.as_bytes());
@@ -96,7 +99,9 @@ fn what_has_no_meaning_is_refused_by_name() {
         }
     }
     let mut stream = server.connect();
-    stream.write_all(b"POST /tokenize HTTP/1.1\r\nhost: x\r\nconnection: close\r\ntransfer-encoding: chunked\r\n\r\n").unwrap();
+    stream
+        .write_all(b"POST /tokenize HTTP/1.1\r\nhost: x\r\nconnection: close\r\ntransfer-encoding: chunked\r\n\r\n")
+        .unwrap();
     for _ in 0..3 {
         stream.write_all(format!("2000\r\n{}\r\n", "x".repeat(0x2000)).as_bytes()).unwrap();
     }
@@ -111,7 +116,9 @@ fn keys_and_origins_are_checked() {
     for path in ["/", "/health"] {
         assert_eq!(server.get(path).status, 200, "{path}");
     }
-    for headers in [vec![], vec!["authorization: Bearer segret"], vec!["authorization: segreta"], vec!["x-api-key: segreta"]] {
+    for headers in
+        [vec![], vec!["authorization: Bearer segret"], vec!["authorization: segreta"], vec!["x-api-key: segreta"]]
+    {
         for path in ["/v1/models", "/metrics", "/props", "/nothing"] {
             let answer = server.request("GET", path, &headers, b"");
             assert_eq!((answer.status, &answer.json()["error"]["code"]), (401, &json!("invalid_api_key")), "{path}");
@@ -121,7 +128,11 @@ fn keys_and_origins_are_checked() {
     let answer = server.request("GET", "/v1/models", &[key, "origin: https://example.org"], b"");
     assert_eq!((answer.status, &answer.headers["access-control-allow-origin"][..]), (200, "https://example.org"));
     // A browser asks without the key.
-    let asks = ["origin: https://example.org", "access-control-request-method: POST", "access-control-request-headers: authorization"];
+    let asks = [
+        "origin: https://example.org",
+        "access-control-request-method: POST",
+        "access-control-request-headers: authorization",
+    ];
     assert_eq!(server.request("OPTIONS", "/v1/completions", &asks, b"").status, 200);
     let closed = Server::start(&[]);
     assert!(!closed.request("GET", "/health", &asks, b"").headers.contains_key("access-control-allow-origin"));
@@ -137,7 +148,10 @@ fn a_full_queue_says_so_and_clients_that_leave_make_room() {
     let second = post(&endless);
     server.wait_for("elleci_queued_requests", |n| n == 1.0);
     let third = server.request("POST", "/v1/completions", &[], endless.as_bytes());
-    assert_eq!((third.status, &third.headers["retry-after"][..], third.error().contains("1 requests")), (429, "1", true));
+    assert_eq!(
+        (third.status, &third.headers["retry-after"][..], third.error().contains("1 requests")),
+        (429, "1", true)
+    );
     // The one that waits goes, then the one that runs.
     drop(second);
     server.wait_for("elleci_queued_requests", |n| n == 0.0);
@@ -195,7 +209,10 @@ fn slow_clients_are_cut_off() {
         });
         assert_eq!(cut(server.connect(), b"GET /health HTTP/1.1\r\n"), "");
         assert_eq!(cut(server.connect(), b""), "");
-        let body = cut(server.connect(), b"POST /tokenize HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 9\r\n\r\n{");
+        let body = cut(
+            server.connect(),
+            b"POST /tokenize HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 9\r\n\r\n{",
+        );
         assert!(body.starts_with("HTTP/1.1 408 "), "{body}");
         assert_eq!(server.get("/health").status, 200);
         drip.join().unwrap()

@@ -85,13 +85,15 @@ impl Server {
         let mut port = None;
         while port.is_none() {
             let line = lines.next().expect("the server says where it listens").unwrap();
-            port = line.strip_prefix("listening on http://127.0.0.1:").map(|rest| {
-                rest.split_whitespace().next().unwrap().parse().unwrap()
-            });
+            port = line
+                .strip_prefix("listening on http://127.0.0.1:")
+                .map(|rest| rest.split_whitespace().next().unwrap().parse().unwrap());
             *log.lock().unwrap() += &format!("{line}\n");
         }
         let rest = log.clone();
-        std::thread::spawn(move || lines.map_while(Result::ok).for_each(|l| *rest.lock().unwrap() += &format!("{l}\n")));
+        std::thread::spawn(move || {
+            lines.map_while(Result::ok).for_each(|l| *rest.lock().unwrap() += &format!("{l}\n"))
+        });
         Server { child, port: port.unwrap(), log, _dir: dir }
     }
 
