@@ -71,7 +71,7 @@ impl Server {
         let archive = to_bytes(&config(), &params(0.0), Some(tokenizer().json()), PackOptions::default()).unwrap();
         fs::write(dir.path().join("tiny.elleci"), archive).unwrap();
         let mut child = Command::new(env!("CARGO_BIN_EXE_elleci-run"))
-            .args(["serve", "-m", "tiny.elleci", "--port", "0", "-t", "2"])
+            .args(["serve", "-m", "tiny.elleci", "--port", "0"])
             .args(args)
             .current_dir(dir.path())
             .env_remove("ELLECI_API_KEY")
