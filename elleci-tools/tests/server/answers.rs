@@ -57,7 +57,8 @@ fn every_endpoint_answers() {
     assert_eq!(completion["usage"]["prompt_tokens"], tokenizer().encode(PROMPT).len());
     assert_eq!(completion["usage"]["completion_tokens"], 5);
     let messages = json!([{ "role": "system", "content": "Sii breve." }, { "role": "user", "content": "Ciao" }]);
-    let chat = server.ok("/v1/chat/completions", &json!({ "messages": messages, "max_completion_tokens": 4, "temperature": 0 }));
+    let chat = server
+        .ok("/v1/chat/completions", &json!({ "messages": messages, "max_completion_tokens": 4, "temperature": 0 }));
     assert_eq!(
         (&chat["object"], &chat["choices"][0]["message"]["role"]),
         (&json!("chat.completion"), &json!("assistant"))
