@@ -4,20 +4,22 @@
 #   scripts/check.sh                  all stages
 #   scripts/check.sh fmt lint         only these
 #
-# Stages: fmt lint test isa nostd capi neon cuda parity fuzz doc
+# Stages: fmt lint test isa nostd capi neon cuda parity server page fuzz doc
 #
 # ELLECI_CHECK_ISA   instruction-set levels to run the core's tests under ("portable avx2 avx512"); the default is every
 #                    level below this machine's own. A level that is named here and cannot run is a failure.
 #
 # ELLECI_CHECK_NEON  `require` makes a failure of a `neon` stage that finds no tools, which is skipped otherwise
 # ELLECI_CHECK_FUZZ  seconds a fuzz target (5)
+# ELLECI_CHECK_PAGE  `require` makes a failure of a `page` stage that finds no Chromium or npm, which is skipped otherwise
+# ELLECI_CHECK_SERVER  `judge` makes slow figures of the `server` stage a failure: for a machine that does nothing else
 #
 # Needs Rust, a C++ compiler and python3 with pip. LibTorch's wrapper alone takes
 # 5 minutes to build, once.
 set -eu
 cd "$(dirname "$0")/.."
 
-stages="fmt lint test isa nostd capi neon cuda parity fuzz doc"
+stages="fmt lint test isa nostd capi neon cuda parity server page fuzz doc"
 for stage in "$@"; do
     case " $stages " in
     *" $stage "*) ;;
@@ -59,22 +61,20 @@ libtorch() {
     export LIBTORCH LD_LIBRARY_PATH="$LIBTORCH/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
 }
 
-# Builds the tests of `selection $1`, and runs those of the packages that follow, each in its package's folder as cargo does.
+# Builds the tests of a selection, and with them its programs and examples.
 # shellcheck disable=SC2086  # lists
-tests() {
-    chosen=$(selection $1)
-    shift
+build() {
+    chosen=$(selection "$@")
     [ "$chosen" != --workspace ] || libtorch
     cargo test --release --locked $features $chosen --no-run --message-format json-render-diagnostics >"$target/tests.json"
-    python3 scripts/run_tests.py "$target/tests.json" "$@"
 }
 
-# Builds an example of the core; prints its path.
-# shellcheck disable=SC2046,SC2086  # lists
-example() {
-    [ "${everything:-}" != yes ] || libtorch
-    cargo build --quiet --release --locked $features $(selection -p elleci-core) --example "$1"
-    echo "$target/release/examples/$1"
+# Builds the selection $1, and runs the tests of the packages that follow, each in its package's folder as cargo does.
+tests() {
+    # shellcheck disable=SC2086  # a list
+    build $1
+    shift
+    python3 scripts/run_tests.py "$target/tests.json" "$@"
 }
 
 stage_fmt() {
@@ -95,8 +95,8 @@ stage_nostd() {
     cargo build --release --locked --manifest-path tests/no-std/Cargo.toml
     cc -O1 -Wall -Wextra -Werror -Ielleci-core/include -o "$target/no-std-probe" tests/no-std/main.c \
         "$target/release/libelleci_no_std.a" -lm
-    probe=$(example probe)
-    expected=$("$probe")
+    build -p elleci-core
+    expected=$("$target/release/examples/probe")
     # shellcheck disable=SC2086  # four arguments
     "$target/no-std-probe" $expected
     "$target/release/tiny" || { echo "tests/no-std/src/bin/tiny.rs: failed with $?" >&2; return 1; }
@@ -131,8 +131,8 @@ stage_test() {
 
 # tests/isa.rs of the core fails where the level asked for is not the one that runs.
 stage_isa() {
-    isa=$(example isa)
-    levels=${ELLECI_CHECK_ISA:-$("$isa")}
+    build -p elleci-core
+    levels=${ELLECI_CHECK_ISA:-$("$target/release/examples/isa")}
     for level in $levels; do
         echo "-- ELLECI_ISA=$level"
         (export ELLECI_ISA="$level"; tests "-p elleci-core" --quiet elleci-core)
@@ -192,6 +192,38 @@ stage_cuda() {
 stage_parity() {
     libtorch
     tests "-p elleci-tests" elleci-tests
+}
+
+# The server against OpenAI's own clients, and under load. Their packages come from PyPI and npm.
+stage_server() {
+    build
+    folder="$target/server-tests"
+    mkdir -p "$folder"
+    if ! [ -x "$folder/venv/bin/python" ]; then
+        python3 -m venv "$folder/venv" || {
+            rm -rf "$folder/venv"
+            echo "check.sh: the server was NOT tested: python3 -m venv fails (Debian: apt install python3-venv)" >&2
+            return
+        }
+    fi
+    "$folder/venv/bin/python" -c 'import openai' 2>/dev/null || "$folder/venv/bin/pip" install --quiet 'openai>=2,<3' || {
+        echo "check.sh: the server was NOT tested: pip cannot install openai" >&2
+        return
+    }
+    if [ -d "$folder/node_modules/openai" ]; then
+        :
+    elif command -v npm >/dev/null; then
+        npm install --silent --no-audit --no-fund --prefix "$folder" openai@6 ||
+            echo "check.sh: npm cannot install openai" >&2
+    fi
+    judge=--report-only
+    [ "${ELLECI_CHECK_SERVER:-}" = judge ] && judge=
+    "$folder/venv/bin/python" tests/server/run.py "$folder" $judge
+}
+
+# The server's page in a headless Chromium, against a stand-in for the server.
+stage_page() {
+    tests/page/run.sh
 }
 
 stage_doc() {

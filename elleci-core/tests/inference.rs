@@ -5,7 +5,7 @@ mod common;
 use common::odd_config;
 use elleci_core::archive::{AlignedBytes, Archive, DenseFormat, PackOptions, to_bytes};
 use elleci_core::config::ModelConfig;
-use elleci_core::inference::{Batch, Feed, InferenceError, Session};
+use elleci_core::inference::{Batch, Feed, InferenceError, Output, Session};
 use elleci_core::init::initialise;
 use elleci_core::model::{Batch as TrainBatch, Checkpointing, Model, Workspace};
 use elleci_core::ternary::packed::Packing;
@@ -106,6 +106,51 @@ fn company_threads_and_packing_change_nothing() {
             }
         });
     }
+}
+
+/// Every feed gets what was asked for it and nothing else, whatever the others get; hidden states are what the head reads.
+#[test]
+fn outputs_are_those_asked_for() {
+    let c = odd_config();
+    let archive = archive(&c);
+    let model = archive.model();
+    let tokens = tokens(&c, 300);
+    let feeds = [(&tokens[..150], Output::Nothing), (&tokens[5..145], Output::Hidden)];
+    let feeds = [feeds, [(&tokens[..140], Output::Each), (&tokens[9..10], Output::Last)]].concat();
+    let mut sessions: Vec<Session> = feeds.iter().map(|_| Session::new(model).unwrap()).collect();
+    let mut calls: Vec<Feed> =
+        sessions.iter_mut().zip(&feeds).map(|(session, (tokens, _))| Feed { session, tokens }).collect();
+    let mut got: Vec<Vec<Vec<f32>>> = vec![Vec::new(); feeds.len()];
+    Batch::new()
+        .extend_with(
+            model,
+            &mut calls,
+            |feed| feeds[feed].1,
+            |feed, index, values| {
+                assert_eq!(index, got[feed].len());
+                got[feed].push(values.to_vec());
+            },
+        )
+        .unwrap();
+    assert!(got[0].is_empty() && got[2].len() == 140 && got[3].len() == 1);
+    let logits = |tokens: &[u32]| {
+        let (mut session, mut rows) = (Session::new(model).unwrap(), Vec::new());
+        let feed = Feed { session: &mut session, tokens };
+        Batch::new().extend_each(model, &mut [feed], |_, _, row| rows.push(row.to_vec())).unwrap();
+        rows
+    };
+    assert!(got[2] == logits(feeds[2].0) && got[3] == logits(feeds[3].0));
+    // The head's product with the hidden states is the logits.
+    let params = initialise(&c, 11);
+    let layout = params.layout();
+    let head = &params.data()[layout.params()[layout.lm_head().0].range.clone()];
+    for (hidden, want) in got[1].iter().zip(logits(feeds[1].0)) {
+        let dot = |row: &[f32]| row.iter().zip(hidden).map(|(w, x)| w * x).sum();
+        let logits: Vec<f32> = head.chunks_exact(c.d_model).map(dot).collect();
+        assert!(worst(&logits, &want) < 1e-5);
+    }
+    assert_eq!(got[1].len(), 140);
+    assert_eq!(sessions[0].tokens(), feeds[0].0);
 }
 
 #[test]

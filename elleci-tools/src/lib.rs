@@ -10,4 +10,5 @@ pub mod mapped;
 pub mod pth;
 pub mod report;
 pub mod run;
+pub mod serve;
 pub mod train;

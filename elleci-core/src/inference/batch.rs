@@ -2,6 +2,7 @@
 
 use alloc::vec;
 use alloc::vec::Vec;
+use core::ops::Range;
 
 use super::session::LayerState;
 use super::{InferenceError, Session, attention, mamba};
@@ -27,6 +28,35 @@ pub struct Feed<'a> {
     /// What comes next in it.
     pub tokens: &'a [u32],
 }
+
+/// What a call computes for a feed, besides its session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Output {
+    /// Nothing: more of the sequence is to come.
+    Nothing,
+    /// The logits `[vocab_size]` after the last token.
+    Last,
+    /// The logits after every token.
+    Each,
+    /// What the head would read at every token: the residual stream after the final norm, `[d_model]`.
+    Hidden,
+}
+
+impl Output {
+    /// The rows that are wanted of a run of a feed.
+    fn rows(self, run: &Segment, feed_len: usize) -> Range<usize> {
+        match self {
+            Output::Each | Output::Hidden => 0..run.len,
+            Output::Last if run.start + run.len == feed_len => run.len - 1..run.len,
+            Output::Last | Output::Nothing => 0..0,
+        }
+    }
+}
+
+/// Which outputs are wanted of a feed, by its index.
+type Outputs<'a> = dyn Fn(usize) -> Output + Sync + 'a;
+/// Takes a feed's index, the index of a token in it, and the output there.
+type Visit<'a> = dyn FnMut(usize, usize, &[f32]) + 'a;
 
 /// Working memory for advancing sessions, one or several at once. It holds no state between calls.
 #[derive(Debug, Default)]
@@ -89,7 +119,7 @@ impl Batch {
         let vocab = model.config().vocab_size;
         let mut logits = core::mem::take(&mut self.logits);
         logits.resize(feeds.len() * vocab, 0.0);
-        let done = self.run(model, feeds, false, &mut |feed, _, row| {
+        let done = self.run(model, feeds, &|_| Output::Last, &mut |feed, _, row| {
             logits[feed * vocab..(feed + 1) * vocab].copy_from_slice(row);
         });
         self.logits = logits;
@@ -107,29 +137,38 @@ impl Batch {
         feeds: &mut [Feed<'_>],
         mut visit: impl FnMut(usize, usize, &[f32]),
     ) -> Result<(), InferenceError> {
-        self.run(model, feeds, true, &mut visit)
+        self.run(model, feeds, &|_| Output::Each, &mut visit)
+    }
+
+    /// As [`Batch::extend_each`], with an output of its own for every feed: `outputs(feed)` says which, and `visit` gets those
+    /// alone.
+    ///
+    /// # Errors
+    /// As [`Batch::extend`].
+    pub fn extend_with(
+        &mut self,
+        model: PackedModel<'_>,
+        feeds: &mut [Feed<'_>],
+        outputs: impl Fn(usize) -> Output + Sync,
+        mut visit: impl FnMut(usize, usize, &[f32]),
+    ) -> Result<(), InferenceError> {
+        self.run(model, feeds, &outputs, &mut visit)
     }
 
     fn run(
         &mut self,
         model: PackedModel<'_>,
         feeds: &mut [Feed<'_>],
-        all: bool,
-        visit: &mut dyn FnMut(usize, usize, &[f32]),
+        outputs: &Outputs<'_>,
+        visit: &mut Visit<'_>,
     ) -> Result<(), InferenceError> {
         check(model, feeds)?;
-        par::together(|| self.passes(model, feeds, all, visit));
+        par::together(|| self.passes(model, feeds, outputs, visit));
         Ok(())
     }
 
     /// Cuts the feeds into passes and runs them.
-    fn passes(
-        &mut self,
-        model: PackedModel<'_>,
-        feeds: &mut [Feed<'_>],
-        all: bool,
-        visit: &mut dyn FnMut(usize, usize, &[f32]),
-    ) {
+    fn passes(&mut self, model: PackedModel<'_>, feeds: &mut [Feed<'_>], outputs: &Outputs<'_>, visit: &mut Visit<'_>) {
         let mut segments = Vec::new();
         let mut rows = 0;
         for feed in 0..feeds.len() {
@@ -137,7 +176,7 @@ impl Batch {
             for start in (0..len).step_by(ROWS) {
                 let run = (len - start).min(ROWS);
                 if rows + run > ROWS {
-                    self.pass(model, feeds, &segments, all, visit);
+                    self.pass(model, feeds, &segments, outputs, visit);
                     segments.clear();
                     rows = 0;
                 }
@@ -145,7 +184,7 @@ impl Batch {
                 rows += run;
             }
         }
-        self.pass(model, feeds, &segments, all, visit);
+        self.pass(model, feeds, &segments, outputs, visit);
     }
 
     fn pass(
@@ -153,12 +192,12 @@ impl Batch {
         model: PackedModel<'_>,
         feeds: &mut [Feed<'_>],
         segments: &[Segment],
-        all: bool,
-        visit: &mut dyn FnMut(usize, usize, &[f32]),
+        outputs: &Outputs<'_>,
+        visit: &mut Visit<'_>,
     ) {
         let Some(rows) = segments.last().map(|s| s.row + s.len) else { return };
         let c = model.config();
-        let (d, eps, layout) = (c.d_model, c.norm_eps, model.layout());
+        let (d, layout) = (c.d_model, model.layout());
         let positions = segments.iter().flat_map(|s| {
             let first = feeds[s.feed].session.position();
             first..first + s.len
@@ -198,36 +237,67 @@ impl Batch {
             feed.session.tokens.extend_from_slice(&feed.tokens[s.start..s.start + s.len]);
         }
 
-        // The head, for the rows whose logits are wanted.
-        let ends = |s: &&Segment| all || s.start + s.len == feeds[s.feed].tokens.len();
-        let wanted: Vec<(usize, usize, usize)> = segments
-            .iter()
-            .filter(ends)
-            .flat_map(|s| {
-                let first = if all { 0 } else { s.len - 1 };
-                (first..s.len).map(|i| (s.feed, s.start + i, s.row + i))
-            })
-            .collect();
-        let gain = model.floats(layout.final_norm());
-        let head = model.dense(layout.lm_head());
-        let vocab = c.vocab_size;
-        head.expect();
-        for wanted in wanted.chunks(16) {
-            let n = wanted.len();
-            let picked = grown(&mut self.scratch.normed, n * d);
-            for ((_, _, row), to) in wanted.iter().zip(picked.chunks_exact_mut(d)) {
-                to.copy_from_slice(&stream[row * d..(row + 1) * d]);
-            }
-            let y = grown(&mut self.scratch.y, n * d);
-            rmsnorm(picked, gain, eps, y, &mut vec![0.0; n]);
-            let logits = grown(&mut self.scratch.a, n * vocab);
-            head.forward(y, n, logits);
-            for ((feed, index, _), logits) in wanted.iter().zip(logits.chunks_exact(vocab)) {
-                visit(*feed, *index, logits);
-            }
-        }
+        self.outputs(model, feeds, segments, outputs, stream, visit);
         self.scratch.h = h;
     }
+
+    /// Final norm, and the head where logits are wanted, for the rows of which something is wanted.
+    fn outputs(
+        &mut self,
+        model: PackedModel<'_>,
+        feeds: &[Feed<'_>],
+        segments: &[Segment],
+        outputs: &Outputs<'_>,
+        stream: &[f32],
+        visit: &mut Visit<'_>,
+    ) {
+        let c = model.config();
+        let (d, vocab) = (c.d_model, c.vocab_size);
+        let rows_of = |s: &Segment| {
+            let (s, output) = (*s, outputs(s.feed));
+            let rows = output.rows(&s, feeds[s.feed].tokens.len());
+            rows.map(move |i| Wanted { feed: s.feed, index: s.start + i, row: s.row + i, output })
+        };
+        let mut wanted: Vec<Wanted> = segments.iter().flat_map(rows_of).collect();
+        // Those that need the head come first; the order within a feed stays.
+        wanted.sort_by_key(|w| w.output == Output::Hidden);
+        let heads = wanted.partition_point(|w| w.output != Output::Hidden);
+        let gain = model.floats(model.layout().final_norm());
+        let head = model.dense(model.layout().lm_head());
+        if heads > 0 {
+            head.expect();
+        }
+        let (logits_of, hidden_of) = wanted.split_at(heads);
+        for wanted in logits_of.chunks(16).chain(hidden_of.chunks(16)) {
+            let n = wanted.len();
+            let picked = grown(&mut self.scratch.normed, n * d);
+            for (wanted, to) in wanted.iter().zip(picked.chunks_exact_mut(d)) {
+                to.copy_from_slice(&stream[wanted.row * d..(wanted.row + 1) * d]);
+            }
+            let y = grown(&mut self.scratch.y, n * d);
+            rmsnorm(picked, gain, c.norm_eps, y, &mut vec![0.0; n]);
+            let (values, width): (&[f32], usize) = if wanted[0].output == Output::Hidden {
+                (y, d)
+            } else {
+                let logits = grown(&mut self.scratch.a, n * vocab);
+                head.forward(y, n, logits);
+                (logits, vocab)
+            };
+            for (wanted, values) in wanted.iter().zip(values.chunks_exact(width)) {
+                visit(wanted.feed, wanted.index, values);
+            }
+        }
+    }
+}
+
+/// A row of a pass whose output is wanted.
+struct Wanted {
+    feed: usize,
+    /// Of its token in the feed
+    index: usize,
+    /// In the pass
+    row: usize,
+    output: Output,
 }
 
 /// Everything that can go wrong, before anything changes.

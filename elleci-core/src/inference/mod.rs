@@ -26,7 +26,7 @@ mod session;
 
 use core::fmt;
 
-pub use batch::{Batch, Feed};
+pub use batch::{Batch, Feed, Output};
 pub use session::Session;
 
 use crate::archive::ArchiveError;

@@ -6,6 +6,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use elleci_core::sampler::SamplerOptions;
 
 use crate::exit::usage;
+use crate::serve::settings::ServeArgs;
 
 /// Runs an Elleci model: text, dialogue, measurements.
 #[derive(Debug, Parser)]
@@ -15,6 +16,7 @@ use crate::exit::usage;
     after_help = "Examples:
   elleci-run generate -m model.elleci -p \"C'era una volta\" -n 100
   elleci-run chat -m model.elleci
+  elleci-run serve -m model.elleci --port 8080
   elleci-run bench -m model.elleci -p 512 -n 128 -t 1,2
 
 Text and results go to standard output, everything else to standard error.
@@ -33,6 +35,8 @@ pub enum Command {
     Generate(GenerateArgs),
     /// Talks, turn by turn
     Chat(ChatArgs),
+    /// Answers over HTTP, as OpenAI's servers do, and with a page to talk to
+    Serve(ServeArgs),
     /// Measures the speed of prompts and of generation
     Bench(BenchArgs),
     /// Writes the logits of every position of a batch: to check this implementation against another
@@ -61,10 +65,10 @@ pub struct DeviceArgs {
     pub device: String,
 }
 
-/// How tokens are chosen. The filters work in this order: penalty, top-k, top-p, min-p, temperature.
+/// How the likeliest tokens are weighed. The filters work in this order: penalty, top-k, top-p, min-p, temperature.
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Sampling")]
-pub struct SamplingArgs {
+pub struct FilterArgs {
     /// Below 1 the likely becomes likelier; 0 always takes the likeliest
     #[arg(long, visible_alias = "temp", value_name = "T", default_value_t = 0.8, allow_negative_numbers = true)]
     pub temperature: f32,
@@ -89,6 +93,35 @@ pub struct SamplingArgs {
     /// How many of the last tokens --repeat-penalty looks at
     #[arg(long, visible_alias = "repetition-window", value_name = "N", default_value_t = 64)]
     pub repeat_last_n: u32,
+}
+
+impl FilterArgs {
+    /// As the sampler takes them, with a seed.
+    ///
+    /// # Errors
+    /// [`crate::exit::Usage`] for a value that has no meaning.
+    pub fn options(&self, seed: u64) -> anyhow::Result<SamplerOptions> {
+        let options = SamplerOptions {
+            temperature: self.temperature,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            min_p: self.min_p,
+            repetition_penalty: self.repeat_penalty,
+            repetition_window: self.repeat_last_n,
+            seed,
+        };
+        options.validate().map_err(|e| usage(e.to_string()))?;
+        Ok(options)
+    }
+}
+
+/// How tokens are chosen.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Sampling")]
+pub struct SamplingArgs {
+    /// What may be chosen.
+    #[command(flatten)]
+    pub filters: FilterArgs,
     /// Seed of the draws: the same one gives the same text; `random` (or -1) takes another each time
     #[arg(short, long, value_name = "N|random", default_value = "0", value_parser = parse_seed, allow_hyphen_values = true)]
     pub seed: u64,
@@ -100,17 +133,7 @@ impl SamplingArgs {
     /// # Errors
     /// [`crate::exit::Usage`] for a value that has no meaning.
     pub fn options(&self) -> anyhow::Result<SamplerOptions> {
-        let options = SamplerOptions {
-            temperature: self.temperature,
-            top_k: self.top_k,
-            top_p: self.top_p,
-            min_p: self.min_p,
-            repetition_penalty: self.repeat_penalty,
-            repetition_window: self.repeat_last_n,
-            seed: self.seed,
-        };
-        options.validate().map_err(|e| usage(e.to_string()))?;
-        Ok(options)
+        self.filters.options(self.seed)
     }
 }
 
@@ -324,6 +347,7 @@ mod tests {
             "elleci-run bench -m m -p 512,256 -n 128 -r 3 -t 1,2 -d 0,100 -o json",
             "elleci-run bench --preset nano",
             "elleci-run chat -m m --system x",
+            "elleci-run serve -m m -t 2 -c 2048 --host 0.0.0.0 --port 0 --api-key k --cors * --temp 0.5",
             "elleci-run logits -m m --batch b --out o",
         ] {
             parse(line).unwrap_or_else(|e| panic!("{line}: {e}"));
@@ -348,7 +372,8 @@ mod tests {
             panic!("chat is a verb")
         };
         assert_eq!(args.sampling.options().unwrap(), SamplerOptions::default());
-        let wrong = SamplingArgs { top_p: 2.0, ..args.sampling };
+        let mut wrong = args.sampling;
+        wrong.filters.top_p = 2.0;
         assert!(wrong.options().unwrap_err().to_string().contains("`top_p` is 2"));
     }
 }

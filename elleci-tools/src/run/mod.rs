@@ -7,8 +7,11 @@ pub mod cli;
 pub mod generate;
 pub(crate) mod interrupt;
 pub mod logits;
+pub mod logprob;
 pub mod model;
 pub mod text;
+
+use crate::serve;
 
 /// Runs what the command line asks for.
 ///
@@ -20,5 +23,6 @@ pub fn run(cli: &cli::Cli) -> anyhow::Result<()> {
         cli::Command::Chat(args) => chat::run(args),
         cli::Command::Bench(args) => bench::run(args),
         cli::Command::Logits(args) => logits::run(args),
+        cli::Command::Serve(args) => serve::run(args),
     }
 }

@@ -1,0 +1,125 @@
+#!/usr/bin/env python3
+"""Load and speed of `elleci-run serve`, standard library only: load.py MODEL [--threads N]
+
+1. Rounds of 64 streams at once: none lost, none starved, memory flat.
+2. What the server costs at one stream against `elleci-run bench` of the same model.
+3. Eight streams together against one.
+Traffic stays on this machine.
+"""
+
+import argparse
+import asyncio
+import json
+import subprocess
+import sys
+import time
+
+from common import Server, binary
+
+STREAMS, TOKENS, ROUNDS = 64, 128, 5
+
+
+async def stream(port, body):
+    """Tokens asked for, and the times of the first piece and of the end, by a bare HTTP client that costs little itself."""
+    data = json.dumps({**body, "stream": True, "stream_options": {"include_usage": True}}).encode()
+    began = time.perf_counter()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-length: {len(data)}\r\n\r\n"
+    writer.write(head.encode() + data)
+    first, tail = None, b""
+    while part := await reader.read(1 << 16):
+        if first is None and b"data: " in part:
+            first = time.perf_counter() - began
+        tail = (tail + part)[-2000:]
+    writer.close()
+    assert b"data: [DONE]" in tail, f"a stream broke off: {tail[-300:]!r}"
+    tokens = int(tail.rsplit(b'"completion_tokens":', 1)[1].split(b",")[0])
+    assert tokens == body["max_tokens"], f"{tokens} tokens"
+    return first, time.perf_counter() - began
+
+
+def crowd(server, count, tokens, prompt_words=40):
+    """`count` streams at once; returns the times of each and of all."""
+    port = int(server.url.rsplit(":", 1)[1])
+    bodies = [
+        {"prompt": f"{i} " + "parola " * (prompt_words + i % 7), "max_tokens": tokens, "seed": i, "ignore_eos": True}
+        for i in range(count)
+    ]
+
+    async def run():
+        return await asyncio.gather(*(stream(port, b) for b in bodies))
+
+    began = time.perf_counter()
+    times = asyncio.run(run())
+    return times, time.perf_counter() - began
+
+
+def whole(server, tokens):
+    """Seconds of one answer that comes at once."""
+    began = time.perf_counter()
+    server.post("/v1/completions", {"prompt": "Il", "max_tokens": tokens, "temperature": 0, "ignore_eos": True})
+    return time.perf_counter() - began
+
+
+def bench(model, threads, tokens):
+    """Seconds a token of decoding, by elleci-run bench."""
+    out = subprocess.run(
+        [binary("elleci-run"), "bench", "-m", model, "-p", "0", "-n", str(tokens), "-r", "3", "-t", str(threads), "-o", "json"],
+        check=True, capture_output=True, text=True).stdout
+    return 1 / json.loads(out)[0]["avg_ts"]
+
+
+def median(values):
+    return sorted(values)[len(values) // 2]
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--report-only", action="store_true", help="figures without judgement: on a busy machine")
+    options = parser.parse_args()
+    model, threads = options.model, options.threads
+    failures = []
+
+    with Server(model, "--cache", "16", "-t", str(threads)) as server:
+        resident = []
+        for round in range(ROUNDS):
+            times, took = crowd(server, STREAMS, TOKENS)
+            firsts, ends = [t[0] for t in times], [t[1] for t in times]
+            resident.append(server.metric("elleci_resident_memory_bytes") / 2**20)
+            print(f"round {round + 1}: {STREAMS} streams, {STREAMS * TOKENS / took:.0f} tokens/s | first piece {min(firsts):.2f} to {max(firsts):.2f} s"
+                  f" | end {min(ends):.2f} to {max(ends):.2f} s | {resident[-1]:.1f} MiB", flush=True)
+            if max(ends) > 2 * min(ends):
+                failures.append(f"starved: ends from {min(ends):.2f} to {max(ends):.2f} s")
+        # The first round fills the cache and the buffers.
+        if resident[-1] > resident[1] * 1.05 + 2:
+            failures.append(f"memory grows: {resident}")
+        server.settle()
+
+        whole(server, 64)
+        served, bare, one, eight = [], [], [], []
+        # Turn by turn, so that what else the machine does meets all alike.
+        for _ in range(5):
+            # Of a long and a short one: what is the same in both, the prompt and the connection, drops out.
+            served.append((whole(server, 400) - whole(server, 100)) / 300)
+            bare.append(bench(model, threads, 400))
+            one.append(TOKENS / crowd(server, 1, TOKENS)[1])
+            eight.append(8 * TOKENS / crowd(server, 8, TOKENS)[1])
+        overhead = median(served) / median(bare) - 1
+        gain = median(eight) / median(one)
+        print(f"one answer: {median(served) * 1e6:.0f} µs a token, bench {median(bare) * 1e6:.0f} µs: overhead {100 * overhead:.1f} %")
+        print(f"8 streams: {median(eight):.0f} tokens/s, 1 stream: {median(one):.0f}: {gain:.2f} times")
+        if overhead > 0.05:
+            failures.append(f"overhead {100 * overhead:.1f} %, asked are 5")
+        if gain < 3:
+            failures.append(f"8 streams are {gain:.2f} times one, asked are 3")
+    for failure in failures:
+        print(f"load.py: {failure}")
+    if failures and not options.report_only:
+        sys.exit("load.py: FAILED")
+    print("load.py: ok" if not failures else "load.py: not judged")
+
+
+if __name__ == "__main__":
+    main()
