@@ -148,13 +148,13 @@ pub fn curriculum(config: &RunConfig) -> SequenceCurriculum {
     }
 }
 
-/// Activation checkpointing of a configuration.
-pub fn checkpointing(config: &RunConfig) -> Checkpointing {
-    match config.checkpoint_every() {
+/// Activation checkpointing of a configuration; `None` = as the device's memory allows.
+pub fn checkpointing(config: &RunConfig) -> Option<Checkpointing> {
+    config.checkpoint_every().map(|every| match every {
         0 => Checkpointing::None,
         1 => Checkpointing::EveryLayer,
         k => Checkpointing::EveryKth(k),
-    }
+    })
 }
 
 /// Precision of the optimizer states of a configuration.
@@ -181,9 +181,9 @@ pub fn head(config: &RunConfig) -> HeadPrecision {
     }
 }
 
-/// How a configuration has its steps computed.
-pub fn step_form(config: &RunConfig) -> StepForm {
-    StepForm { checkpointing: checkpointing(config), gradients: gradients(config), head: head(config) }
+/// How a configuration has its steps computed, with these activations kept.
+pub fn step_form(config: &RunConfig, checkpointing: Checkpointing) -> StepForm {
+    StepForm { checkpointing, gradients: gradients(config), head: head(config) }
 }
 
 /// Rows and tokens of the largest micro-batch of a configuration: what memory must hold.
