@@ -208,12 +208,17 @@ fn checkpointing_and_replay_keep_every_bit() {
         assert!(got.data() == want.data(), "{checkpointing:?}: {:?}", worst(&got, want));
         let (norm, want_norm) = (t.grad_norm().unwrap(), global_norm(&got));
         assert!((norm - want_norm).abs() <= 1e-9 * want_norm, "{norm} {want_norm}");
+        // What follows does not depend on the mode, and a step takes seconds here.
+        if checkpointing != Checkpointing::EveryKth(2) {
+            continue;
+        }
         // The same batch once more, replayed from the recording, doubles them to the last bit or two.
         t.accumulate(&data.batch(), 0.01).unwrap();
         let mut twice = got.clone();
         twice.data_mut().iter_mut().for_each(|g| *g *= 2.0);
         let (distance, name) = worst(&t.gradients().unwrap(), &twice);
         assert!(distance <= 1e-6, "{name}: {distance:e} when accumulated");
+        // Scored with another plan, that of an evaluation.
         assert!((t.evaluate(&data.batch()).unwrap() - loss).abs() <= 1e-12 * loss.abs());
     }
 }

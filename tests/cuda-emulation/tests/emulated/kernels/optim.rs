@@ -146,7 +146,7 @@ fn a_step_is_settled_on_the_device() {
         let mut table = Table::new(&tensors, table_buf, device.base());
         device.write(table_buf, table.with_rates(cases.iter().map(|_| RATES))).unwrap();
         let states = tensors.map(|t| [Some(t.weights), Some(t.moments.0), Some(t.moments.1), t.absmax.map(|a| a.0)]);
-        let mut all = |device: &mut Box<dyn Device>| -> Vec<Vec<u8>> {
+        let all = |device: &mut Box<dyn Device>| -> Vec<Vec<u8>> {
             states.iter().flatten().flatten().map(|b| read_bytes(device, *b)).collect()
         };
         let before = all(&mut device);
