@@ -134,20 +134,24 @@ stage_fuzz() {
 }
 
 # The CUDA kernels without a GPU: compiled by NVRTC for three generations (nvrtc.sh fetches it), and run on an emulated device
-# against the core. The emulation is one machine and keeps one processor busy: NVRTC works beside it.
+# against the core. A process has one emulated device, which keeps one processor busy: what is slow runs side by side.
 stage_cuda() {
     nvrtc=$(scripts/nvrtc.sh)
     for script in scripts/gpu-bundle.sh scripts/gpu-bundle/run.sh; do
         sh -n "$script"
     done
     cargo clippy --release --all-targets --locked -p elleci-cuda-emulation -- -D warnings
-    cargo test --release --locked --quiet --no-run -p elleci-cuda --test nvrtc
-    cargo test --release --locked --quiet --no-run -p elleci-cuda-emulation
+    tests="cargo test --release --locked --quiet"
+    $tests --no-run -p elleci-cuda --test nvrtc
+    $tests --no-run -p elleci-cuda-emulation
     LD_LIBRARY_PATH="$nvrtc${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}" ELLECI_NVRTC=require \
-        cargo test --release --locked --quiet -p elleci-cuda --test nvrtc > "$target/nvrtc.log" 2>&1 &
+        $tests -p elleci-cuda --test nvrtc > "$target/cuda-nvrtc.log" 2>&1 &
     compiling=$!
-    cargo test --release --locked --quiet -p elleci-cuda-emulation
-    wait "$compiling" || { cat "$target/nvrtc.log"; return 1; }
+    $tests -p elleci-cuda-emulation --test emulated -- step:: > "$target/cuda-step.log" 2>&1 &
+    stepping=$!
+    $tests -p elleci-cuda-emulation -- --skip step::
+    wait "$stepping" || { cat "$target/cuda-step.log"; return 1; }
+    wait "$compiling" || { cat "$target/cuda-nvrtc.log"; return 1; }
 }
 
 stage_parity() {

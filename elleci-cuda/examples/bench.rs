@@ -17,6 +17,7 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::error::Error;
 use std::fmt::Write;
+use std::process::ExitCode;
 use std::rc::Rc;
 use std::time::Instant;
 
@@ -347,7 +348,17 @@ fn report(a: &Args, config: &ModelConfig, f: &Figures) -> (String, String) {
     (json, row)
 }
 
-fn main() -> Result<()> {
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("error: {e}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<()> {
     let a = args()?;
     let began = Instant::now();
     let config = ModelConfig::preset(&a.preset)?;

@@ -42,7 +42,9 @@ pub fn run(args: &TrainArgs, config: RunConfig) -> anyhow::Result<()> {
 fn on_card(args: &TrainArgs, config: RunConfig, schedule: &Plan, ordinal: usize) -> anyhow::Result<()> {
     let probed = probe(ordinal);
     let (room, what) = match (args.cuda_memory, &probed) {
-        (Some(bytes), _) => (Some(bytes), format!("a card with {bytes} bytes free (--cuda-memory)")),
+        (Some(bytes), _) => {
+            (Some(bytes), format!("a card with {:.2} GiB free (--cuda-memory)", bytes as f64 / (1u64 << 30) as f64))
+        }
         (None, Ok(card)) => (Some(card.room()), format!("cuda:{ordinal} {}", card.name)),
         (None, Err(e)) => (None, format!("no card: {e}")),
     };

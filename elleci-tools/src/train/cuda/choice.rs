@@ -227,7 +227,7 @@ pub fn describe(config: &RunConfig, choice: &Choice) -> String {
     let activations = match checkpointing {
         Checkpointing::None => "all activations kept".to_string(),
         Checkpointing::EveryLayer => "the input of every layer kept".to_string(),
-        Checkpointing::EveryKth(k) => format!("the input of every {k}th layer kept"),
+        Checkpointing::EveryKth(k) => format!("the input of one layer in {k} kept"),
     };
     let mut out = format!("Card         a pass of {batch} x {seq} tokens, {activations}:\n");
     let float = |f: CudaFloat| if f == CudaFloat::Bf16 { "bf16" } else { "float32" };

@@ -253,7 +253,7 @@ fn saved(backend: &dyn Backend, group: Group) -> Vec<(String, Vec<usize>, Vec<u8
 /// of a row at the very most, if all flipped, and some one in a thousand do. Later steps start from weights that Adam moved by the
 /// sign of a gradient where that is tiny: two rates (3e-3) apart at the most, on weights of 0.02, in a few of each thousand.
 const FIRST: f64 = 1e-4;
-const LATER: f64 = 1e-2;
+const LATER: f64 = 1e-3;
 
 fn near(device: &[f64], cpu: &[f64], first: f64) {
     assert_eq!(device.len(), cpu.len());
