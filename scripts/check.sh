@@ -182,10 +182,13 @@ stage_fuzz() {
 }
 
 # The CUDA kernels without a GPU: compiled by NVRTC for three generations (nvrtc.sh fetches it), and run on an emulated device
-# against the core.
+# against the core. A process has one emulated device, which keeps one processor busy: what is slow runs side by side.
 stage_cuda() {
     nvrtc=$(scripts/nvrtc.sh)
     export LD_LIBRARY_PATH="$nvrtc${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}" ELLECI_NVRTC=require
+    for script in scripts/gpu-bundle.sh scripts/gpu-bundle/run.sh; do
+        sh -n "$script"
+    done
     tests "-p elleci-cuda -p elleci-cuda-emulation" elleci-cuda elleci-cuda-emulation
 }
 

@@ -1,11 +1,12 @@
 #!/bin/sh
-# Makes a folder that tests the CUDA backend on a machine with an NVIDIA card and no Rust.
+# Makes a folder that tests and times the CUDA backend on a machine with an NVIDIA card and no Rust.
 #
 #   scripts/gpu-bundle.sh [DIR]      default: gpu-bundle
 #
-# Copy the folder to the machine and run its run.sh: all kernels and whole training steps on the card, against the CPU core; then,
-# where compute-sanitizer is installed, the kernels again under memcheck and racecheck. The machine needs a driver for CUDA 13
-# and a glibc no older than this machine's.
+# Copy the folder to the machine and run its run.sh: within 8 minutes all kernels and 20 training steps on the card against the CPU
+# core; the kernels again under compute-sanitizer, where that is installed; timings of elleci-1.5b; and PyTorch's beside them, where
+# python3 has torch. Parts can be run alone: see the head of run.sh. The machine needs a driver for CUDA 13 and a glibc no older
+# than this machine's.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -13,38 +14,25 @@ dir=${1:-gpu-bundle}
 nvrtc=$(scripts/nvrtc.sh)
 mkdir -p "$dir/lib"
 
-test=$(cargo test --release --locked -p elleci-cuda-emulation --test emulated --no-run --message-format json |
-    python3 -c 'import json, sys
+# The path of a program that cargo builds with these arguments.
+built() {
+    cargo "$@" --message-format json | python3 -c 'import json, sys
 for line in sys.stdin:
     message = json.loads(line)
-    if message.get("executable") and message["target"]["name"] == "emulated":
-        print(message["executable"])')
-[ -n "$test" ] || { echo "gpu-bundle.sh: cargo names no test binary" >&2; exit 1; }
-cp "$test" "$dir/cuda-tests"
-cp "$nvrtc"/libnvrtc* "$dir/lib/"
+    if message.get("executable"):
+        print(message["executable"])' | tail -n 1
+}
 
-cat > "$dir/run.sh" <<'RUN'
-#!/bin/sh
-# Runs the CUDA tests on the first card; results are in results.txt.
-set -u
-cd "$(dirname "$0")"
-export LD_LIBRARY_PATH="$PWD/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}" ELLECI_CUDA_TEST=card
-status=0
-{
-    date -u
-    nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm --format=csv
-    ./cuda-tests --test-threads=1 kernels:: step:: || status=1
-    for tool in memcheck racecheck; do
-        if command -v compute-sanitizer >/dev/null; then
-            compute-sanitizer --tool "$tool" --error-exitcode 9 ./cuda-tests --test-threads=1 kernels:: || status=1
-        else
-            echo "compute-sanitizer is not installed: no $tool"
-        fi
-    done
-    echo "status $status"
-} > results.txt 2>&1
-tail -n 40 results.txt
-exit $status
-RUN
+tests=$(built test --release --locked -p elleci-cuda-emulation --test emulated --no-run)
+bench=$(built build --release --locked -p elleci-cuda --example bench)
+for program in "$tests" "$bench"; do
+    [ -n "$program" ] || { echo "gpu-bundle.sh: cargo names no program" >&2; exit 1; }
+done
+cp "$tests" "$dir/cuda-tests"
+cp "$bench" "$dir/cuda-bench"
+cp "$nvrtc"/libnvrtc* "$dir/lib/"
+cp reference/elleci_torch.py "$dir/"
+cp scripts/gpu-bundle/run.sh scripts/gpu-bundle/rates.py "$dir/"
 chmod +x "$dir/run.sh"
+git log -1 --format=%H > "$dir/commit.txt" 2>/dev/null || echo unknown > "$dir/commit.txt"
 echo "gpu-bundle.sh: $dir is ready ($(du -sh "$dir" | cut -f1)); run $dir/run.sh on the machine with the card"

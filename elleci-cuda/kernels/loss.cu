@@ -67,8 +67,8 @@ KERNEL(256, cross_entropy)(float* logits, const u32* targets, const float* weigh
     }
 }
 
-// out = Σ values [n], in a fixed order. One block.
-KERNEL(256, sum_doubles)(const double* values, int n, double* out) {
+// out = Σ values [n], in a fixed order; added to `total` too, where there is one. One block.
+KERNEL(256, sum_doubles)(const double* values, int n, double* out, double* total) {
     double sum = 0.0;
     for (int i = threadIdx.x; i < n; i += blockDim.x) {
         sum += values[i];
@@ -76,5 +76,8 @@ KERNEL(256, sum_doubles)(const double* values, int n, double* out) {
     sum = block_reduce<Sum>(sum, (double*)shared_memory());
     if (threadIdx.x == 0) {
         *out = sum;
+        if (total != nullptr) {
+            *total += sum;
+        }
     }
 }

@@ -1,10 +1,13 @@
 // The optimiser: the norm of the gradients, AdamW over all tensors in one launch, the running mean of the weights.
 //
+// `settle` ends a step on the device: the norm, the factor that clips it, and whether the step counts at all. So the host queues a
+// whole step and reads what came of it when it wants to.
+//
 // One step of one value (core: optim/adamw.rs), with no fused multiply-add, so that float32 states and weights get the
 // bits of the core:
 //   g = scale · g;   m += (1−β₁)(g − m);   v = β₂ v + (1−β₂) g²;   p = p · keep − step · (m / (√v / correction + eps))
 // bf16 weights are rounded stochastically: up with the probability of their distance from below. 8-bit states are
-// dequantised, updated, used and quantised again, block by block of 256 values.
+// dequantised, updated, used and quantised again, block by block of 256 values. Gradients are consumed: they are zero afterwards.
 #include "platform.cuh"
 
 const int VALUES_EACH = 4096; // values a block of threads: 16 blocks of states
@@ -25,9 +28,17 @@ struct OptimTensor {
 };
 
 struct Adam {
-    float rise1, beta2, rise2, correction2, eps, grad_scale;
+    float rise1, beta2, rise2, correction2, eps;
     u32 seed;
-    u32 unused;
+    double clip;   // largest norm of the gradient; 0 = any
+    double weight; // of all targets of the step: what its loss is divided by
+};
+
+// What a step came to.
+struct Outcome {
+    double loss, norm;
+    double scale;   // of every gradient; a float32 value
+    double updated; // 1, or 0: loss or norm is not finite, and weights and states stay as they are
 };
 
 // The 256 numbers of an 8-bit map by magnitude: code zero ± steps has magnitude values[steps], and covers up to limits[steps].
@@ -88,17 +99,41 @@ DEVICE u16 round_stochastic(float v, u32 random) {
     return (u16)((bits + (random & 0xffffu)) >> 16);
 }
 
-KERNEL(256, adamw)(const OptimTensor* tensors, int count, const Adam* adam, const Map* maps) {
+DEVICE bool is_finite(double v) { return v - v == 0.0; }
+
+// Ends the step whose Σ w·CE is in `total`, which is then 0, and whose Σ g² is in `squares`. The factor is the core's `clip_factor`.
+KERNEL(32, settle)(const double* squares, double* total, const Adam* adam, Outcome* outcome) {
+    if (threadIdx.x != 0) {
+        return;
+    }
+    const double loss = *total / adam->weight, norm = sqrt(*squares), factor = adam->clip / (norm + 1e-6);
+    outcome->loss = loss;
+    outcome->norm = norm;
+    outcome->scale = adam->clip > 0.0 && factor < 1.0 ? (double)(float)factor : 1.0;
+    outcome->updated = is_finite(loss) && is_finite(norm) ? 1.0 : 0.0;
+    *total = 0.0;
+}
+
+KERNEL(256, adamw)(const OptimTensor* tensors, int count, const Adam* adam, const Map* maps, const Outcome* outcome) {
     float* room = (float*)shared_memory();
     const OptimTensor& t = tensor_here(tensors, count);
     const Adam k = *adam;
+    const float scale = (float)outcome->scale;
+    const bool counts = outcome->updated != 0.0;
     const i64 begin = (i64)(blockIdx.x - t.first_block) * VALUES_EACH;
     for (i64 block = begin; block < begin + VALUES_EACH && block < t.len; block += 256) {
         const i64 i = block + threadIdx.x;
         const bool inside = i < t.len, coded = t.m_absmax != nullptr;
+        if (!counts) { // the same for all threads
+            if (inside) {
+                write(t.grads, i, 0.0f);
+            }
+            continue;
+        }
         float m = 0.0f, v = 0.0f, p = 0.0f;
         if (inside) {
-            const float g = k.grad_scale * read(t.grads, i);
+            const float g = scale * read(t.grads, i);
+            write(t.grads, i, 0.0f);
             p = read(t.weights, i);
             if (coded) {
                 m = decode(&maps[0], ((u8*)t.m)[i], 127, t.m_absmax[block / 256]);

@@ -22,6 +22,13 @@ pub enum DeviceError {
         /// Devices that there are.
         count: usize,
     },
+    /// The driver is of an older major version than NVRTC, whose machine code it does not load.
+    OldDriver {
+        /// The version of CUDA that the driver is for.
+        driver: (i32, i32),
+        /// NVRTC's.
+        nvrtc: (i32, i32),
+    },
     /// The device cannot run the kernels.
     TooOld {
         /// Its compute capability.
@@ -75,6 +82,12 @@ impl fmt::Display for DeviceError {
             DeviceError::NoDevice { ordinal, count } => {
                 write!(f, "device cuda:{ordinal} asked for, but the devices are cuda:0 to cuda:{}", count - 1)
             }
+            DeviceError::OldDriver { driver, nvrtc } => write!(
+                f,
+                "the driver is for CUDA {}.{} and libnvrtc is of {}.{}: update the driver (nvidia-smi shows it), or put a libnvrtc \
+                 of CUDA {} into the loader's path",
+                driver.0, driver.1, nvrtc.0, nvrtc.1, driver.0
+            ),
             DeviceError::TooOld { capability: (major, minor) } => {
                 write!(
                     f,
@@ -83,8 +96,7 @@ impl fmt::Display for DeviceError {
             }
             DeviceError::Memory { needed, free } => write!(
                 f,
-                "the plan takes {:.2} GiB and the device has {:.2} GiB free: end other processes on it, or take a smaller \
-                 micro-batch, checkpointing of every layer, or bf16 masters",
+                "the plan takes {:.2} GiB and the device has {:.2} GiB free (nvidia-smi lists the processes on it)",
                 gib(needed),
                 gib(free)
             ),
@@ -136,6 +148,12 @@ pub trait Device {
     /// What it is, for people.
     fn describe(&self) -> String;
 
+    /// Bytes that a plan may take, what is allocated already included.
+    ///
+    /// # Errors
+    /// A fault of the device.
+    fn room(&mut self) -> Result<u64>;
+
     /// Allocates the memory of a plan, undefined. What was allocated before is dropped, recordings with it.
     ///
     /// # Errors
@@ -155,7 +173,8 @@ pub trait Device {
     /// Address of the allocated memory on the device.
     fn base(&self) -> u64;
 
-    /// Copies host bytes into a buffer, behind everything launched so far.
+    /// Copies host bytes into a buffer, behind everything launched so far. They have been read when this returns; the copy need not
+    /// have been made.
     ///
     /// # Errors
     /// A fault of the device.
@@ -202,6 +221,9 @@ pub trait Device {
 impl<D: Device + ?Sized> Device for Box<D> {
     fn describe(&self) -> String {
         (**self).describe()
+    }
+    fn room(&mut self) -> Result<u64> {
+        (**self).room()
     }
     fn reserve(&mut self, arena: &Arena) -> Result<()> {
         (**self).reserve(arena)

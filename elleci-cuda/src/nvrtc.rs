@@ -46,6 +46,19 @@ pub fn available() -> Result<(), DeviceError> {
     }
 }
 
+/// The version of the library.
+///
+/// # Errors
+/// [`DeviceError::Missing`].
+pub fn version() -> Result<(i32, i32), DeviceError> {
+    available()?;
+    let (mut major, mut minor) = (0, 0);
+    // SAFETY: both numbers outlive the call.
+    let asked = unsafe { sys::nvrtcVersion(&mut major, &mut minor) }.result();
+    asked.map_err(|e| DeviceError::Missing { library: "libnvrtc", reason: e.to_string() })?;
+    Ok((major, minor))
+}
+
 /// Compiles a file of kernels for an architecture, e.g. `sm_90a`.
 ///
 /// # Errors

@@ -29,7 +29,7 @@ struct Layer<'a> {
 }
 
 impl<'a> Step<'a> {
-    /// Adds the gradient of `scale · Σ w·CE` to the gradients and leaves `Σ w·CE` in `plan.losses.1`.
+    /// Adds the gradient of `scale · Σ w·CE` to the gradients, leaves `Σ w·CE` in `plan.losses.1`, and adds it to that of the step.
     pub fn loss_and_grad(&mut self) -> Result<()> {
         let plan = self.plan;
         self.forward()?;
@@ -150,7 +150,8 @@ impl<'a> Step<'a> {
                 product::dense_dw(self.dev, products, h.logits, normed, n, (vocab, d), dhead)?;
             }
         }
-        loss::sum(self.dev, plan.losses.0, plan.losses.1)
+        let total = grad.then_some(plan.tables.scalars.total);
+        loss::sum(self.dev, plan.losses.0, plan.losses.1, total)
     }
 
     fn final_norm_backward(&mut self) -> Result<()> {

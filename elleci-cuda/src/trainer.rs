@@ -4,18 +4,18 @@ use std::collections::HashMap;
 use std::fmt;
 
 use elleci_core::config::ModelConfig;
-use elleci_core::model::Batch;
+use elleci_core::model::{Batch, Checkpointing};
 use elleci_core::ops::rope::RopeTable;
 use elleci_core::optim::AdamWConfig;
-use elleci_core::params::{Id, Params};
+use elleci_core::params::{Id, Param, Params};
 use half::bf16;
 
 use crate::arena::{Buf, Dtype, Use};
 use crate::device::{Device, DeviceError, Recording};
 use crate::ops::loss::Occurrences;
-use crate::ops::optim::{self, Adam, Table, TensorRates};
+use crate::ops::optim::{self, Adam, OUTCOME, Outcome, Table, TensorRates};
 use crate::ops::ternary::Quantizer;
-use crate::plan::{Options, Plan};
+use crate::plan::{Options, ParamBufs, Plan};
 use crate::step::Step;
 
 /// Why a [`Trainer`] could not do something.
@@ -44,15 +44,31 @@ impl From<DeviceError> for Error {
     }
 }
 
+/// An optimizer state, named and shaped as `elleci_core::optim::AdamW::tensors` has it.
+#[derive(Clone, Debug)]
+pub struct StateBuf {
+    /// The parameter's name and which of its states this is.
+    pub name: String,
+    /// The parameter's shape, or `[blocks]` for an absmax.
+    pub shape: Vec<usize>,
+    /// float32, or 8-bit codes.
+    pub buf: Buf,
+}
+
 /// The rates of an update.
 pub struct Rates<'a> {
     /// Learning rate of a parameter.
     pub lr_of: &'a dyn Fn(Id) -> f64,
     /// Decoupled weight decay, before it is multiplied by the rate.
     pub weight_decay: f64,
-    /// Multiplies every gradient.
-    pub grad_scale: f32,
+    /// Largest norm of the gradient; 0 = any.
+    pub clip: f64,
+    /// Weight of all targets of the step: what its loss is divided by.
+    pub weight: f64,
 }
+
+/// Sequences and tokens of a batch, and layers whose activations stand in memory together.
+type Key = (usize, usize, usize);
 
 /// A batch shape that has been seen: its plan, and its step once it is recorded.
 struct Shape {
@@ -63,9 +79,9 @@ struct Shape {
 /// Weights, gradients, optimizer and activations on a device.
 pub struct Trainer {
     device: Box<dyn Device>,
-    shapes: HashMap<(usize, usize), Shape>,
+    shapes: HashMap<Key, Shape>,
     /// The shape whose activations the device's memory is laid out for
-    current: (usize, usize),
+    current: Key,
     reserved: u64,
     options: Options,
     config: ModelConfig,
@@ -77,6 +93,10 @@ pub struct Trainer {
     seed: u32,
     /// Whether steps are recorded and replayed
     record: bool,
+    /// The recorded end of a step; it is the same for all shapes
+    ending: Option<Recording>,
+    /// Whether a step has been ended whose outcome was not read yet
+    pending: bool,
 }
 
 impl Trainer {
@@ -100,7 +120,7 @@ impl Trainer {
         }
         device.reserve(&plan.arena)?;
         let (quantizer, table) = write_tables(device.as_mut(), &plan)?;
-        let current = (options.batch, options.seq);
+        let current = (options.batch, options.seq, plan.segment());
         let mut trainer = Trainer {
             device,
             reserved: plan.arena.bytes(),
@@ -115,6 +135,8 @@ impl Trainer {
             averaged: 0,
             seed,
             record: true,
+            ending: None,
+            pending: false,
         };
         trainer.enter()?;
         for (purpose, buf) in trainer.persistent() {
@@ -143,7 +165,17 @@ impl Trainer {
         self.device.describe()
     }
 
-    /// Updates made so far, and weights in the running mean.
+    /// The device.
+    pub fn device(&mut self) -> &mut dyn Device {
+        self.device.as_mut()
+    }
+
+    /// Bytes asked of the device: the largest plan so far.
+    pub fn reserved(&self) -> u64 {
+        self.reserved
+    }
+
+    /// Updates made so far (the last step's as soon as its [outcome](Trainer::outcome) is read), and weights in the running mean.
     pub fn counters(&self) -> (u64, u64) {
         (self.updates, self.averaged)
     }
@@ -166,13 +198,14 @@ impl Trainer {
     }
 
     /// Makes the device's memory that of a batch shape.
-    fn shape(&mut self, batch: usize, seq: usize) -> Result<(), Error> {
-        let key = (batch, seq);
+    fn shape(&mut self, key: Key) -> Result<(), Error> {
         if key == self.current {
             return Ok(());
         }
         if !self.shapes.contains_key(&key) {
-            let plan = Plan::new(&self.config, Options { batch, seq, ..self.options })?;
+            let (batch, seq, segment) = key;
+            let checkpointing = Checkpointing::EveryKth(segment);
+            let plan = Plan::new(&self.config, Options { batch, seq, checkpointing, ..self.options })?;
             if plan.arena.bytes() > self.reserved {
                 self.grow(&plan)?;
             }
@@ -194,6 +227,7 @@ impl Trainer {
         self.reserved = plan.arena.bytes();
         // The memory is another one: what was recorded points into the old.
         self.shapes.values_mut().for_each(|s| s.recording = None);
+        self.ending = None;
         for (buf, bytes) in kept {
             self.device.write(buf, &bytes)?;
         }
@@ -223,7 +257,7 @@ impl Trainer {
         Ok(self.device.write(rope, &floats(&values))?)
     }
 
-    fn upload(&mut self, batch: &Batch, scale: f32) -> Result<(), Error> {
+    fn upload(&mut self, batch: &Batch, scale: f32, kept: Checkpointing) -> Result<(), Error> {
         let n = batch.batch * batch.seq;
         if n == 0 || batch.tokens.len() != n || batch.targets.len() != n || batch.weights.len() != n {
             return Err(Error::Batch("tokens, targets and weights must each hold batch * seq > 0 elements".into()));
@@ -233,7 +267,7 @@ impl Trainer {
         if let Some(token) = batch.tokens.iter().chain(scored).find(|t| **t as usize >= vocab) {
             return Err(Error::Batch(format!("token {token} is not in the vocabulary (`vocab_size` {vocab})")));
         }
-        self.shape(batch.batch, batch.seq)?;
+        self.shape((batch.batch, batch.seq, kept.segment(self.config.n_layers)))?;
         let inputs = self.plan().inputs;
         let (positions, starts, count) = Occurrences::of(batch.tokens);
         let dev = self.device.as_mut();
@@ -246,7 +280,11 @@ impl Trainer {
         Ok(dev.write(inputs.occurrences.count, &words(&count))?)
     }
 
-    fn loss(&mut self) -> Result<f64, Error> {
+    /// `Σ w·CE` of the last batch: waits for the device.
+    ///
+    /// # Errors
+    /// A fault of the device.
+    pub fn last_loss(&mut self) -> Result<f64, Error> {
         let buf = self.plan().losses.1;
         Ok(self.read_f64(buf)?)
     }
@@ -257,12 +295,12 @@ impl Trainer {
         Ok(f64::from_le_bytes(bytes))
     }
 
-    /// Adds the gradient of `scale · Σ w·CE` of a micro-batch; returns `Σ w·CE`.
+    /// Adds the gradient of `scale · Σ w·CE` of a micro-batch, and `Σ w·CE` to the loss of the step. Nothing is waited for.
     ///
     /// # Errors
-    /// A batch that does not fit the model, or a fault of the device.
-    pub fn accumulate(&mut self, batch: &Batch, scale: f32) -> Result<f64, Error> {
-        self.upload(batch, scale)?;
+    /// A batch that does not fit the model, or a fault of the device, which may be that of an earlier launch.
+    pub fn accumulate(&mut self, batch: &Batch, scale: f32) -> Result<(), Error> {
+        self.upload(batch, scale, self.options.checkpointing)?;
         let shape = self.shapes.get_mut(&self.current).expect("made by the line above");
         let dev = self.device.as_mut();
         match shape.recording {
@@ -277,7 +315,7 @@ impl Trainer {
             }
             None => Step { plan: &shape.plan, dev }.loss_and_grad()?,
         }
-        self.loss()
+        Ok(())
     }
 
     /// `Σ w·CE` of a batch.
@@ -285,13 +323,14 @@ impl Trainer {
     /// # Errors
     /// A batch that does not fit the model, or a fault of the device.
     pub fn evaluate(&mut self, batch: &Batch) -> Result<f64, Error> {
-        self.upload(batch, 0.0)?;
+        // Nothing is kept for a backward: the smallest plan does.
+        self.upload(batch, 0.0, Checkpointing::EveryLayer)?;
         let plan = &self.shapes[&self.current].plan;
         Step { plan, dev: self.device.as_mut() }.loss()?;
-        self.loss()
+        self.last_loss()
     }
 
-    /// Global norm of the gradients.
+    /// Global norm of the gradients: waits for the device. A step needs no call of this.
     ///
     /// # Errors
     /// A fault of the device.
@@ -301,11 +340,13 @@ impl Trainer {
         Ok(self.read_f64(tables.norm)?.sqrt())
     }
 
-    /// One AdamW update with the gradients, which are then zero; the ternary forms are derived anew.
+    /// Ends a step: one AdamW update with the clipped gradients, which are then zero; the ternary forms are derived anew. Where the
+    /// loss or the norm is not finite, only the gradients are dropped. Nothing is waited for; [`outcome`](Trainer::outcome) tells.
     ///
     /// # Errors
-    /// A fault of the device.
+    /// A fault of the device, which may be that of an earlier launch.
     pub fn update(&mut self, rates: &Rates) -> Result<(), Error> {
+        self.outcome()?; // where it was not asked for: the corrections count the updates that were made
         self.updates += 1;
         let (cfg, t) = (self.optimizer, self.updates as f64);
         let (correction1, correction2) = (1.0 - cfg.beta1.powf(t), 1.0 - cfg.beta2.powf(t));
@@ -321,19 +362,59 @@ impl Trainer {
             rise2: (1.0 - cfg.beta2) as f32,
             correction2: correction2.sqrt() as f32,
             eps: cfg.eps as f32,
-            grad_scale: rates.grad_scale,
             seed: self.seed ^ (self.updates as u32).wrapping_mul(0x9e37_79b9),
+            clip: rates.clip,
+            weight: rates.weight,
         };
-        let tables = plan.tables;
+        let scalars = plan.tables.scalars;
         let buf = self.table.buf();
         self.device.write(buf, self.table.with_rates(each))?;
-        self.device.write(tables.adam, &adam.bytes())?;
-        self.table.update(self.device.as_mut(), tables.adam, tables.maps)?;
-        self.quantizer.run(self.device.as_mut())?;
-        self.discard()
+        self.device.write(scalars.adam, &adam.bytes())?;
+        self.pending = true;
+        match self.ending {
+            Some(recording) => self.device.replay(recording)?,
+            None if self.record => {
+                self.device.record()?;
+                let result = self.end_step();
+                let recording = self.device.recorded()?;
+                result?;
+                self.ending = Some(recording);
+                self.device.replay(recording)?;
+            }
+            None => self.end_step()?,
+        }
+        Ok(())
     }
 
-    /// Sets the gradients to zero.
+    /// The launches that end a step; all that differs from step to step is in the device's memory.
+    fn end_step(&mut self) -> Result<(), DeviceError> {
+        let tables = self.plan().tables;
+        let dev = self.device.as_mut();
+        self.table.squares(dev, tables.squares, tables.norm)?;
+        self.table.settle(dev, tables.norm, tables.scalars)?;
+        self.table.update(dev, tables.scalars)?;
+        self.quantizer.run(dev)
+    }
+
+    /// What the step that was ended last came to, once: waits for the device.
+    ///
+    /// # Errors
+    /// A fault of the device.
+    pub fn outcome(&mut self) -> Result<Option<Outcome>, Error> {
+        if !std::mem::take(&mut self.pending) {
+            return Ok(None);
+        }
+        let buf = self.plan().tables.scalars.outcome;
+        let mut bytes = [0; 8 * OUTCOME];
+        self.device.read(buf, &mut bytes)?;
+        let outcome = Outcome::read(&bytes);
+        if !outcome.updated {
+            self.updates -= 1;
+        }
+        Ok(Some(outcome))
+    }
+
+    /// Sets the gradients and the loss of the step to zero.
     ///
     /// # Errors
     /// A fault of the device.
@@ -343,7 +424,8 @@ impl Trainer {
                 self.device.zero(buf)?;
             }
         }
-        Ok(())
+        let total = self.plan().tables.scalars.total;
+        Ok(self.device.zero(total)?)
     }
 
     /// Takes the weights into the running mean; nothing where the options keep none.
@@ -374,6 +456,20 @@ impl Trainer {
         self.params(|t| Some(t.weights))
     }
 
+    /// All optimizer states, in the core's order: what a checkpoint holds of them.
+    pub fn states(&self) -> Vec<StateBuf> {
+        let plan = self.plan();
+        let of = |(p, bufs): (&Param, &ParamBufs)| {
+            let ((m, v), absmax) = (bufs.optim.moments, bufs.optim.absmax);
+            let blocks = absmax.map(|(m, v)| [("m_absmax", m), ("v_absmax", v)]);
+            let state = |suffix: &str, buf: Buf, shape| StateBuf { name: format!("{}.{suffix}", p.name), shape, buf };
+            let of_blocks = |i: usize| blocks.map(|b| state(b[i].0, b[i].1, vec![b[i].1.len]));
+            let moment = |suffix, buf| Some(state(suffix, buf, p.shape.clone()));
+            [moment("m", m), of_blocks(0), moment("v", v), of_blocks(1)].into_iter().flatten().collect::<Vec<_>>()
+        };
+        plan.layout.params().iter().zip(&plan.params).flat_map(of).collect()
+    }
+
     /// The running mean, where one is kept.
     ///
     /// # Errors
@@ -396,7 +492,11 @@ impl Trainer {
         Ok(out)
     }
 
-    fn read_floats(&mut self, buf: Buf) -> Result<Vec<f32>, DeviceError> {
+    /// A buffer of float32 or bf16 as float32.
+    ///
+    /// # Errors
+    /// A fault of the device.
+    pub fn read_floats(&mut self, buf: Buf) -> Result<Vec<f32>, DeviceError> {
         let bytes = self.read_bytes(buf)?;
         Ok(match buf.dtype {
             Dtype::Bf16 => bytes.as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32()).collect(),
@@ -467,7 +567,7 @@ fn write_tables(dev: &mut dyn Device, plan: &Plan) -> Result<(Quantizer, Table),
     let forms: Vec<_> = plan.params.iter().filter_map(|p| Some((p.optim.weights, p.ternary?))).collect();
     let (quantizer, bytes) = Quantizer::new(&forms, tables.quantizer, tables.ternary_partials, dev.base());
     dev.write(tables.quantizer, &bytes)?;
-    dev.write(tables.maps, &floats(&optim::maps()))?;
+    dev.write(tables.scalars.maps, &floats(&optim::maps()))?;
     let tensors: Vec<_> = plan.params.iter().map(|p| p.optim).collect();
     let mut table = Table::new(&tensors, tables.optim, dev.base());
     dev.write(tables.optim, table.with_rates(std::iter::empty()))?;

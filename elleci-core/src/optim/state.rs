@@ -122,13 +122,18 @@ impl fmt::Display for StateError {
 
 impl core::error::Error for StateError {}
 
-/// Checks the shape and length of a tensor in a file against the one it replaces.
-pub(super) fn check(
+/// Checks a tensor of a file against the state that it is to replace: type, shape, length, and values that a step can leave.
+///
+/// # Errors
+/// The first thing that does not fit.
+pub fn check(
     name: &str,
     expected: (StateType, &[usize]),
     found: (StateType, &[usize], &[u8]),
 ) -> Result<(), StateError> {
     let ((dtype, shape), (found_type, found_shape, bytes)) = (expected, found);
+    // Second moments and absmax are never negative; no state is ever infinite or NaN.
+    let lowest = if name.ends_with(".m") { f32::MIN } else { 0.0 };
     let name = || name.to_string();
     if dtype != found_type {
         return Err(StateError::Type { name: name(), expected: dtype, found: found_type });
@@ -140,6 +145,10 @@ pub(super) fn check(
     let expected = shape.iter().product::<usize>() * size;
     if expected != bytes.len() {
         return Err(StateError::Bytes { name: name(), expected, found: bytes.len() });
+    }
+    let sound = |b: &[u8]| (lowest..=f32::MAX).contains(&f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
+    if dtype == StateType::F32 && !bytes.chunks_exact(4).all(sound) {
+        return Err(StateError::Value(name()));
     }
     Ok(())
 }

@@ -96,12 +96,13 @@ pub fn cross_entropy(
     dev.launch("cross_entropy", rows(n, ROOM), &args)
 }
 
-/// `out` `[1]` = the sum of float64 `values`.
+/// `out` `[1]` = the sum of float64 `values`, which is added to `total` `[1]` too, where given.
 ///
 /// # Errors
 /// A fault of the device.
-pub fn sum(dev: &mut dyn Device, values: Buf, out: Buf) -> Result<()> {
-    let args: [Arg; 3] = [exact(values, Dtype::F64, values.len), int(values.len), exact(out, Dtype::F64, 1)];
+pub fn sum(dev: &mut dyn Device, values: Buf, out: Buf, total: Option<Buf>) -> Result<()> {
+    let total = total.map_or(Arg::Null, |t| exact(t, Dtype::F64, 1));
+    let args = [exact(values, Dtype::F64, values.len), int(values.len), exact(out, Dtype::F64, 1), total];
     dev.launch("sum_doubles", rows(1, ROOM), &args)
 }
 

@@ -11,7 +11,9 @@ const VALUES_EACH: usize = 4096;
 /// Bytes of an entry of the table (`OptimTensor`).
 pub const ENTRY: usize = 96;
 /// Bytes of the scalars of a step (`Adam`).
-pub const ADAM: usize = 32;
+pub const ADAM: usize = 40;
+/// Float64 values of what a step came to ([`Outcome`]).
+pub const OUTCOME: usize = 4;
 /// Floats of the two 8-bit maps: by steps away from zero, values and limits.
 pub const MAPS: usize = 2 * 512;
 
@@ -52,21 +54,63 @@ pub struct Adam {
     pub correction2: f32,
     /// Added to the root
     pub eps: f32,
-    /// Factor of every gradient
-    pub grad_scale: f32,
     /// Of the stochastic rounding: another one each step
     pub seed: u32,
+    /// Largest norm of the gradient; 0 = any
+    pub clip: f64,
+    /// Weight of all targets of the step: what its loss is divided by
+    pub weight: f64,
 }
 
 impl Adam {
     /// As the kernel reads it.
     pub fn bytes(&self) -> Vec<u8> {
-        let floats = [self.rise1, self.beta2, self.rise2, self.correction2, self.eps, self.grad_scale];
+        let floats = [self.rise1, self.beta2, self.rise2, self.correction2, self.eps];
         let mut bytes: Vec<u8> = floats.iter().flat_map(|f| f.to_le_bytes()).collect();
         bytes.extend(self.seed.to_le_bytes());
-        bytes.extend([0; 4]);
+        bytes.extend([self.clip, self.weight].iter().flat_map(|d| d.to_le_bytes()));
         bytes
     }
+}
+
+/// What a step came to, as the device found it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Outcome {
+    /// Mean of `w·CE`
+    pub loss: f64,
+    /// Global norm of the gradient, before it was clipped
+    pub norm: f64,
+    /// What every gradient was multiplied by
+    pub scale: f32,
+    /// Whether weights and states were updated: loss and norm are finite
+    pub updated: bool,
+}
+
+impl Outcome {
+    /// As the kernels hold it.
+    pub fn bytes(&self) -> Vec<u8> {
+        let values = [self.loss, self.norm, self.scale as f64, self.updated as u32 as f64];
+        values.iter().flat_map(|d| d.to_le_bytes()).collect()
+    }
+
+    /// From the bytes of a buffer of [`OUTCOME`] float64.
+    pub fn read(bytes: &[u8; 8 * OUTCOME]) -> Outcome {
+        let at = |i: usize| f64::from_le_bytes(bytes.as_chunks().0[i]);
+        Outcome { loss: at(0), norm: at(1), scale: at(2) as f32, updated: at(3) != 0.0 }
+    }
+}
+
+/// Buffers of the scalars of a step.
+#[derive(Clone, Copy, Debug)]
+pub struct Scalars {
+    /// [`ADAM`] bytes
+    pub adam: Buf,
+    /// [`MAPS`] floats
+    pub maps: Buf,
+    /// `Σ w·CE` of the micro-batches of the step so far `[1]`, float64
+    pub total: Buf,
+    /// [`OUTCOME`] float64
+    pub outcome: Buf,
 }
 
 /// The table that the kernels walk over.
@@ -136,13 +180,28 @@ impl Table {
         [Arg::Buf(self.buf), int(self.count)]
     }
 
-    /// One update of every tensor by what the buffers `adam` and `maps` hold.
+    /// Ends a step whose [`squares`](Table::squares) are in `squares` `[1]`: what it came to goes to `outcome`.
     ///
     /// # Errors
     /// A fault of the device.
-    pub fn update(&self, dev: &mut dyn Device, adam: Buf, maps: Buf) -> Result<()> {
+    pub fn settle(&self, dev: &mut dyn Device, squares: Buf, s: Scalars) -> Result<()> {
+        let args = [
+            exact(squares, Dtype::F64, 1),
+            exact(s.total, Dtype::F64, 1),
+            exact(s.adam, Dtype::U8, ADAM),
+            exact(s.outcome, Dtype::F64, OUTCOME),
+        ];
+        dev.launch("settle", Launch { grid: [1; 3], threads: 32, shared: 0 }, &args)
+    }
+
+    /// One update of every tensor by what the scalars' buffers hold, or none, by the outcome; gradients are zero afterwards.
+    ///
+    /// # Errors
+    /// A fault of the device.
+    pub fn update(&self, dev: &mut dyn Device, s: Scalars) -> Result<()> {
         let [table, count] = self.args();
-        let args = [table, count, exact(adam, Dtype::U8, ADAM), exact(maps, Dtype::F32, MAPS)];
+        let (adam, maps) = (exact(s.adam, Dtype::U8, ADAM), exact(s.maps, Dtype::F32, MAPS));
+        let args = [table, count, adam, maps, exact(s.outcome, Dtype::F64, OUTCOME)];
         dev.launch("adamw", self.launch(ROOM), &args)
     }
 
@@ -153,7 +212,7 @@ impl Table {
     pub fn squares(&self, dev: &mut dyn Device, partials: Buf, out: Buf) -> Result<()> {
         let [table, count] = self.args();
         dev.launch("squares", self.launch(ROOM), &[table, count, exact(partials, Dtype::F64, self.blocks)])?;
-        super::loss::sum(dev, partials, out)
+        super::loss::sum(dev, partials, out, None)
     }
 
     /// `mean += (w − mean) · share` of every tensor.

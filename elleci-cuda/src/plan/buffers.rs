@@ -2,8 +2,9 @@
 
 use crate::arena::Buf;
 use crate::ops::loss::Occurrences;
+use crate::ops::optim::{self, Scalars};
 use crate::ops::product::Ternary;
-use crate::ops::{Rows, optim, ssd};
+use crate::ops::{Rows, ssd};
 
 /// Buffers of one parameter.
 #[derive(Clone, Copy, Debug)]
@@ -143,8 +144,7 @@ pub struct Inputs {
 #[expect(missing_docs, reason = "the arguments of ops::optim and ops::ternary")]
 pub struct Tables {
     pub optim: Buf,
-    pub adam: Buf,
-    pub maps: Buf,
+    pub scalars: Scalars,
     pub squares: Buf,
     pub norm: Buf,
     pub quantizer: Buf,

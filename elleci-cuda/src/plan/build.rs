@@ -98,11 +98,18 @@ pub(super) fn tables(arena: &mut Arena, layout: &ParamLayout) -> Tables {
     let ternary = layout.params().iter().filter(|p| p.kind == ParamKind::Ternary);
     let partials = ternary.clone().map(|p| ternary::partials(p.shape[0], p.shape[1])).sum();
     let blocks = optim::blocks(layout.params().iter().map(Param::len));
+    // These two outlive a micro-batch, and with it the shape that the memory is laid out for.
+    let total = arena.buffer(Use::Optimizer, "step.total", Dtype::F64, 1);
+    let outcome = arena.buffer(Use::Optimizer, "step.outcome", Dtype::F64, optim::OUTCOME);
     let mut take = |name: &str, dtype, len| arena.buffer(Use::Scratch, name, dtype, len);
     Tables {
         optim: take("table.optim", Dtype::U8, layout.params().len() * optim::ENTRY),
-        adam: take("table.adam", Dtype::U8, optim::ADAM),
-        maps: take("table.maps", Dtype::F32, optim::MAPS),
+        scalars: optim::Scalars {
+            adam: take("table.adam", Dtype::U8, optim::ADAM),
+            maps: take("table.maps", Dtype::F32, optim::MAPS),
+            total,
+            outcome,
+        },
         squares: take("table.squares", Dtype::F64, blocks),
         norm: take("table.norm", Dtype::F64, 1),
         quantizer: take("table.ternary", Dtype::U8, ternary.count() * ternary::ENTRY),

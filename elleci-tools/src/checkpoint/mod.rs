@@ -71,6 +71,11 @@ impl Store {
         Ok(found)
     }
 
+    /// Step and directory of the newest checkpoint, sound or not; `None` too where that cannot be found out.
+    pub fn newest(&self) -> Option<(u64, PathBuf)> {
+        Store::list(&self.dir).ok()?.pop()
+    }
+
     /// The newest sound checkpoint under `dir`; every damaged one that is passed over goes to `report`.
     ///
     /// # Errors

@@ -106,8 +106,8 @@ impl State {
 
     /// Whether a run of `config` may go on from here.
     ///
-    /// What only decides how long, how often or where is free to change: `training.steps` and the intervals,
-    /// `keep_last`, `threads`, `device`, paths. Everything else would make it another run.
+    /// What only decides how long, how often, where or with which memory is free to change: `training.steps` and the intervals,
+    /// `keep_last`, `threads`, `device`, `checkpointing`, `[cuda]`, paths. Everything else would make it another run.
     ///
     /// # Errors
     /// [`crate::exit::Usage`] with the first key that differs.
@@ -123,6 +123,9 @@ impl State {
             for key in ["dir", "tokenizer"] {
                 value["data"][key].take();
             }
+            // How and where a step is computed; its form on a CPU stays, as its bits do.
+            value["training"]["checkpointing"].take();
+            value["cuda"].take();
             value["preset"].take();
             for path in value["data"]["sources"].as_object_mut().into_iter().flat_map(|m| m.values_mut()) {
                 path.take();
@@ -219,7 +222,10 @@ mod tests {
     fn what_may_change_and_what_may_not() {
         let state = State::sample(1);
         let with = |a: &str| state.accepts(&load(None, &[Layer::assignment(a).unwrap()]).unwrap());
-        for free in ["training.steps=900", "training.threads=1", "data.dir=elsewhere", "training.save_interval=7"] {
+        let free = ["training.steps=900", "training.threads=1", "data.dir=elsewhere", "training.save_interval=7"];
+        for free in
+            free.into_iter().chain(["training.device=cuda:1", "cuda.masters=bf16", "training.checkpointing=auto"])
+        {
             with(free).unwrap_or_else(|e| panic!("{free}: {e}"));
         }
         for (fixed, key) in [

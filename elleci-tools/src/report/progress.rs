@@ -98,7 +98,7 @@ fn print(text: &str) {
 pub fn line(r: &StepRecord, goal: Goal, eta_seconds: f64) -> String {
     let skipped = if r.skipped > 0 { format!(" | {} skipped", r.skipped) } else { String::new() };
     format!(
-        "step {}/{} | loss {:.3} | lr {} | norm {:.2} | {} ms | {} tok/s | {:.0}% MFU | eta {}{skipped}",
+        "step {}/{} | loss {:.3} | lr {} | norm {:.2} | {} ms | {} tok/s{} | eta {}{skipped}",
         r.step,
         goal.steps,
         r.loss,
@@ -106,18 +106,23 @@ pub fn line(r: &StepRecord, goal: Goal, eta_seconds: f64) -> String {
         r.grad_norm,
         si(r.ms),
         si(r.tokens_per_s),
-        r.mfu * 100.0,
+        mfu(r),
         duration(eta_seconds),
     )
+}
+
+/// The share of the device's peak; nothing where no peak is known, as for a card.
+fn mfu(r: &StepRecord) -> String {
+    if r.mfu.is_finite() { format!(" | {:.0}% MFU", r.mfu * 100.0) } else { String::new() }
 }
 
 /// What stands beside the bar: the same, the most wanted first, because a terminal of 80 columns cuts the rest.
 fn message(r: &StepRecord, eta_seconds: f64) -> String {
     format!(
-        "loss {:.3} | {} tok/s | {:.0}% MFU | eta {} | lr {} | norm {:.2} | {} ms",
+        "loss {:.3} | {} tok/s{} | eta {} | lr {} | norm {:.2} | {} ms",
         r.loss,
         si(r.tokens_per_s),
-        r.mfu * 100.0,
+        mfu(r),
         duration(eta_seconds),
         sci(r.lr),
         r.grad_norm,

@@ -81,7 +81,10 @@ fn figures(steps: &[&StepRecord], evals: &[EvalRecord]) -> Vec<(String, String)>
         add("validation", format!("{:.3} bits a byte", eval.bpb));
     }
     add("tokens a second", si(median(steps.iter().map(|s| s.tokens_per_s))));
-    add("MFU", format!("{:.0}%", 100.0 * median(steps.iter().map(|s| s.mfu))));
+    let mfu = median(steps.iter().map(|s| s.mfu));
+    if mfu.is_finite() {
+        add("MFU", format!("{:.0}%", 100.0 * mfu));
+    }
     if last.skipped > 0 {
         add("skipped steps", thousands(last.skipped));
     }

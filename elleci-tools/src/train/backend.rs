@@ -1,10 +1,12 @@
 //! The loop's view of a device: where weights, gradients and optimizer states live, and who computes on them.
 
-use elleci_core::archive::{Archive, DenseFormat, PackOptions, to_bytes};
+use anyhow::Context;
+use elleci_core::archive::{AlignedBytes, Archive, DenseFormat, PackOptions, to_bytes};
+use elleci_core::config::ModelConfig;
 use elleci_core::inference::Session;
 use elleci_core::model::{Batch, Checkpointing, Model, Workspace};
 use elleci_core::ops::head::HeadPrecision;
-use elleci_core::optim::norm::global_norm;
+use elleci_core::optim::norm::{clip_factor, global_norm};
 use elleci_core::optim::schedule::depth_of;
 use elleci_core::optim::swa::Swa;
 use elleci_core::optim::{AdamW, AdamWConfig, StateData, StatePrecision, StateType, StepRates};
@@ -58,34 +60,57 @@ pub struct Counters {
     pub averaged: u64,
 }
 
+/// What the end of a step needs beside its rates.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StepEnd {
+    /// Weight of all targets of the step: what its loss is divided by.
+    pub weight: f64,
+    /// Largest global norm of the gradient; 0 = any.
+    pub clip: f64,
+}
+
+/// What a step came to.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StepOutcome {
+    /// Mean of `w·CE` over the micro-batches.
+    pub loss: f64,
+    /// Global norm of the gradient, before it was clipped.
+    pub grad_norm: f64,
+    /// Whether there was an update: loss and norm are finite.
+    pub updated: bool,
+}
+
+impl StepOutcome {
+    /// Of these numbers: an update needs both to be finite.
+    pub fn new(loss: f64, grad_norm: f64) -> StepOutcome {
+        StepOutcome { loss, grad_norm, updated: loss.is_finite() && grad_norm.is_finite() }
+    }
+}
+
 /// Weights, gradients and optimizer on some device.
 ///
-/// One step is: [`accumulate`](Backend::accumulate) for every micro-batch, [`grad_norm`](Backend::grad_norm), then
-/// [`update`](Backend::update) or [`discard`](Backend::discard); both leave the gradients at zero.
+/// One step is: [`accumulate`](Backend::accumulate) for every micro-batch, [`update`](Backend::update), [`outcome`](Backend::outcome).
+/// The first two may return before their work is done, so that the host can prepare the next step meanwhile; a fault of theirs may
+/// then be reported by a later call.
 pub trait Backend {
-    /// Adds the gradient of `scale · Σ w·CE` of a micro-batch; returns `Σ w·CE`.
+    /// Adds the gradient of `scale · Σ w·CE` of a micro-batch, and `Σ w·CE` to the loss of the step.
     ///
     /// # Errors
     /// A batch that does not fit the model, or a fault of the device.
-    fn accumulate(&mut self, batch: &Batch<'_>, scale: f32) -> anyhow::Result<f64>;
+    fn accumulate(&mut self, batch: &Batch<'_>, scale: f32) -> anyhow::Result<()>;
 
-    /// Global norm of the gradients.
+    /// Ends the step: one optimizer update with the clipped gradients or, where loss or norm is not finite, none. The gradients
+    /// are zero afterwards.
     ///
     /// # Errors
     /// A fault of the device.
-    fn grad_norm(&mut self) -> anyhow::Result<f64>;
+    fn update(&mut self, rates: &Rates, end: StepEnd) -> anyhow::Result<()>;
 
-    /// One optimizer update with the gradients times `grad_scale`.
+    /// What the step that was ended last came to, once.
     ///
     /// # Errors
-    /// A fault of the device.
-    fn update(&mut self, rates: &Rates, grad_scale: f32) -> anyhow::Result<()>;
-
-    /// Drops the gradients.
-    ///
-    /// # Errors
-    /// A fault of the device.
-    fn discard(&mut self) -> anyhow::Result<()>;
+    /// A fault of the device; no step was ended since the last call.
+    fn outcome(&mut self) -> anyhow::Result<StepOutcome>;
 
     /// Takes the weights into the running mean.
     ///
@@ -127,14 +152,20 @@ pub trait Backend {
     fn import(&mut self, group: Group, file: &TensorFile, counters: Counters) -> anyhow::Result<()>;
 }
 
-/// Tokens that a CPU works on at once, unless one sequence is longer: its products are at their full speed with so many, and
-/// activations of more would only take memory.
-const PASS_TOKENS: usize = 2048;
-
-/// Sequences of a micro-batch of `rows` times `seq` tokens that the CPU works on at once. Passes of a micro-batch are equal.
-pub fn pass_rows(rows: usize, seq: usize) -> usize {
-    let most = (PASS_TOKENS / seq.max(1)).clamp(1, rows.max(1));
+/// Sequences of a micro-batch of `rows` times `seq` tokens that a device works on at once, if that shall be at most `tokens` (one
+/// sequence goes through whole). Passes of a micro-batch are equal.
+pub fn pass_rows(rows: usize, seq: usize, tokens: usize) -> usize {
+    let most = (tokens / seq.max(1)).clamp(1, rows.max(1));
     (1..=most).rev().find(|n| rows % n == 0).unwrap_or(1)
+}
+
+/// Tokens that a CPU works on at once: its products are at their full speed with so many, and activations of more would only
+/// take memory.
+const CPU_PASS_TOKENS: usize = 2048;
+
+/// As [`pass_rows`], on a CPU.
+pub fn cpu_pass_rows(rows: usize, seq: usize) -> usize {
+    pass_rows(rows, seq, CPU_PASS_TOKENS)
 }
 
 /// The CPU: everything in `elleci-core`.
@@ -146,6 +177,9 @@ pub struct CpuBackend {
     depth: Vec<usize>,
     form: StepForm,
     workspace: Option<(Checkpointing, Workspace)>,
+    /// `Σ w·CE` of the step so far
+    loss: f64,
+    ended: Option<StepOutcome>,
 }
 
 impl CpuBackend {
@@ -160,6 +194,8 @@ impl CpuBackend {
             depth,
             form,
             workspace: None,
+            loss: 0.0,
+            ended: None,
             model,
         }
     }
@@ -180,10 +216,26 @@ impl CpuBackend {
             self.workspace = Some((kept, workspace));
         }
     }
+}
 
-    fn clear(&mut self) {
-        self.grads.clear();
+/// Weights as deployment would run them, in full precision where that has a choice: samples come from these.
+pub(super) fn packed(config: &ModelConfig, params: &Params) -> anyhow::Result<Archive<AlignedBytes>> {
+    let options = PackOptions { packing: Packing::I2, sparse: Packing::I2, dense: DenseFormat::F32 };
+    Ok(Archive::open(to_bytes(config, params, None, options)?)?)
+}
+
+/// Continues a prompt (not empty) on the CPU.
+pub(super) fn continue_on_cpu(
+    archive: &Archive<AlignedBytes>,
+    prompt: &[u32],
+    pick: &mut dyn FnMut(&[f32]) -> Option<u32>,
+) -> anyhow::Result<()> {
+    let mut session = Session::new(archive.model())?;
+    let mut next = pick(session.extend(archive.model(), prompt)?);
+    while let Some(token) = next {
+        next = pick(session.extend(archive.model(), &[token])?);
     }
+    Ok(())
 }
 
 /// Tensors of a set of parameters, borrowed.
@@ -208,32 +260,32 @@ pub fn read_params(params: &mut Params, file: &TensorFile) -> anyhow::Result<()>
 }
 
 impl Backend for CpuBackend {
-    fn accumulate(&mut self, batch: &Batch<'_>, scale: f32) -> anyhow::Result<f64> {
-        let mut loss = 0.0;
-        for pass in batch.split(pass_rows(batch.batch, batch.seq))? {
+    fn accumulate(&mut self, batch: &Batch<'_>, scale: f32) -> anyhow::Result<()> {
+        for pass in batch.split(cpu_pass_rows(batch.batch, batch.seq))? {
             self.workspace(&pass, self.form.checkpointing);
             let (_, workspace) = self.workspace.as_mut().expect("made by the line above");
-            loss += self.model.loss_and_grad(workspace, &pass, scale, &mut self.grads)?;
+            self.loss += self.model.loss_and_grad(workspace, &pass, scale, &mut self.grads)?;
         }
-        Ok(loss)
-    }
-
-    fn grad_norm(&mut self) -> anyhow::Result<f64> {
-        Ok(global_norm(&self.grads))
-    }
-
-    fn update(&mut self, rates: &Rates, grad_scale: f32) -> anyhow::Result<()> {
-        let depth = &self.depth;
-        let lr_of = |id: Id| rates.lr * rates.by_layer[depth[id.0]];
-        let rates = StepRates { lr_of: &lr_of, weight_decay: rates.weight_decay, grad_scale };
-        self.model.update(|params| self.optimizer.step(params, &self.grads, &rates));
-        self.clear();
         Ok(())
     }
 
-    fn discard(&mut self) -> anyhow::Result<()> {
-        self.clear();
+    fn update(&mut self, rates: &Rates, end: StepEnd) -> anyhow::Result<()> {
+        let loss = std::mem::take(&mut self.loss) / end.weight;
+        let outcome = StepOutcome::new(loss, global_norm(&self.grads));
+        if outcome.updated {
+            let depth = &self.depth;
+            let lr_of = |id: Id| rates.lr * rates.by_layer[depth[id.0]];
+            let grad_scale = if end.clip > 0.0 { clip_factor(outcome.grad_norm, end.clip) } else { 1.0 };
+            let rates = StepRates { lr_of: &lr_of, weight_decay: rates.weight_decay, grad_scale };
+            self.model.update(|params| self.optimizer.step(params, &self.grads, &rates));
+        }
+        self.grads.clear();
+        self.ended = Some(outcome);
         Ok(())
+    }
+
+    fn outcome(&mut self) -> anyhow::Result<StepOutcome> {
+        self.ended.take().context("no step was ended")
     }
 
     fn average(&mut self) -> anyhow::Result<()> {
@@ -244,7 +296,7 @@ impl Backend for CpuBackend {
 
     fn evaluate(&mut self, batch: &Batch<'_>) -> anyhow::Result<f64> {
         let mut loss = 0.0;
-        for pass in batch.split(pass_rows(batch.batch, batch.seq))? {
+        for pass in batch.split(cpu_pass_rows(batch.batch, batch.seq))? {
             // Nothing is kept for a backward: the smallest workspace does.
             self.workspace(&pass, Checkpointing::EveryLayer);
             let (_, workspace) = self.workspace.as_mut().expect("made by the line above");
@@ -257,15 +309,7 @@ impl Backend for CpuBackend {
         if prompt.is_empty() {
             return Ok(());
         }
-        // Samples come from what deployment would run, in full precision where that has a choice.
-        let options = PackOptions { packing: Packing::I2, sparse: Packing::I2, dense: DenseFormat::F32 };
-        let archive = Archive::open(to_bytes(self.model.config(), self.model.params(), None, options)?)?;
-        let mut session = Session::new(archive.model())?;
-        let mut next = pick(session.extend(archive.model(), prompt)?);
-        while let Some(token) = next {
-            next = pick(session.extend(archive.model(), &[token])?);
-        }
-        Ok(())
+        continue_on_cpu(&packed(self.model.config(), self.model.params())?, prompt, pick)
     }
 
     fn adopt_average(&mut self) -> anyhow::Result<bool> {

@@ -21,6 +21,8 @@ Examples:
   elleci-train --preset mini --data data/shards --out runs/mini
   elleci-train --config run.toml --set optimizer.peak_lr=1e-3 --steps 2000
   elleci-train --preset elleci-1.5b --dry-run          memory, arithmetic and time of the reference run
+  elleci-train --preset mini --data data/shards --device cuda     on the first NVIDIA card
+  elleci-train --preset elleci-1.5b --dry-run --device cuda --cuda-memory 24GiB     what it takes of such a card
   elleci-train --resume runs/mini --steps 20000        longer than planned
   elleci-train step --init model/ --batch io.safetensors --out grads/
 
@@ -63,6 +65,9 @@ pub struct TrainArgs {
     /// Prints memory, arithmetic and time of the run, then times some real steps; writes nothing
     #[arg(long)]
     pub dry_run: bool,
+    /// With --dry-run --device cuda: plans for a card with this much free memory (12GiB, 80GB), which need not be there
+    #[arg(long, value_name = "BYTES", requires = "dry_run", value_parser = parse_bytes)]
+    pub cuda_memory: Option<u64>,
     /// auto: go on if --out holds an unfinished run; never: refuse if it holds one; DIR: a run or a checkpoint
     #[arg(long, value_name = "auto|never|DIR", default_value = "auto")]
     pub resume: String,
@@ -72,7 +77,7 @@ pub struct TrainArgs {
     /// Weights to start from: a Hugging Face folder, a checkpoint, or a run (its newest)
     #[arg(long, value_name = "HF_DIR|CKPT")]
     pub init: Option<PathBuf>,
-    /// cpu; cuda or cuda:N where built in (training.device)
+    /// cpu, cuda or cuda:N (training.device); [cuda] of the configuration says how a card is used
     #[arg(long, value_name = "DEVICE")]
     pub device: Option<String>,
     /// Worker threads (training.threads) [default: all]
@@ -103,12 +108,32 @@ pub struct StepArgs {
     /// Folder to write to
     #[arg(short, long, value_name = "DIR")]
     pub out: PathBuf,
-    /// cpu; cuda or cuda:N where built in
+    /// cpu (only training runs on a card)
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     pub device: String,
     /// Worker threads [default: all]
     #[arg(short, long, value_name = "N", default_value_t = 0, hide_default_value = true)]
     pub threads: usize,
+}
+
+/// A number of bytes: with a unit, of 1000 or 1024.
+fn parse_bytes(text: &str) -> Result<u64, String> {
+    const UNITS: [(&str, f64); 7] = [
+        ("TiB", (1u64 << 40) as f64),
+        ("GiB", (1u64 << 30) as f64),
+        ("MiB", (1u64 << 20) as f64),
+        ("TB", 1e12),
+        ("GB", 1e9),
+        ("MB", 1e6),
+        ("", 1.0),
+    ];
+    let number = text.trim_end_matches(|c: char| c.is_ascii_alphabetic()).trim();
+    let unit = text[text.trim_end_matches(|c: char| c.is_ascii_alphabetic()).len()..].trim();
+    let factor = UNITS.iter().find(|(name, _)| name.eq_ignore_ascii_case(unit)).map(|(_, factor)| factor);
+    match (number.parse::<f64>(), factor) {
+        (Ok(n), Some(factor)) if n.is_finite() && n > 0.0 => Ok((n * factor) as u64),
+        _ => Err("write a number with GiB, MiB, GB or MB, e.g. 12GiB".into()),
+    }
 }
 
 impl TrainArgs {

@@ -26,6 +26,9 @@ pub struct RunConfig {
     pub data: DataConfig,
     /// Stochastic weight averaging.
     pub swa: SwaConfig,
+    /// What only a run on a card reads. (Runs older than this section had none.)
+    #[serde(default)]
+    pub cuda: CudaConfig,
 }
 
 /// Length, batches, intervals.
@@ -42,7 +45,8 @@ pub struct TrainingConfig {
     pub tokens_per_step: usize,
     /// Sequence lengths, each until a share of the steps; the last until 1.
     pub sequence: Vec<SequenceStage>,
-    /// `none`, `layer`, or a number k: keep the activations of every k-th layer only.
+    /// `none`, `layer`, a number k: keep the activations of every k-th layer only; or `auto`: the fastest that fits the memory that
+    /// the device has free. All give the same bits.
     pub checkpointing: String,
     /// Precision of the gradients that enter the products of ternary projections. (Runs older than this key had float32.)
     #[serde(default)]
@@ -222,6 +226,45 @@ pub struct SwaConfig {
     pub start: f64,
 }
 
+/// What only a run on a card reads. None of it changes what a checkpoint holds: a run may go on with other values, or on a CPU.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CudaConfig {
+    /// Operands of the products that are not exact anyway.
+    #[serde(default = "bf16")]
+    pub products: CudaFloat,
+    /// Matrices while they are trained; bf16 ones are updated with stochastic rounding.
+    #[serde(default)]
+    pub masters: CudaFloat,
+    /// Gradients of matrices.
+    #[serde(default)]
+    pub gradients: CudaFloat,
+    /// Sequences that the card works on at once; 0 = as many of a micro-batch as are fastest with the memory that it has free.
+    #[serde(default)]
+    pub rows: usize,
+}
+
+fn bf16() -> CudaFloat {
+    CudaFloat::Bf16
+}
+
+impl Default for CudaConfig {
+    fn default() -> CudaConfig {
+        CudaConfig { products: bf16(), masters: CudaFloat::Float32, gradients: CudaFloat::Float32, rows: 0 }
+    }
+}
+
+/// A type of floats on a card.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CudaFloat {
+    /// float32
+    #[default]
+    Float32,
+    /// bf16
+    Bf16,
+}
+
 /// Optimizer steps at most.
 const MAX_STEPS: u64 = 1 << 25;
 /// Tokens of a micro-batch at most.
@@ -371,25 +414,26 @@ impl RunConfig {
         Ok(())
     }
 
-    /// The parsed `training.checkpointing`: 0 = none, k = every k-th layer.
-    fn checkpointing(&self) -> Result<usize, Misfit> {
+    /// The parsed `training.checkpointing`: 0 = none, k = every k-th layer; `None` = auto.
+    fn checkpointing(&self) -> Result<Option<usize>, Misfit> {
         let value = self.training.checkpointing.as_str();
         match (value, value.parse()) {
-            ("none", _) => Ok(0),
-            ("layer", _) => Ok(1),
-            (_, Ok(k)) if k > 0 => Ok(k),
+            ("auto", _) => Ok(None),
+            ("none", _) => Ok(Some(0)),
+            ("layer", _) => Ok(Some(1)),
+            (_, Ok(k)) if k > 0 => Ok(Some(k)),
             _ => misfit(
                 "training.checkpointing",
                 format!("`{value}`"),
-                "write \"none\", \"layer\" or a number of layers",
+                "write \"auto\", \"none\", \"layer\" or a number of layers",
             )
-            .map(|()| 0),
+            .map(|()| None),
         }
     }
 
-    /// Keep the activations of every k-th layer only; 0 = of all. Of a validated configuration.
-    pub fn checkpoint_every(&self) -> usize {
-        self.checkpointing().unwrap_or(0)
+    /// Keep the activations of every k-th layer only; 0 = of all, `None` = as the device's memory allows. Of a validated configuration.
+    pub fn checkpoint_every(&self) -> Option<usize> {
+        self.checkpointing().unwrap_or(Some(0))
     }
 }
 

@@ -8,14 +8,17 @@ use elleci_core::memory::{MemoryPlan, PlanOptions, plan, work_per_token};
 use elleci_core::model::Checkpointing;
 use elleci_core::optim::StatePrecision;
 use elleci_core::params::ParamLayout;
+use elleci_cuda::driver::probe;
 
+use super::backend::Backend;
 use super::batches::{Feed, RandomFeed, ShardFeed};
 use super::cli::TrainArgs;
 use super::config::RunConfig;
-use super::device::{Device, available_memory};
+use super::cuda::choice;
+use super::device::{Device, Target, available_memory};
 use super::log::Log;
 use super::plan::{Plan, checkpointing, gradients, head, largest_pass, precision};
-use super::session::cpu_backend;
+use super::session::{card_backend, cpu_backend, weights};
 use super::{Progress, Run};
 use crate::report::format::{duration, si, thousands};
 use crate::report::{Goal, Peak};
@@ -27,14 +30,49 @@ const STEPS: u64 = 20;
 ///
 /// # Errors
 /// Faulty data; a fault of the device.
-pub fn run(args: &TrainArgs, mut config: RunConfig) -> anyhow::Result<()> {
-    let device = Device::choose(&config.training.device, config.training.threads)?;
+pub fn run(args: &TrainArgs, config: RunConfig) -> anyhow::Result<()> {
+    let schedule = Plan::new(&config, &config.data.sources.keys().cloned().collect::<Vec<_>>());
+    match Target::parse(&config.training.device)? {
+        Target::Cpu => on_cpu(args, config, &schedule),
+        Target::Cuda(ordinal) => on_card(args, config, &schedule, ordinal),
+    }
+}
+
+/// The plan of a card: of the one that is there, or of one with the memory that is asked about.
+fn on_card(args: &TrainArgs, config: RunConfig, schedule: &Plan, ordinal: usize) -> anyhow::Result<()> {
+    let probed = probe(ordinal);
+    let (room, what) = match (args.cuda_memory, &probed) {
+        (Some(bytes), _) => {
+            (Some(bytes), format!("a card with {:.2} GiB free (--cuda-memory)", bytes as f64 / (1u64 << 30) as f64))
+        }
+        (None, Ok(card)) => (Some(card.room()), format!("cuda:{ordinal} {}", card.name)),
+        (None, Err(e)) => (None, format!("no card: {e}")),
+    };
+    eprintln!("elleci-train {} | {what}", env!("CARGO_PKG_VERSION"));
+    print!("{}", describe_run(&config, schedule));
+    let Some(room) = room else {
+        print!("{}", choice::describe(&config, &choice::choose(&config, schedule, u64::MAX)?));
+        println!(
+            "\nThat is the fastest form; --cuda-memory 12GiB says what it is on a card with so much free. Not stepping: {what}"
+        );
+        return Ok(());
+    };
+    print!("{}", choice::describe(&config, &choice::choose(&config, schedule, room)?));
+    if args.cuda_memory.is_some() {
+        println!("\nNot stepping: --cuda-memory asks for the plan alone");
+        return Ok(());
+    }
+    let device = Device::for_training(&config.training.device, config.training.threads)?;
+    measure(args, config, schedule, &device, None)
+}
+
+fn on_cpu(args: &TrainArgs, config: RunConfig, schedule: &Plan) -> anyhow::Result<()> {
+    let device = Device::cpu(config.training.threads);
     eprintln!("elleci-train {} | {}", env!("CARGO_PKG_VERSION"), device.announcement);
     let peak = Peak::measure(device.threads);
-    let total = config.training.steps;
-    let schedule = Plan::new(&config, &config.data.sources.keys().cloned().collect::<Vec<_>>());
-    let memory = memory_of(&config, &schedule, checkpointing(&config), precision(&config));
-    print!("{}", describe(&config, &schedule, &memory, peak));
+    let kept = kept_on_cpu(&config, schedule);
+    let memory = memory_of(&config, schedule, kept, precision(&config));
+    print!("{}{}", describe_run(&config, schedule), describe(&config, schedule, (&memory, kept), peak));
 
     let (need, free) = (memory.total() as u64, available_memory());
     if need > free {
@@ -42,21 +80,38 @@ pub fn run(args: &TrainArgs, mut config: RunConfig) -> anyhow::Result<()> {
             "\nNot stepping: a step needs {} and this machine has {} free. Smaller: {}.",
             bytes(need),
             bytes(free),
-            smaller(&config)
+            smaller(&config, kept)
         );
         return Ok(());
     }
-    let steps = args.steps.unwrap_or(STEPS).min(total);
+    measure(args, config, schedule, &device, Some(peak))
+}
+
+/// Times the first steps, and says how long the whole run takes at that rate.
+fn measure(
+    args: &TrainArgs,
+    mut config: RunConfig,
+    schedule: &Plan,
+    device: &Device,
+    peak: Option<Peak>,
+) -> anyhow::Result<()> {
+    let steps = args.steps.unwrap_or(STEPS).min(config.training.steps);
     // One batch of held-out text is enough for an estimate.
     config.training.eval_tokens = 1;
-    let seconds_per_flop = device.install(|| time_steps(args, &config, peak, steps))?;
-    let eta = total_flops(&config, &schedule) * seconds_per_flop;
+    let seconds_per_flop = device.install(|| time_steps(args, &config, device, peak, steps))?;
+    let eta = total_flops(&config, schedule) * seconds_per_flop;
     println!("\nMeasured     {steps} steps; the whole run takes {} at that rate", duration(eta));
     Ok(())
 }
 
 /// Seconds of a step for each of its operations: the median over the first `steps` steps of the run.
-fn time_steps(args: &TrainArgs, config: &RunConfig, peak: Peak, steps: u64) -> anyhow::Result<f64> {
+fn time_steps(
+    args: &TrainArgs,
+    config: &RunConfig,
+    device: &Device,
+    peak: Option<Peak>,
+    steps: u64,
+) -> anyhow::Result<f64> {
     let feed: Box<dyn Feed> = if config.data.dir.as_os_str().is_empty() {
         eprintln!("no --data: the steps are timed on random tokens");
         Box::new(RandomFeed::new(config))
@@ -66,19 +121,25 @@ fn time_steps(args: &TrainArgs, config: &RunConfig, peak: Peak, steps: u64) -> a
     let plan = Plan::new(config, &feed.sources());
     let goal = Goal { steps, tokens: (0..steps).map(|s| plan.at(s).shape.tokens() as u64).sum() };
     let stop = AtomicBool::new(false);
+    let weights = weights(config, args.init.as_deref(), false)?;
+    let backend: Box<dyn Backend> = match &device.card {
+        None => Box::new(cpu_backend(config, &plan, weights)?),
+        Some(card) => Box::new(card_backend(config, &plan, &weights, card)?),
+    };
     let mut run = Run {
         text: None,
         store: None,
         log: Log::to_stderr(Some(goal)),
         recorder: None,
         progress: Progress::default(),
-        peak: Some(peak),
+        peak,
         machine: Vec::new(),
         stop: &stop,
         plan,
-        backend: Box::new(cpu_backend(config, args.init.as_deref(), false)?),
+        backend,
         feed,
         config: config.clone(),
+        ahead: None,
     };
     let outcome = run.train(steps)?;
     run.log.finish();
@@ -95,9 +156,18 @@ fn time_steps(args: &TrainArgs, config: &RunConfig, peak: Peak, steps: u64) -> a
     Ok(rates[rates.len() / 2])
 }
 
-/// Bytes that a run needs at most.
-pub fn planned_bytes(config: &RunConfig, schedule: &Plan) -> u64 {
-    memory_of(config, schedule, checkpointing(config), precision(config)).total() as u64
+/// Bytes that a run on the CPU needs at most.
+pub fn planned_bytes(config: &RunConfig, schedule: &Plan, kept: Checkpointing) -> u64 {
+    memory_of(config, schedule, kept, precision(config)).total() as u64
+}
+
+/// Activations that a run on the CPU keeps: as configured, or the most that its memory allows.
+pub fn kept_on_cpu(config: &RunConfig, schedule: &Plan) -> Checkpointing {
+    checkpointing(config).unwrap_or_else(|| {
+        let free = available_memory();
+        let mut forms = choice::forms(config.model.n_layers).into_iter();
+        forms.find(|kept| planned_bytes(config, schedule, *kept) <= free).unwrap_or(Checkpointing::EveryLayer)
+    })
 }
 
 fn memory_of(config: &RunConfig, schedule: &Plan, kept: Checkpointing, states: StatePrecision) -> MemoryPlan {
@@ -115,9 +185,9 @@ fn total_flops(config: &RunConfig, schedule: &Plan) -> f64 {
 }
 
 /// What would make a step smaller and is not in place yet.
-fn smaller(config: &RunConfig) -> String {
+fn smaller(config: &RunConfig, kept: Checkpointing) -> String {
     let mut ways = Vec::new();
-    if checkpointing(config) != Checkpointing::EveryLayer {
+    if kept != Checkpointing::EveryLayer {
         ways.push("--set training.checkpointing=layer");
     }
     if precision(config) != StatePrecision::Block8 {
@@ -135,7 +205,8 @@ fn bytes(n: u64) -> String {
     format!("{}B", si(n as f64))
 }
 
-fn describe(config: &RunConfig, schedule: &Plan, memory: &MemoryPlan, peak: Peak) -> String {
+/// Model, length and arithmetic, which are the same everywhere.
+fn describe_run(config: &RunConfig, schedule: &Plan) -> String {
     let mut out = String::new();
     let mut line = |what: &str, text: String| _ = writeln!(out, "{what:<13}{text}");
     let model = &config.model;
@@ -155,9 +226,16 @@ fn describe(config: &RunConfig, schedule: &Plan, memory: &MemoryPlan, peak: Peak
         line(label, format!("{all} FLOPs a token in sequences of {} ({int8} int8, {float} float32)", shape.seq_len));
         label = "";
     }
-    let flops = total_flops(config, schedule);
-    let least = duration(flops / (peak.gflops * 1e9));
-    line("", format!("{flops:.2e} FLOPs in all: {least} at this machine's float32 peak of {:.0} GFLOP/s", peak.gflops));
+    line("", format!("{:.2e} FLOPs in all", total_flops(config, schedule)));
+    out
+}
+
+/// What a CPU's peak makes of the arithmetic, and its memory.
+fn describe(config: &RunConfig, schedule: &Plan, (memory, kept): (&MemoryPlan, Checkpointing), peak: Peak) -> String {
+    let mut out = String::new();
+    let mut line = |what: &str, text: String| _ = writeln!(out, "{what:<13}{text}");
+    let least = duration(total_flops(config, schedule) / (peak.gflops * 1e9));
+    line("", format!("{least} at this machine's float32 peak of {:.0} GFLOP/s", peak.gflops));
     let (rows, seq) = largest_pass(config, schedule);
     line("Memory", format!("of a step, {rows} x {seq} tokens at a time:"));
     let mut part =
@@ -166,7 +244,7 @@ fn describe(config: &RunConfig, schedule: &Plan, memory: &MemoryPlan, peak: Peak
     part("weights (float32)", memory.weights, String::new());
     part("ternary forms", memory.ternary, String::new());
     part("gradients", memory.gradients, String::new());
-    let (kept, states) = (checkpointing(config), precision(config));
+    let states = precision(config);
     let wide = other(kept, StatePrecision::F32);
     let narrow = other(kept, StatePrecision::Block8);
     let states_note = format!("float32 {}, 8-bit {}", bytes(wide.optimizer as u64), bytes(narrow.optimizer as u64));
@@ -207,7 +285,7 @@ mod tests {
     fn eight_bit_states_save_a_quarter_of_the_reference_step() {
         let config = load(Some("elleci-1.5b"), &[]).unwrap();
         let schedule = Plan::new(&config, &config.data.sources.keys().cloned().collect::<Vec<_>>());
-        let of = |states| memory_of(&config, &schedule, checkpointing(&config), states);
+        let of = |states| memory_of(&config, &schedule, Checkpointing::EveryLayer, states);
         let (wide, narrow) = (of(StatePrecision::F32), of(StatePrecision::Block8));
         assert!(narrow.average > 0 && narrow.activations > 0);
         assert!(narrow.optimizer as f64 <= 0.35 * wide.optimizer as f64, "{narrow:?} {wide:?}");

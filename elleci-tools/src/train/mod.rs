@@ -5,6 +5,7 @@ pub mod batches;
 pub mod bundled;
 pub mod cli;
 pub mod config;
+pub mod cuda;
 pub mod device;
 pub mod dry_run;
 pub mod eval;
@@ -22,13 +23,11 @@ mod tests;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use elleci_core::optim::norm::clip_factor;
-
 use crate::checkpoint::Store;
 use crate::exit::Interrupted;
 use crate::report::{Peak, StepRecord};
-use backend::Backend;
-use batches::Feed;
+use backend::{Backend, StepEnd};
+use batches::{Feed, StepData};
 use config::RunConfig;
 use log::Log;
 use plan::Plan;
@@ -74,6 +73,15 @@ pub struct Run<'a> {
     pub machine: Vec<(String, String)>,
     /// Set by a signal: the step that runs is the last.
     pub stop: &'a AtomicBool,
+    /// The data of the next step, read while the device works on this one.
+    pub ahead: Option<Ahead>,
+}
+
+/// Data that has been read and not been trained on.
+pub struct Ahead {
+    data: anyhow::Result<StepData>,
+    /// Where the feed stood before it was read: where a checkpoint goes on.
+    cursor: serde_json::Value,
 }
 
 /// What a call of [`Run::train`] did.
@@ -96,38 +104,38 @@ impl Run<'_> {
             let started = Instant::now();
             let step = self.plan.at(self.progress.step);
 
-            let data = self.feed.next(step.shape, step.weights)?;
+            let data = match self.ahead.take() {
+                Some(ahead) => ahead.data?,
+                None => self.feed.next(step.shape, step.weights)?,
+            };
             if let Some(recorder) = &mut self.recorder {
                 recorder.write(self.progress.step, &data, &step.rates)?;
             }
 
-            let (mut loss, scale) = (0.0, (1.0 / data.weight) as f32);
+            let scale = (1.0 / data.weight) as f32;
             for micro in &data.micro {
-                loss += self.backend.accumulate(&micro.view(), scale)?;
+                self.backend.accumulate(&micro.view(), scale)?;
             }
-            loss /= data.weight;
-
-            let norm = self.backend.grad_norm()?;
-            let finite = loss.is_finite() && norm.is_finite();
-            if finite {
-                let clip = self.config.training.clip;
-                self.backend.update(&step.rates, if clip > 0.0 { clip_factor(norm, clip) } else { 1.0 })?;
-            } else {
-                self.backend.discard()?;
-                self.progress.skipped += 1;
-            }
+            let end = StepEnd { weight: data.weight, clip: self.config.training.clip };
+            self.backend.update(&step.rates, end)?;
             if step.averages {
                 self.backend.average()?;
             }
+            if self.progress.step + 1 < until {
+                let (cursor, next) = (self.feed.cursor()?, self.plan.at(self.progress.step + 1));
+                self.ahead = Some(Ahead { data: self.feed.next(next.shape, next.weights), cursor });
+            }
+            let came = self.backend.outcome()?;
+            self.progress.skipped += u64::from(!came.updated);
 
             let seconds = started.elapsed().as_secs_f64();
             let rate = data.tokens as f64 / seconds;
             let record = StepRecord {
                 step: self.progress.step + 1,
                 tokens: self.progress.tokens + data.tokens,
-                loss,
+                loss: came.loss,
                 lr: step.rates.lr,
-                grad_norm: norm,
+                grad_norm: came.grad_norm,
                 phase: step.phase + 1,
                 seq_len: step.shape.seq_len,
                 skipped: self.progress.skipped,
@@ -139,7 +147,7 @@ impl Run<'_> {
             self.progress.tokens += data.tokens;
             self.progress.seconds += seconds;
             self.log.step(&record)?;
-            outcome.losses.push(loss);
+            outcome.losses.push(record.loss);
             outcome.seconds.push(seconds);
 
             let stop = self.stop.load(Ordering::Relaxed);

@@ -7,7 +7,7 @@ use elleci_core::optim::StatePrecision;
 use elleci_core::optim::schedule::{Cooldown, Lerac, Phases, SequenceCurriculum, StepShape, Wsd, boundary};
 use elleci_core::ternary::GradPrecision;
 
-use super::backend::{StepForm, pass_rows};
+use super::backend::{StepForm, cpu_pass_rows};
 use super::batches::phase_weights;
 use super::config::{CooldownKind, Gradients, Head, LeracMode, RunConfig, States};
 
@@ -148,13 +148,13 @@ pub fn curriculum(config: &RunConfig) -> SequenceCurriculum {
     }
 }
 
-/// Activation checkpointing of a configuration.
-pub fn checkpointing(config: &RunConfig) -> Checkpointing {
-    match config.checkpoint_every() {
+/// Activation checkpointing of a configuration; `None` = as the device's memory allows.
+pub fn checkpointing(config: &RunConfig) -> Option<Checkpointing> {
+    config.checkpoint_every().map(|every| match every {
         0 => Checkpointing::None,
         1 => Checkpointing::EveryLayer,
         k => Checkpointing::EveryKth(k),
-    }
+    })
 }
 
 /// Precision of the optimizer states of a configuration.
@@ -181,14 +181,21 @@ pub fn head(config: &RunConfig) -> HeadPrecision {
     }
 }
 
-/// How a configuration has its steps computed.
-pub fn step_form(config: &RunConfig) -> StepForm {
-    StepForm { checkpointing: checkpointing(config), gradients: gradients(config), head: head(config) }
+/// How a configuration has its steps computed, with these activations kept.
+pub fn step_form(config: &RunConfig, checkpointing: Checkpointing) -> StepForm {
+    StepForm { checkpointing, gradients: gradients(config), head: head(config) }
+}
+
+/// Rows and tokens of the largest micro-batch of a configuration.
+pub fn largest_micro_batch(config: &RunConfig, plan: &Plan) -> (usize, usize) {
+    let sizes = plan.stages().into_iter().map(|(shape, _)| (shape.rows(0), shape.seq_len));
+    sizes.max_by_key(|&(rows, seq)| (rows * seq, seq)).unwrap_or((config.training.batch, config.model.max_seq_len))
 }
 
 /// Sequences and tokens a sequence of the largest pass that the CPU makes in a run: what memory must hold.
 pub fn largest_pass(config: &RunConfig, plan: &Plan) -> (usize, usize) {
-    let passes = plan.stages().into_iter().map(|(shape, _)| (pass_rows(shape.rows(0), shape.seq_len), shape.seq_len));
+    let passes =
+        plan.stages().into_iter().map(|(shape, _)| (cpu_pass_rows(shape.rows(0), shape.seq_len), shape.seq_len));
     passes.max_by_key(|&(rows, seq)| (rows * seq, seq)).unwrap_or((1, config.model.max_seq_len))
 }
 

@@ -28,7 +28,10 @@ impl Run<'_> {
             updates,
             averaged,
             rng: RngState::new(self.config.training.seed),
-            data: self.feed.cursor()?,
+            data: match &self.ahead {
+                Some(ahead) => ahead.cursor.clone(),
+                None => self.feed.cursor()?,
+            },
             tokenizer: self.feed.tokenizer(),
             seconds: self.progress.seconds,
             config: self.config.clone(),
@@ -53,6 +56,7 @@ impl Run<'_> {
         state.accepts(&self.config)?;
         state.accepts_tokenizer(&self.feed.tokenizer())?;
         let at = || format!("resuming from {}", checkpoint.dir.display());
+        self.ahead = None;
         self.feed.restore(&state.data).with_context(at)?;
         let counters = Counters { updates: state.updates, averaged: state.averaged };
         for group in groups_of(state.averaged) {

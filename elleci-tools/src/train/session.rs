@@ -6,15 +6,19 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, bail, ensure};
 use elleci_core::init::initialise;
-use elleci_core::model::Model;
+use elleci_core::model::{Checkpointing, Model};
 use elleci_core::optim::AdamWConfig;
 use elleci_core::params::Params;
+use elleci_cuda::device::Device as _;
+use elleci_cuda::driver::{Card, Facts};
 
-use super::backend::{CpuBackend, Group};
+use super::backend::{Backend, CpuBackend, Group};
 use super::batches::{Feed, ShardFeed};
 use super::bundled;
 use super::cli::TrainArgs;
 use super::config::RunConfig;
+use super::cuda::CudaBackend;
+use super::cuda::choice::{Choice, choose, describe};
 use super::device::{Device, available_memory};
 use super::log::{Log, first_and_last_loss, write_text};
 use super::plan::{Plan, precision, same_model, step_form};
@@ -50,7 +54,7 @@ pub fn run(args: &TrainArgs) -> anyhow::Result<()> {
         }
         _ => layers::load(args.preset.as_deref(), &layers)?,
     };
-    let device = Device::choose(&config.training.device, config.training.threads)?;
+    let device = Device::for_training(&config.training.device, config.training.threads)?;
     eprintln!("elleci-train {} | {}", env!("CARGO_PKG_VERSION"), device.announcement);
     if let Some(checkpoint) = &resumed
         && is_finished(&out, &checkpoint.state, &config)
@@ -191,26 +195,31 @@ fn train(
         check_tokenizer(&config.data.tokenizer, &feed)?;
     }
     let plan = Plan::new(&config, &feed.sources());
-    let (need, free) = (dry_run::planned_bytes(&config, &plan), available_memory());
-    if need > free {
-        eprintln!("warning: a step needs {need} bytes of memory and {free} are free; --dry-run tells what takes them");
-    }
-    let backend = cpu_backend(&config, args.init.as_deref(), resumed.is_some())?;
+    let weights = weights(&config, args.init.as_deref(), resumed.is_some())?;
     let peak = Peak::measure(device.threads);
-    let machine = crate::report::machine::facts(&peak);
+    let mut machine = crate::report::machine::facts(&peak);
+    // No card's peak is known: the share of it reached is not a number there.
+    let (backend, peak): (Box<dyn Backend>, _) = match &device.card {
+        None => (Box::new(cpu_backend(&config, &plan, weights)?), Some(peak)),
+        Some(card) => {
+            machine.push(("Card".into(), format!("{}, driver of CUDA {}.{}", card.name, card.driver.0, card.driver.1)));
+            (Box::new(card_backend(&config, &plan, &weights, card)?), None)
+        }
+    };
     let mut run = Run {
         text: tokenizer.as_deref().map(load_text).transpose()?,
         store: Some(Store::open(&out.join(CHECKPOINTS))?),
         log: Log::to_stderr(None),
         recorder: args.record_batches.as_deref().map(Recorder::create).transpose()?,
         progress: Progress::default(),
-        backend: Box::new(backend),
+        backend,
         feed: Box::new(feed),
-        peak: Some(peak),
+        peak,
         machine,
         stop,
         plan,
         config,
+        ahead: None,
     };
     if run.text.is_none() {
         eprintln!("warning: no tokenizer.json beside the data: no samples, and the exported model will have none");
@@ -230,8 +239,27 @@ fn train(
     let goal = Goal { steps: run.plan.steps(), tokens: run.plan.total_tokens() };
     run.log = Log::open(out, Some(goal), run.progress.step)?;
     announce(&run);
-    run.train(run.plan.steps())?;
+    run.train(run.plan.steps()).map_err(|e| after_a_fault(e, &run))?;
     finish(&mut run, out, tokenizer.as_deref())
+}
+
+/// Says of a device's fault what is left, and how to go on.
+fn after_a_fault(error: anyhow::Error, run: &Run<'_>) -> anyhow::Error {
+    let of_device =
+        error.chain().any(|e| e.is::<elleci_cuda::trainer::Error>() || e.is::<elleci_cuda::device::DeviceError>());
+    if !of_device {
+        return error;
+    }
+    let newest = run.store.as_ref().and_then(|s| s.newest());
+    match newest {
+        Some((step, path)) => error.context(format!(
+            "the card failed in step {}; the checkpoint of step {step} is good ({}), and the same command goes on from it, with \
+             --device cpu too",
+            run.progress.step + 1,
+            path.display()
+        )),
+        None => error.context(format!("the card failed in step {}; there is no checkpoint yet", run.progress.step + 1)),
+    }
 }
 
 fn load_text(path: &Path) -> anyhow::Result<Box<dyn Text>> {
@@ -250,26 +278,54 @@ fn check_tokenizer(path: &Path, feed: &ShardFeed) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The CPU backend with fresh weights, or those of `--init`. Where a checkpoint follows, fresh weights need not be drawn.
-pub(super) fn cpu_backend(config: &RunConfig, init: Option<&Path>, resumed: bool) -> anyhow::Result<CpuBackend> {
-    let params = match init {
-        _ if resumed => Params::zeros(elleci_core::params::ParamLayout::new(&config.model)),
-        None => initialise(&config.model, config.training.seed),
-        Some(path) => {
-            let (model, params) = load_model(path).with_context(|| format!("--init {}", path.display()))?;
-            if let Some((key, theirs, ours)) = same_model(&model, &config.model) {
-                return Err(usage(format!(
-                    "--init {}: its `{key}` is {theirs}, this run has {ours}; set model.{key}={theirs}",
-                    path.display()
-                )));
-            }
-            params
-        }
+/// Fresh weights, or those of `--init`. Where a checkpoint follows, fresh weights need not be drawn.
+pub(super) fn weights(config: &RunConfig, init: Option<&Path>, resumed: bool) -> anyhow::Result<Params> {
+    let Some(path) = init.filter(|_| !resumed) else {
+        return Ok(match resumed {
+            true => Params::zeros(elleci_core::params::ParamLayout::new(&config.model)),
+            false => initialise(&config.model, config.training.seed),
+        });
     };
+    let (model, params) = load_model(path).with_context(|| format!("--init {}", path.display()))?;
+    if let Some((key, theirs, ours)) = same_model(&model, &config.model) {
+        return Err(usage(format!(
+            "--init {}: its `{key}` is {theirs}, this run has {ours}; set model.{key}={theirs}",
+            path.display()
+        )));
+    }
+    Ok(params)
+}
+
+/// The CPU backend with these weights. Says so where the machine's memory looks too small.
+pub(super) fn cpu_backend(config: &RunConfig, schedule: &Plan, weights: Params) -> anyhow::Result<CpuBackend> {
+    let kept = dry_run::kept_on_cpu(config, schedule);
+    let (need, free) = (dry_run::planned_bytes(config, schedule, kept), available_memory());
+    if need > free {
+        eprintln!("warning: a step needs {need} bytes of memory and {free} are free; --dry-run tells what takes them");
+    }
+    new_cpu_backend(config, weights, kept)
+}
+
+pub(super) fn new_cpu_backend(config: &RunConfig, weights: Params, kept: Checkpointing) -> anyhow::Result<CpuBackend> {
     let o = &config.optimizer;
     let adamw = AdamWConfig { beta1: o.betas[0], beta2: o.betas[1], eps: o.eps };
-    let model = Model::new(config.model.clone(), params)?;
-    Ok(CpuBackend::new(model, adamw, precision(config), step_form(config)))
+    let model = Model::new(config.model.clone(), weights)?;
+    Ok(CpuBackend::new(model, adamw, precision(config), step_form(config, kept)))
+}
+
+/// The card with these weights, used as its memory allows.
+pub(super) fn card_backend(
+    config: &RunConfig,
+    schedule: &Plan,
+    weights: &Params,
+    card: &Facts,
+) -> anyhow::Result<CudaBackend> {
+    // What does not fit is said before the kernels are compiled.
+    choose(config, schedule, card.room()).with_context(|| format!("cuda:{}", card.ordinal))?;
+    let mut device = Card::open(card.ordinal)?;
+    let choice: Choice = choose(config, schedule, device.room()?).with_context(|| device.describe())?;
+    eprint!("{}", describe(config, &choice));
+    CudaBackend::new(Box::new(device), config, weights, &choice)
 }
 
 fn announce(run: &Run<'_>) {

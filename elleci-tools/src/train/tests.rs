@@ -4,16 +4,17 @@
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
-use elleci_core::model::Batch;
+use elleci_core::model::{Batch, Checkpointing};
 
-use super::backend::{Backend, Counters, Group, pass_rows};
+use super::backend::{Backend, Counters, Group, StepEnd, StepOutcome, cpu_pass_rows};
 use super::batches::{Feed, MicroBatch, RandomFeed, StepData};
 use super::layers::{Layer, load};
 use super::log::Log;
-use super::plan::{Plan, Rates};
+use super::plan::{Plan, Rates, checkpointing};
 use super::*;
 use crate::checkpoint::tensors::{Tensor, TensorFile};
 use crate::checkpoint::{Checkpoint, TokenizerId};
+use elleci_core::optim::norm::clip_factor;
 
 const VOCAB: usize = 16;
 
@@ -26,6 +27,8 @@ struct Bigram {
     /// The loss of this call of `accumulate` (counted over all) is not a number.
     poison: Option<u64>,
     calls: u64,
+    loss: f64,
+    ended: Option<StepOutcome>,
 }
 
 impl Bigram {
@@ -39,6 +42,8 @@ impl Bigram {
             counters: Counters::default(),
             poison: None,
             calls: 0,
+            loss: 0.0,
+            ended: None,
         }
     }
 
@@ -71,28 +76,31 @@ impl Bigram {
 }
 
 impl Backend for Bigram {
-    fn accumulate(&mut self, batch: &Batch<'_>, scale: f32) -> anyhow::Result<f64> {
+    fn accumulate(&mut self, batch: &Batch<'_>, scale: f32) -> anyhow::Result<()> {
         self.calls += 1;
         let loss = Bigram::forward(&self.weights, batch, scale, Some(&mut self.grads));
-        Ok(if self.poison == Some(self.calls) { f64::NAN } else { loss })
-    }
-
-    fn grad_norm(&mut self) -> anyhow::Result<f64> {
-        Ok(self.grads.iter().map(|g| f64::from(g * g)).sum::<f64>().sqrt())
-    }
-
-    fn update(&mut self, rates: &Rates, grad_scale: f32) -> anyhow::Result<()> {
-        for i in 0..self.weights.len() {
-            self.momentum[i] = 0.9 * self.momentum[i] + grad_scale * self.grads[i];
-            self.weights[i] -= 1e3 * rates.lr as f32 * self.momentum[i];
-        }
-        self.counters.updates += 1;
-        self.discard()
-    }
-
-    fn discard(&mut self) -> anyhow::Result<()> {
-        self.grads.fill(0.0);
+        self.loss += if self.poison == Some(self.calls) { f64::NAN } else { loss };
         Ok(())
+    }
+
+    fn update(&mut self, rates: &Rates, end: StepEnd) -> anyhow::Result<()> {
+        let norm = self.grads.iter().map(|g| f64::from(g * g)).sum::<f64>().sqrt();
+        let outcome = StepOutcome::new(std::mem::take(&mut self.loss) / end.weight, norm);
+        if outcome.updated {
+            let grad_scale = if end.clip > 0.0 { clip_factor(norm, end.clip) } else { 1.0 };
+            for i in 0..self.weights.len() {
+                self.momentum[i] = 0.9 * self.momentum[i] + grad_scale * self.grads[i];
+                self.weights[i] -= 1e3 * rates.lr as f32 * self.momentum[i];
+            }
+            self.counters.updates += 1;
+        }
+        self.grads.fill(0.0);
+        assert!(self.ended.replace(outcome).is_none(), "the step before was not read");
+        Ok(())
+    }
+
+    fn outcome(&mut self) -> anyhow::Result<StepOutcome> {
+        self.ended.take().ok_or_else(|| anyhow::anyhow!("no step was ended"))
     }
 
     fn average(&mut self) -> anyhow::Result<()> {
@@ -218,6 +226,7 @@ fn run<'a>(dir: Option<&Path>, settings: &[&str], stop: &'a AtomicBool) -> Run<'
         machine: Vec::new(),
         stop,
         config,
+        ahead: None,
     }
 }
 
@@ -264,11 +273,12 @@ fn accumulation_equals_the_large_batch() {
             first.targets.extend(second.targets);
             first.weights.extend(second.weights);
         }
-        let mut loss = 0.0;
         for micro in &data.micro {
-            loss += run.backend.accumulate(&micro.view(), (1.0 / data.weight) as f32).unwrap();
+            run.backend.accumulate(&micro.view(), (1.0 / data.weight) as f32).unwrap();
         }
-        (loss / data.weight, run.backend.grad_norm().unwrap())
+        run.backend.update(&plan.at(0).rates, StepEnd { weight: data.weight, clip: 1.0 }).unwrap();
+        let outcome = run.backend.outcome().unwrap();
+        (outcome.loss, outcome.grad_norm)
     };
     let ((a, b), (c, d)) = (weigh(true), weigh(false));
     // The double adds position by position, in the same order either way: not one bit may differ.
@@ -357,25 +367,33 @@ fn tiny(settings: &[&str]) -> RunConfig {
 
 #[test]
 fn a_large_micro_batch_is_worked_on_in_passes() {
-    let of = [(16, 1024), (7, 1024), (8, 256), (9, 256), (1, 5000), (3, 2048)].map(|(rows, seq)| pass_rows(rows, seq));
+    let of =
+        [(16, 1024), (7, 1024), (8, 256), (9, 256), (1, 5000), (3, 2048)].map(|(rows, seq)| cpu_pass_rows(rows, seq));
     assert_eq!(of, [2, 1, 8, 3, 1, 1]);
     let config = tiny(&[]);
     let (rows, seq) = (12, 256);
     let tokens: Vec<u32> = (0..rows * seq).map(|i| (i * i % 13) as u32).collect();
     let weights: Vec<f32> = (0..rows * seq).map(|i| (i % 3) as f32).collect();
     let whole = Batch { batch: rows, seq, tokens: &tokens, targets: &tokens, weights: &weights };
-    assert_eq!(pass_rows(rows, seq), 6);
+    assert_eq!(cpu_pass_rows(rows, seq), 6);
+    let backend = || {
+        let weights = session::weights(&config, None, false).unwrap();
+        session::new_cpu_backend(&config, weights, Checkpointing::None).unwrap()
+    };
+    let plan = Plan::new(&config, &["it".to_string()]);
     let step = |batches: &[Batch<'_>]| {
-        let mut backend = session::cpu_backend(&config, None, false).unwrap();
+        let mut backend = backend();
         let evaluated: f64 = batches.iter().map(|b| backend.evaluate(b).unwrap()).sum();
-        let loss: f64 = batches.iter().map(|b| backend.accumulate(b, 1e-3).unwrap()).sum();
-        [loss, evaluated, backend.grad_norm().unwrap()].map(f64::to_bits)
+        batches.iter().for_each(|b| backend.accumulate(b, 1e-3).unwrap());
+        backend.update(&plan.at(0).rates, StepEnd { weight: 1e3, clip: 1.0 }).unwrap();
+        let outcome = backend.outcome().unwrap();
+        [outcome.loss, outcome.grad_norm, evaluated].map(f64::to_bits)
     };
     let halves: Vec<Batch<'_>> = whole.split(6).unwrap().collect();
     assert_eq!(halves.len(), 2);
     assert_eq!(step(std::slice::from_ref(&whole)), step(&halves));
     let short = Batch { tokens: &tokens[1..], ..whole };
-    let mut backend = session::cpu_backend(&config, None, false).unwrap();
+    let mut backend = backend();
     assert!(backend.accumulate(&short, 1.0).is_err() && backend.evaluate(&short).is_err());
 }
 
@@ -394,10 +412,12 @@ fn accumulation_equals_the_large_batch_on_the_cpu() {
     let (few, many) = (split[0].weight(), split[1].weight());
     assert!(few * 1.5 < many, "the micro-batches weigh {few} and {many}");
     let step = |micro: &[MicroBatch]| {
-        let mut backend = session::cpu_backend(&config, None, false).unwrap();
-        let scale = (1.0 / weight) as f32;
-        let loss: f64 = micro.iter().map(|m| backend.accumulate(&m.view(), scale).unwrap()).sum();
-        (loss / weight, backend.grad_norm().unwrap())
+        let weights = session::weights(&config, None, false).unwrap();
+        let mut backend = session::new_cpu_backend(&config, weights, checkpointing(&config).unwrap()).unwrap();
+        micro.iter().for_each(|m| backend.accumulate(&m.view(), (1.0 / weight) as f32).unwrap());
+        backend.update(&plan.at(0).rates, StepEnd { weight, clip: 1.0 }).unwrap();
+        let outcome = backend.outcome().unwrap();
+        (outcome.loss, outcome.grad_norm)
     };
     let ((a, b), (c, d)) = (step(&split), step(&[whole]));
     // Both add the same numbers in another order; where that moves a value over a boundary of the int8 quantiser, it moves by

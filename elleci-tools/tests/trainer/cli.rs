@@ -113,8 +113,13 @@ fn wrong_usage_is_named_with_exit_code_2() {
         (&["--set", "training.batch=zero"], &["training.batch", "zero"]),
         (&["--set", "novalue"], &["key=value"]),
         (&["--steps", "0"], &["--steps"]),
-        (&["--device", "cuda"], &["cuda", "--device cpu"]),
-        (&["--device", "tpu"], &["tpu"]),
+        (&["--device", "tpu"], &["tpu", "cuda:N"]),
+        (&["--device", "cuda:x"], &["cuda:x", "cuda:N"]),
+        (&["--cuda-memory", "12GiB"], &["--dry-run"]),
+        (&["--dry-run", "--cuda-memory", "a lot"], &["12GiB"]),
+        (&["--set", "cuda.product=bf16"], &["cuda.product", "`products`"]),
+        (&["--set", "cuda.masters=f16"], &["cuda.masters", "float32"]),
+        (&["--set", "training.checkpointing=some"], &["training.checkpointing", "auto"]),
         (&["--resume", "nowhere"], &["nowhere"]),
         (&["--preset", "mini"], &["--data", "cosmopedia", "elleci-data prepare"]),
         (&["--bogus"], &["--bogus"]),
@@ -124,6 +129,35 @@ fn wrong_usage_is_named_with_exit_code_2() {
             assert!(err.contains(part), "{args:?}: `{part}` is not in: {err}");
         }
     }
+}
+
+/// On a machine without a card, which is what this can test: it is named with exit code 1 and what to do, nothing is written, and the plan
+/// of a card can be had all the same.
+#[test]
+fn a_card_that_is_not_there_is_named() {
+    if elleci_cuda::driver::probe(0).is_ok() {
+        eprintln!("skipped: there is a card");
+        return;
+    }
+    let scene = Scene::new();
+    for device in ["cuda", "cuda:3"] {
+        let (_, err) = scene.expect(scene.command("run", &["--device", device]), 1);
+        assert!(err.contains("libcuda") || err.contains("libnvrtc") || err.contains("cuda:"), "{err}");
+        assert!(!scene.path("run").exists(), "nothing was trained");
+    }
+    let (out, err) = scene.expect(scene.command("run", &["--device", "cuda", "--dry-run"]), 0);
+    assert!(
+        err.contains("no card") && out.contains("FLOPs in all") && out.contains("Not stepping: no card"),
+        "{out}{err}"
+    );
+    let plan = ["--preset", "elleci-1.5b", "--device", "cuda", "--dry-run", "--cuda-memory"];
+    let small = ["--set", "cuda.masters=bf16", "--set", "training.checkpointing=auto"];
+    let (out, _) = scene.expect(scene.bare(&[&plan[..], &["11.5GiB"], &small].concat()), 0);
+    for part in ["matrices bf16", "optimizer states", "in the host's memory", "total", "asks for the plan alone"] {
+        assert!(out.contains(part), "`{part}` is not in: {out}");
+    }
+    let (_, err) = scene.expect(scene.bare(&[&plan[..], &["11.5GiB"]].concat()), 1);
+    assert!(err.contains("11.50 GiB are free") && err.contains("--set cuda.masters=bf16"), "{err}");
 }
 
 #[test]

@@ -45,6 +45,7 @@ enum Command {
 pub struct Emulated {
     base: *mut u8,
     bytes: u64,
+    memory: u64,
     regions: Vec<Region>,
     seed: u64,
     recording: Option<Vec<Command>>,
@@ -61,6 +62,7 @@ impl Emulated {
         Emulated {
             base: std::ptr::null_mut(),
             bytes: 0,
+            memory: 1 << 40,
             regions: Vec::new(),
             seed,
             recording: None,
@@ -68,6 +70,11 @@ impl Emulated {
             launches: 0,
             _machine: machine,
         }
+    }
+
+    /// The same device with this many bytes of memory.
+    pub fn with_memory(self, memory: u64) -> Emulated {
+        Emulated { memory, ..self }
     }
 
     /// Bytes asked for so far, at the most.
@@ -165,7 +172,14 @@ impl Device for Emulated {
         "emulated CUDA device".into()
     }
 
+    fn room(&mut self) -> Result<u64> {
+        Ok(self.memory)
+    }
+
     fn reserve(&mut self, arena: &Arena) -> Result<()> {
+        if arena.bytes() > self.memory {
+            return Err(DeviceError::Memory { needed: arena.bytes(), free: self.memory });
+        }
         // SAFETY: the machine is this device's while it holds the lock; the old memory has no other user.
         self.base = unsafe { emulated_memory(arena.bytes().max(256) as usize) };
         if self.base.is_null() {

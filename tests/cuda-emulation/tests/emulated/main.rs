@@ -4,3 +4,4 @@ mod faults;
 mod kernels;
 mod machine;
 mod step;
+mod training;

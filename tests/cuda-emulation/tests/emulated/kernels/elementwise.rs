@@ -209,10 +209,11 @@ fn cross_entropy_and_its_gradient() {
             (bench.floats(&logits), bench.empty(Dtype::F64, rows), bench.empty(Dtype::F64, 1));
         let t =
             Targets { targets: bench.words(&targets), weights: bench.floats(&weights), scale: bench.floats(&[scale]) };
+        let step = bench.bytes(Dtype::F64, 1, 3.0f64.to_le_bytes().to_vec());
         let mut device = bench.start(31);
         for grad in [false, true] {
             loss::cross_entropy(&mut device, logits_buf, vocab, t, grad, losses).unwrap();
-            loss::sum(&mut device, losses, total).unwrap();
+            loss::sum(&mut device, losses, total, grad.then_some(step)).unwrap();
             let (mut want, mut want_loss) = (Vec::new(), 0.0f64);
             for r in 0..rows {
                 let row: Vec<f64> = logits[r * vocab..(r + 1) * vocab].iter().map(|v| *v as f64).collect();
@@ -227,6 +228,8 @@ fn cross_entropy_and_its_gradient() {
             let got = f64::from_le_bytes(read_bytes(&mut device, total).try_into().unwrap());
             // The sum of exponentials is float32: relative 2e-6, and so absolute in its logarithm.
             assert!((got - want_loss).abs() <= 2e-6 * rows as f64, "{got} {want_loss}");
+            let of_step = f64::from_le_bytes(read_bytes(&mut device, step).try_into().unwrap());
+            assert_eq!(of_step, if grad { 3.0 + got } else { 3.0 }, "only a step with gradients counts");
             let expected = if grad { want } else { logits.clone() };
             close("logits", &read(&mut device, logits_buf), &expected, F32);
         }

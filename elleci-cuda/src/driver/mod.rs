@@ -11,6 +11,12 @@ use crate::device::{Arg, Device, DeviceError, Launch, Recording, Result};
 use crate::nvrtc;
 use crate::source::SOURCES;
 
+mod staging;
+mod timing;
+
+use staging::Staging;
+pub use timing::Mark;
+
 /// The oldest compute capability with bf16 tensor cores.
 const OLDEST: (i32, i32) = (8, 0);
 
@@ -37,30 +43,156 @@ pub struct Card {
     recordings: Vec<(sys::CUgraph, sys::CUgraphExec)>,
     capability: (i32, i32),
     name: String,
+    staging: Option<Staging>,
+}
+
+/// Memory that stays free beside a plan: for recorded steps (graphs) and what the driver takes as it goes.
+const SPARE: u64 = 256 << 20;
+
+/// What a device says of itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Facts {
+    /// Its number.
+    pub ordinal: usize,
+    /// Its name.
+    pub name: String,
+    /// Its compute capability.
+    pub capability: (i32, i32),
+    /// Bytes of its memory that are free now.
+    pub free: u64,
+    /// Bytes of its memory.
+    pub total: u64,
+    /// The version of CUDA that the driver is for.
+    pub driver: (i32, i32),
+}
+
+impl Facts {
+    /// Bytes that a plan may take.
+    pub fn room(&self) -> u64 {
+        self.free.saturating_sub(SPARE)
+    }
+}
+
+/// Asks a device what it is, and whether kernels could be compiled for it; compiles nothing.
+///
+/// # Errors
+/// A missing or old driver, a missing NVRTC, no such device, one that is too old, or a fault of it.
+pub fn probe(ordinal: usize) -> Result<Facts> {
+    guarded(|| {
+        let (device, name, capability) = find(ordinal)?;
+        let driver = driver_version()?;
+        // SAFETY: the device is valid; the context is released below.
+        let context = unsafe { result::primary_ctx::retain(device) }.map_err(fault("make a context on the device"))?;
+        // SAFETY: the context was just retained.
+        let entered = unsafe { result::ctx::set_current(context) };
+        let memory = entered.and_then(|()| result::mem_get_info()).map_err(fault("ask for the free memory"));
+        // SAFETY: retained above and not used after this.
+        let _ = unsafe { result::primary_ctx::release(device) };
+        let (free, total) = memory?;
+        Ok(Facts { ordinal, name, capability, free: free as u64, total: total as u64, driver })
+    })
+}
+
+/// Runs what calls the driver and NVRTC, where both are there and fit together.
+fn guarded<T>(f: impl FnOnce() -> Result<T> + std::panic::UnwindSafe) -> Result<T> {
+    // SAFETY: `is_culib_present` only opens the library.
+    if !unsafe { sys::is_culib_present() } {
+        return Err(DeviceError::Missing { library: "libcuda", reason: "no NVIDIA driver is installed".into() });
+    }
+    nvrtc::available()?;
+    // cudarc panics where a library is there and lacks a function.
+    let outcome = catch_unwind(|| {
+        let (driver, nvrtc) = (driver_version()?, nvrtc::version()?);
+        // Machine code of a newer minor version runs, of a newer major version does not.
+        match driver.0 < nvrtc.0 {
+            true => Err(DeviceError::OldDriver { driver, nvrtc }),
+            false => f(),
+        }
+    });
+    outcome.unwrap_or_else(|_| {
+        Err(DeviceError::Missing { library: "libcuda", reason: "it is too old: it lacks functions".into() })
+    })
+}
+
+fn driver_version() -> Result<(i32, i32)> {
+    let mut version = 0;
+    // SAFETY: the number outlives the call, which may come before any other.
+    let asked = unsafe { sys::cuDriverGetVersion(&mut version) }.result();
+    asked.map_err(fault("ask for the driver's version"))?;
+    Ok((version / 1000, version % 1000 / 10))
+}
+
+/// A device with its name and compute capability.
+fn find(ordinal: usize) -> Result<(sys::CUdevice, String, (i32, i32))> {
+    let count = match result::init() {
+        Ok(()) => result::device::get_count().map_err(fault("count the devices"))? as usize,
+        Err(DriverError(sys::CUresult::CUDA_ERROR_NO_DEVICE)) => 0,
+        Err(e) => return Err(fault("start the CUDA driver")(e)),
+    };
+    if ordinal >= count {
+        return Err(DeviceError::NoDevice { ordinal, count });
+    }
+    let device = result::device::get(ordinal as i32).map_err(fault("find the device"))?;
+    use sys::CUdevice_attribute::*;
+    let attribute = |a| {
+        // SAFETY: the device is one that the driver just named.
+        unsafe { result::device::get_attribute(device, a) }.map_err(fault("ask for the device's properties"))
+    };
+    let capability = (
+        attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+        attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+    );
+    if capability < OLDEST {
+        return Err(DeviceError::TooOld { capability });
+    }
+    let name = result::device::get_name(device).map_err(fault("ask for the device's name"))?;
+    Ok((device, name, capability))
+}
+
+/// What to do about an error of the driver.
+fn remedy(error: sys::CUresult) -> &'static str {
+    use sys::CUresult::*;
+    match error {
+        CUDA_ERROR_OUT_OF_MEMORY => "another process may have taken the memory (nvidia-smi lists them)",
+        CUDA_ERROR_DEVICE_UNAVAILABLE => {
+            "the card is in exclusive mode and another process has it (nvidia-smi lists them)"
+        }
+        CUDA_ERROR_ECC_UNCORRECTABLE | CUDA_ERROR_NVLINK_UNCORRECTABLE | CUDA_ERROR_HARDWARE_STACK_ERROR => {
+            "the card has a hardware fault (nvidia-smi -q tells more): resume from the last checkpoint on another card, or on this \
+             one after a reset"
+        }
+        CUDA_ERROR_ILLEGAL_ADDRESS
+        | CUDA_ERROR_LAUNCH_FAILED
+        | CUDA_ERROR_MISALIGNED_ADDRESS
+        | CUDA_ERROR_ILLEGAL_INSTRUCTION
+        | CUDA_ERROR_INVALID_ADDRESS_SPACE
+        | CUDA_ERROR_INVALID_PC
+        | CUDA_ERROR_ASSERT
+        | CUDA_ERROR_CONTEXT_IS_DESTROYED => {
+            "this process can use the card no more: the last checkpoint is good, resume from it"
+        }
+        CUDA_ERROR_LAUNCH_TIMEOUT => {
+            "the card also drives a screen, which ends long kernels: use another, or smaller micro-batches"
+        }
+        CUDA_ERROR_SYSTEM_DRIVER_MISMATCH | CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE => {
+            "the driver and its kernel module are of different versions: restart the machine"
+        }
+        CUDA_ERROR_SYSTEM_NOT_READY => {
+            "a service of the driver does not run yet (nvidia-fabricmanager, where there is NVSwitch)"
+        }
+        CUDA_ERROR_NO_BINARY_FOR_GPU | CUDA_ERROR_UNSUPPORTED_PTX_VERSION | CUDA_ERROR_INVALID_IMAGE => {
+            "the driver is older than NVRTC: update it"
+        }
+        _ => "",
+    }
 }
 
 /// The driver's error with what to do about it.
 fn fault(action: &'static str) -> impl Fn(DriverError) -> DeviceError {
-    use sys::CUresult::*;
     move |e| {
-        let remedy = match e.0 {
-            CUDA_ERROR_OUT_OF_MEMORY => "; another process may have taken the memory (nvidia-smi lists them)",
-            CUDA_ERROR_DEVICE_UNAVAILABLE => "; the card is in exclusive mode and another process has it",
-            CUDA_ERROR_ECC_UNCORRECTABLE => {
-                "; the card's memory has a hardware fault: resume from the last checkpoint on another"
-            }
-            CUDA_ERROR_ILLEGAL_ADDRESS | CUDA_ERROR_LAUNCH_FAILED | CUDA_ERROR_MISALIGNED_ADDRESS => {
-                "; this process can use the card no more: the last checkpoint is good, resume from it"
-            }
-            CUDA_ERROR_SYSTEM_DRIVER_MISMATCH | CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE => {
-                "; the driver and its kernel module are of different versions: restart the machine"
-            }
-            CUDA_ERROR_NO_BINARY_FOR_GPU | CUDA_ERROR_UNSUPPORTED_PTX_VERSION => {
-                "; the driver is older than NVRTC: update it"
-            }
-            _ => "",
-        };
-        DeviceError::Driver { action, reason: format!("{e}{remedy}") }
+        let remedy = remedy(e.0);
+        let colon = if remedy.is_empty() { "" } else { "; " };
+        DeviceError::Driver { action, reason: format!("{e}{colon}{remedy}") }
     }
 }
 
@@ -70,38 +202,11 @@ impl Card {
     /// # Errors
     /// A missing driver or NVRTC, no such device, one that is too old, or a fault of it.
     pub fn open(ordinal: usize) -> Result<Card> {
-        // SAFETY: `is_culib_present` only opens the library.
-        if !unsafe { sys::is_culib_present() } {
-            return Err(DeviceError::Missing { library: "libcuda", reason: "no NVIDIA driver is installed".into() });
-        }
-        nvrtc::available()?;
-        // cudarc panics where a library is there and lacks a function.
-        let opened = catch_unwind(|| Card::open_present(ordinal));
-        opened.unwrap_or_else(|_| {
-            Err(DeviceError::Missing { library: "libcuda", reason: "it is too old: it lacks functions".into() })
-        })
+        guarded(|| Card::open_present(ordinal))
     }
 
     fn open_present(ordinal: usize) -> Result<Card> {
-        result::init().map_err(fault("start the CUDA driver"))?;
-        let count = result::device::get_count().map_err(fault("count the devices"))? as usize;
-        if ordinal >= count {
-            return Err(DeviceError::NoDevice { ordinal, count });
-        }
-        let device = result::device::get(ordinal as i32).map_err(fault("find the device"))?;
-        use sys::CUdevice_attribute::*;
-        let attribute = |a| {
-            // SAFETY: the device is one that the driver just named.
-            unsafe { result::device::get_attribute(device, a) }.map_err(fault("ask for the device's properties"))
-        };
-        let capability = (
-            attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
-            attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
-        );
-        if capability < OLDEST {
-            return Err(DeviceError::TooOld { capability });
-        }
-        let name = result::device::get_name(device).map_err(fault("ask for the device's name"))?;
+        let (device, name, capability) = find(ordinal)?;
         // SAFETY: the device is valid; the context is released when the card is dropped.
         let context = unsafe { result::primary_ctx::retain(device) }.map_err(fault("make a context on the device"))?;
         let mut card = Card {
@@ -117,10 +222,12 @@ impl Card {
             recordings: Vec::new(),
             capability,
             name,
+            staging: None,
         };
         card.enter()?;
         card.stream =
             result::stream::create(result::stream::StreamKind::NonBlocking).map_err(fault("make a stream"))?;
+        card.staging = Some(Staging::new().map_err(fault("allocate page-locked memory"))?);
         card.load()?;
         Ok(card)
     }
@@ -204,7 +311,7 @@ impl Card {
                 let _ = result::stream::synchronize(self.stream);
                 let _ = result::free_sync(self.memory);
             }
-            self.memory = 0;
+            (self.memory, self.bytes) = (0, 0);
         }
     }
 
@@ -226,6 +333,13 @@ impl Drop for Card {
         }
         self.forget_recordings();
         self.free();
+        if let Some(mut staging) = self.staging.take() {
+            // SAFETY: the stream is idle, or has failed and runs nothing any more.
+            unsafe {
+                let _ = result::stream::synchronize(self.stream);
+                staging.destroy();
+            }
+        }
         for module in self.modules.drain(..) {
             // SAFETY: loaded by this card; its functions are not used afterwards.
             let _ = unsafe { result::module::unload(module) };
@@ -246,14 +360,19 @@ impl Device for Card {
         format!("cuda:{} {}, compute capability {major}.{minor}", self.ordinal, self.name)
     }
 
+    fn room(&mut self) -> Result<u64> {
+        self.enter()?;
+        let (free, _) = result::mem_get_info().map_err(fault("ask for the free memory"))?;
+        Ok((free as u64 + self.bytes).saturating_sub(SPARE))
+    }
+
     fn reserve(&mut self, arena: &Arena) -> Result<()> {
         self.enter()?;
         self.forget_recordings();
         self.free();
-        let (free, _) = result::mem_get_info().map_err(fault("ask for the free memory"))?;
-        let needed = arena.bytes();
-        if needed > free as u64 {
-            return Err(DeviceError::Memory { needed, free: free as u64 });
+        let (needed, free) = (arena.bytes(), self.room()?);
+        if needed > free {
+            return Err(DeviceError::Memory { needed, free });
         }
         // SAFETY: the memory is undefined until written, as the trait says.
         self.memory = unsafe { result::malloc_sync(needed as usize) }.map_err(fault("allocate the plan's memory"))?;
@@ -275,9 +394,10 @@ impl Device for Card {
     fn write(&mut self, to: Buf, bytes: &[u8]) -> Result<()> {
         self.enter()?;
         assert_eq!(to.bytes(), bytes.len() as u64, "a copy of another size");
-        // SAFETY: the buffer lies in the card's memory and has the size of the bytes, which the driver has read, or staged, when
-        // it returns (they are not page-locked).
-        unsafe { result::memcpy_htod_async(self.address(to), bytes, self.stream) }.map_err(fault("copy to the device"))
+        let (at, stream) = (self.address(to), self.stream);
+        let staging = self.staging.as_mut().expect("made when the card was opened");
+        // SAFETY: the buffer lies in the card's memory and has the size of the bytes; the stream is the card's.
+        unsafe { staging.copy(at, bytes, stream) }.map_err(fault("copy to the device"))
     }
 
     fn read(&mut self, from: Buf, bytes: &mut [u8]) -> Result<()> {
@@ -358,5 +478,15 @@ mod tests {
             }
             Err(e) => panic!("{e}"),
         }
+        assert_eq!(probe(0).is_ok(), Card::open(0).is_ok());
+    }
+
+    #[test]
+    fn sticky_errors_and_hardware_faults_say_what_to_do() {
+        use sys::CUresult::*;
+        assert!(remedy(CUDA_ERROR_ILLEGAL_ADDRESS).contains("last checkpoint is good"));
+        assert!(remedy(CUDA_ERROR_ECC_UNCORRECTABLE).contains("resume from the last checkpoint on another card"));
+        assert!(remedy(CUDA_ERROR_OUT_OF_MEMORY).contains("nvidia-smi"));
+        assert_eq!(remedy(CUDA_SUCCESS), "");
     }
 }
