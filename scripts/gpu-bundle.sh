@@ -24,7 +24,8 @@ for line in sys.stdin:
 }
 
 tests=$(built test --release --locked -p elleci-cuda-emulation --test emulated --no-run)
-bench=$(built build --release --locked -p elleci-cuda --example bench)
+# With the tools selected too, the core has the features that the tests have, and is not built again.
+bench=$(built build --release --locked -p elleci-cuda -p elleci-tools --example bench)
 for program in "$tests" "$bench"; do
     [ -n "$program" ] || { echo "gpu-bundle.sh: cargo names no program" >&2; exit 1; }
 done

@@ -185,9 +185,11 @@ impl Trainer {
         (self.updates, self.averaged) = (updates, averaged);
     }
 
-    /// Runs every step anew instead of recording the first and replaying it.
+    /// From here on, every step is launched anew instead of recorded once and replayed.
     pub fn without_recording(&mut self) {
         self.record = false;
+        self.ending = None;
+        self.shapes.values_mut().for_each(|s| s.recording = None);
     }
 
     /// Buffers that outlive a step; they lie at the same place in the plans of all shapes.
