@@ -1,5 +1,6 @@
 //! Opening a model for inference, from whatever form it has.
 
+use std::fs::File;
 use std::path::Path;
 
 use anyhow::{Context, ensure};
@@ -52,8 +53,13 @@ impl OpenModel {
         let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
         let at = || path.display().to_string();
         let other = path.extension().is_some_and(|e| ["pth", "pt", "safetensors"].iter().any(|o| e == *o));
-        let bytes = if path.is_dir() || other { pack(path)? } else { map(path)? };
-        OpenModel::from_bytes(name, bytes).with_context(at)
+        if path.is_dir() || other {
+            return OpenModel::from_bytes(name, pack(path)?).with_context(at);
+        }
+        let (bytes, file) = map(path)?;
+        let mut open = OpenModel::from_bytes(name, bytes).with_context(at)?;
+        open.archive = open.archive.with_row_reader(move |offset, to| mapped::read_at(&file, offset, to));
+        Ok(open)
     }
 
     /// Random weights of a built-in shape, in the default formats and without a tokenizer.
@@ -169,10 +175,10 @@ impl OpenModel {
     }
 }
 
-fn map(path: &Path) -> anyhow::Result<ModelBytes> {
-    let map = mapped::map(path).context("no archive that elleci-convert wrote")?;
+fn map(path: &Path) -> anyhow::Result<(ModelBytes, File)> {
+    let (map, file) = mapped::open(path).context("no archive that elleci-convert wrote")?;
     ensure!(!map.is_empty(), "{} is empty", path.display());
-    Ok(ModelBytes::Mapped(map))
+    Ok((ModelBytes::Mapped(map), file))
 }
 
 /// Packs a model that has float weights, in the default formats.
