@@ -5,7 +5,8 @@
     python3 bench/overlap.py LOG/samples_*.jsonl -- TEXT.jsonl TEXT.txt …
 
 Sentences are compared without case and punctuation, and have at least three words. Prompts and templates of the evaluation
-that are no sentences (choices of one word, numbers) do not count. Exit code 1 if any occurs.
+that are no sentences (choices of one word, numbers) do not count. Accuracy is given again without the items that hold one
+of them. Exit code 1 if any occurs.
 """
 
 import json
@@ -52,10 +53,17 @@ def main():
     print(f"{len(trained):,} different sentences in training text")
     found = 0
     for path in sys.argv[1:cut]:
-        asked = {s for line in open(path, encoding="utf-8") for text in strings(json.loads(line)["doc"]) for s in sentences(text)}
+        with open(path, encoding="utf-8") as lines:
+            items = [json.loads(line) for line in lines]
+        held = [{s for text in strings(item["doc"]) for s in sentences(text)} for item in items]
+        asked = set().union(*held)
         common = sorted(asked & trained)
         found += len(common)
         print(f"{path}: {len(asked):,} different sentences, {len(common)} of them in training text", *common[:20], sep="\n    ")
+        if common and "acc" in items[0]:
+            clean = [item["acc"] for item, h in zip(items, held) if not h & trained]
+            whole = sum(item["acc"] for item in items) / len(items)
+            print(f"    acc {whole:.4f} on all {len(items)} items, {sum(clean) / len(clean):.4f} on the {len(clean)} without them")
     return found > 0
 
 
