@@ -378,7 +378,7 @@ fn logits_are_those_of_the_trained_model() {
 fn wrong_usage_exits_with_2() {
     let scene = Scene::new();
     scene.fails(&[], 2, &["Usage"]);
-    scene.fails(&["generate"], 2, &["--model"]);
+    scene.fails(&["bench"], 2, &["--model"]);
     for (args, part) in [
         (&["--temp", "-1"][..], "`temperature` is -1"),
         (&["--top-p", "0"], "`top_p` is 0"),
@@ -484,4 +484,21 @@ fn a_closed_pipe_is_no_error() {
         assert_eq!(output.status.code(), Some(0), "{err}");
         assert!(!err.contains("error"), "{err}");
     }
+}
+
+/// On a fresh clone, without a model of one's own.
+#[test]
+fn the_bundled_model_answers() {
+    let scene = Scene::new();
+    let (code, out, err) = scene.run(&["chat", "--temp", "0", "-n", "60"], "Ciao!\nCome ti chiami?\n");
+    assert_eq!(code, Some(0), "{err}");
+    let answers: Vec<&str> = out.lines().collect();
+    assert_eq!(answers.len(), 2, "{out}");
+    assert!(answers[0].starts_with("Ciao") && answers[1].split_whitespace().count() > 2, "{out}");
+    assert!(err.contains("the bundled model; -m takes another"), "{err}");
+
+    let text = scene.ok(&["generate", "-p", "C'era una volta", "-n", "20", "--temp", "0"], "");
+    assert!(text.split_whitespace().count() > 5, "{text}");
+    let (_, _, quiet) = scene.run(&["generate", "-q", "-p", "C'era", "-n", "2"], "");
+    assert_eq!(quiet, "");
 }

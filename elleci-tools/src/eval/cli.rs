@@ -53,8 +53,9 @@ pub enum Suite {
 /// An evaluation.
 #[derive(Debug, Args)]
 pub struct RunArgs {
-    /// Model: an .elleci archive; a Hugging Face folder, a checkpoint, a run or a .pth file is packed in memory
-    #[arg(short, long, value_name = "PATH", required = true)]
+    /// Model: an .elleci archive; a Hugging Face folder, a checkpoint, a run or a .pth file is packed in memory [default: the
+    /// small model that is part of this program]
+    #[arg(short, long, value_name = "PATH")]
     pub model: Option<PathBuf>,
     /// Which set of tasks [default: it, unless --tasks or --text is given]
     #[arg(long, value_enum)]

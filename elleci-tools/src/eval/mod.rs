@@ -102,12 +102,11 @@ impl Prepared {
 fn evaluate(args: &RunArgs) -> anyhow::Result<()> {
     let start = Instant::now();
     let date = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64();
-    let path = args.model.as_ref().context("--model is missing")?;
     let tasks = chosen(args)?;
     let device = Device::choose(&args.device.device, args.device.threads)?;
     eprintln!("{}", device.announcement);
     device.install(|| {
-        let open = OpenModel::open(path).context("--model")?;
+        let open = OpenModel::chosen(args.model.as_deref())?;
         eprintln!("{}", open.announcement());
         let max_length = args.max_length.map_or(open.config().max_seq_len, |n| n as usize);
         let mut engine = Engine::new(&open, max_length)?;
@@ -117,7 +116,7 @@ fn evaluate(args: &RunArgs) -> anyhow::Result<()> {
         let seconds = start.elapsed().as_secs_f64();
         let facts = Facts {
             model: open.name.clone(),
-            path: path.display().to_string(),
+            path: args.model.as_ref().map_or("bundled".into(), |path| path.display().to_string()),
             parameters: open.parameters(),
             model_hash,
             max_length,

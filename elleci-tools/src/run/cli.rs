@@ -14,6 +14,7 @@ use crate::serve::settings::ServeArgs;
     name = "elleci-run",
     version,
     after_help = "Examples:
+  elleci-run chat                                            with the small model that is part of this program
   elleci-run generate -m model.elleci -p \"C'era una volta\" -n 100
   elleci-run chat -m model.elleci
   elleci-run serve -m model.elleci --port 8080
@@ -46,9 +47,10 @@ pub enum Command {
 /// Which model, on what.
 #[derive(Debug, Args)]
 pub struct ModelArgs {
-    /// Model: an .elleci archive; a Hugging Face folder, a checkpoint, a run or a .pth file is packed in memory
+    /// Model: an .elleci archive; a Hugging Face folder, a checkpoint, a run or a .pth file is packed in memory [default: the
+    /// small model that is part of this program]
     #[arg(short, long, value_name = "PATH")]
-    pub model: PathBuf,
+    pub model: Option<PathBuf>,
     /// Where to compute.
     #[command(flatten)]
     pub device: DeviceArgs,
@@ -173,7 +175,7 @@ impl LengthArgs {
     after_help = "Standard output gets the continuation, as it comes. The same model, prompt and --seed give the same text.
 
 Examples:
-  elleci-run generate -m model.elleci -p \"C'era una volta\"
+  elleci-run generate -p \"C'era una volta\"
   elleci-run generate -m model.elleci -f prompt.txt -n 500 --temp 0.7 --stop $'\\n\\n'
   echo 'La capitale d'Italia è' | elleci-run generate -m model.elleci --temp 0 --json
   elleci-run generate -m model.elleci --chat -p 'Chi sei?'
@@ -228,7 +230,7 @@ pub struct GenerateArgs {
 Ctrl-C stops an answer, Ctrl-D leaves. From a pipe every line is a message, and only answers are written.
 
 Examples:
-  elleci-run chat -m model.elleci
+  elleci-run chat
   elleci-run chat -m model.elleci --system 'Rispondi in una frase.' --temp 0.6
   printf 'Ciao!\\nCome stai?\\n' | elleci-run chat -m model.elleci --temp 0"
 )]
@@ -348,12 +350,14 @@ mod tests {
             "elleci-run bench --preset nano",
             "elleci-run chat -m m --system x",
             "elleci-run serve -m m -t 2 -c 2048 --host 0.0.0.0 --port 0 --api-key k --cors * --temp 0.5",
+            "elleci-run chat",
+            "elleci-run generate -p x",
             "elleci-run logits -m m --batch b --out o",
         ] {
             parse(line).unwrap_or_else(|e| panic!("{line}: {e}"));
         }
         for line in [
-            "elleci-run generate -p x",
+            "elleci-run logits -m m --out o",
             "elleci-run generate -m m -n -2",
             "elleci-run generate -m m -s ten",
             "elleci-run generate -m m -p x -f y",

@@ -32,7 +32,7 @@ pub fn run(args: &GenerateArgs) -> anyhow::Result<()> {
     };
     report(&device.announcement);
     device.install(|| {
-        let open = OpenModel::open(&args.model.model).context("--model")?;
+        let open = OpenModel::chosen(args.model.model.as_deref())?;
         report(&open.announcement());
         let tokens = tokens_of(args, &open, &prompt)?;
         let answer = continue_prompt(args, &open, sampler, &prompt, &tokens)?;

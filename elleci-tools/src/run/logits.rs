@@ -18,7 +18,7 @@ pub fn run(args: &LogitsArgs) -> anyhow::Result<()> {
     let device = Device::choose(&args.model.device.device, args.model.device.threads)?;
     eprintln!("{}", device.announcement);
     device.install(|| {
-        let open = OpenModel::open(&args.model.model).context("--model")?;
+        let open = OpenModel::chosen(args.model.model.as_deref())?;
         eprintln!("{}", open.announcement());
         let vocab_size = open.config().vocab_size;
         let ([rows, seq], tokens) = read_batch(args, vocab_size)?;

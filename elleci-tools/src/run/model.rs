@@ -19,6 +19,11 @@ use crate::exit::usage;
 use crate::mapped;
 use crate::report::format::si;
 
+/// The archive that is part of the program: docs/model.md says how it was trained.
+const BUNDLED: &[u8] = include_bytes!("../../../fixtures/model/talk-nano.elleci");
+/// What it is called.
+const BUNDLED_NAME: &str = "talk-nano";
+
 /// Where the bytes of an archive lie.
 enum ModelBytes {
     /// In a file.
@@ -42,9 +47,32 @@ pub struct OpenModel {
     pub name: String,
     archive: Archive<ModelBytes>,
     tokenizer: Option<Tokenizer>,
+    /// What its user should know of it.
+    remark: Option<&'static str>,
 }
 
 impl OpenModel {
+    /// Opens what `-m` names, and the bundled model where it names nothing, and tells of it on standard error.
+    ///
+    /// # Errors
+    /// As [`OpenModel::open`].
+    pub fn chosen(path: Option<&Path>) -> anyhow::Result<OpenModel> {
+        match path {
+            Some(path) => OpenModel::open(path).context("--model"),
+            None => OpenModel::bundled(),
+        }
+    }
+
+    /// The small model that is part of the program.
+    ///
+    /// # Errors
+    /// A program that was built with a damaged archive.
+    pub fn bundled() -> anyhow::Result<OpenModel> {
+        let bytes = ModelBytes::Packed(AlignedBytes::from(BUNDLED));
+        let open = OpenModel::from_bytes(BUNDLED_NAME.to_string(), bytes).context("the bundled model")?;
+        Ok(OpenModel { remark: Some("the bundled model; -m takes another"), ..open })
+    }
+
     /// Opens an archive by mapping it; packs every other form that elleci-convert reads in memory, and says so.
     ///
     /// # Errors
@@ -94,7 +122,7 @@ impl OpenModel {
                  together"
             );
         }
-        Ok(OpenModel { name, archive, tokenizer })
+        Ok(OpenModel { name, archive, tokenizer, remark: None })
     }
 
     /// The model, as sessions take it.
@@ -131,8 +159,9 @@ impl OpenModel {
             names.join("+")
         };
         format!(
-            "model {} | {} parameters in {:.1} MiB | ternary {}, dense {} | vocabulary {} | trained on {} tokens at a time",
+            "model {}{} | {} parameters in {:.1} MiB | ternary {}, dense {} | vocabulary {} | trained on {} tokens at a time",
             self.name,
+            self.remark.map_or(String::new(), |r| format!(" ({r})")),
             si(self.parameters() as f64),
             self.bytes() as f64 / (1 << 20) as f64,
             formats(true),

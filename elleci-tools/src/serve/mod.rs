@@ -165,7 +165,7 @@ fn start_engine(
     let work = move || {
         let threads = device.threads;
         device.install(move || {
-            let open = Arc::new(OpenModel::open(&path).context("--model")?);
+            let open = Arc::new(OpenModel::chosen(path.as_deref())?);
             eprintln!("{}", open.announcement());
             let (loaded, options) = load(open, &app.settings, threads)?;
             let open = loaded.open.clone();

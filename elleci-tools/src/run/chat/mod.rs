@@ -30,7 +30,7 @@ pub fn run(args: &ChatArgs) -> anyhow::Result<()> {
     let device = Device::choose(&args.model.device.device, args.model.device.threads)?;
     eprintln!("{}", device.announcement);
     device.install(|| {
-        let open = OpenModel::open(&args.model.model).context("--model")?;
+        let open = OpenModel::chosen(args.model.model.as_deref())?;
         eprintln!("{}", open.announcement());
         let (most, context) = (args.length.max_tokens(), args.length.context as usize);
         let mut dialogue = Dialogue::new(&open, sampler, args.system.clone(), most, context)?;
