@@ -31,5 +31,9 @@ prepare grammar "$dir/grammar.jsonl"
 prepare prose "$dir/prose"
 prepare italian "${it[@]}"
 
-"$bin/elleci-train" --config bench/talk-nano.toml --data "$dir/data" --out "$dir/run" "$@"
-"$bin/elleci-convert" "$dir/run/final" fixtures/model/talk-nano.elleci
+if [ -d "$dir/run/checkpoints" ]; then
+    "$bin/elleci-train" --resume "$dir/run" "$@"
+else
+    "$bin/elleci-train" --config bench/talk-nano.toml --data "$dir/data" --out "$dir/run" "$@"
+fi
+"$bin/elleci-convert" "$dir/run/final" fixtures/model/talk-nano.elleci --pack t5 --force
