@@ -91,11 +91,14 @@ fn args() -> Result<Args> {
     Ok(a)
 }
 
+/// Kernels as they were launched: name, beginning, end.
+type Launches = Vec<(&'static str, Mark, Mark)>;
+
 /// A card that a trainer owns and the measurement looks at; while `profile` is on, every launch is timed.
 #[derive(Clone)]
 struct Shared {
     card: Rc<RefCell<Card>>,
-    profile: Rc<RefCell<Option<Vec<(&'static str, Mark, Mark)>>>>,
+    profile: Rc<RefCell<Option<Launches>>>,
 }
 
 impl Device for Shared {

@@ -86,7 +86,7 @@ impl Metrics {
             samples: Mutex::default(),
         };
         let mut registry = std::mem::take(&mut metrics.registry);
-        let mut add = |name: &str, help: &str, metric: Box<dyn FnOnce(&mut Registry, &str, &str)>| {
+        let mut add = |name: &str, help: &str, metric: Register| {
             metric(&mut registry, name, help);
         };
         add("requests", "Requests by endpoint and status", boxed(&metrics.requests));
@@ -149,7 +149,10 @@ impl Metrics {
     }
 }
 
-fn boxed<M: Metric + Clone>(metric: &M) -> Box<dyn FnOnce(&mut Registry, &str, &str)> {
+/// Enters a metric under a name and a help text.
+type Register = Box<dyn FnOnce(&mut Registry, &str, &str)>;
+
+fn boxed<M: Metric + Clone>(metric: &M) -> Register {
     let metric = metric.clone();
     Box::new(move |registry, name, help| registry.register(name, help, metric))
 }

@@ -156,7 +156,7 @@ pub trait Backend {
 /// sequence goes through whole). Passes of a micro-batch are equal.
 pub fn pass_rows(rows: usize, seq: usize, tokens: usize) -> usize {
     let most = (tokens / seq.max(1)).clamp(1, rows.max(1));
-    (1..=most).rev().find(|n| rows % n == 0).unwrap_or(1)
+    (1..=most).rev().find(|n| rows.is_multiple_of(*n)).unwrap_or(1)
 }
 
 /// Tokens that a CPU works on at once: its products are at their full speed with so many, and activations of more would only
