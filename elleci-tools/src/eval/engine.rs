@@ -4,7 +4,9 @@
 //! the end of the context counts as the continuation's, and the continuation's tokens are those past the length of the context
 //! encoded alone. A context that several requests share is evaluated once and its session forked for each continuation; the
 //! beginning that all contexts of a task share (examples, instructions) is evaluated once for the whole task (the [`Stem`]).
-//! What a request is given does not depend on the others: a session computes the same bits in every company.
+//! What a request is given does not depend on the others: a session computes the same bits in every company. But it does not compute
+//! the same bits in one run of tokens as in two: where a sum is rounded over a boundary of the int8 quantiser, a log-likelihood moves by some
+//! thousandths. [`Sharing::Nothing`] has every request in one run, as a server computes it for the harness.
 
 use std::collections::HashMap;
 
@@ -78,6 +80,15 @@ pub struct Continuation {
     pub truncated: usize,
 }
 
+/// What requests have in common is computed ..
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sharing {
+    /// .. once.
+    Contexts,
+    /// .. for each of them.
+    Nothing,
+}
+
 /// A model that answers requests.
 pub struct Engine<'a> {
     model: PackedModel<'a>,
@@ -88,6 +99,7 @@ pub struct Engine<'a> {
     max_length: usize,
     /// Sessions that may exist together in a call.
     sessions: usize,
+    sharing: Sharing,
     /// Tokens fed so far.
     pub fed: u64,
 }
@@ -106,7 +118,13 @@ impl<'a> Engine<'a> {
         let sessions = (CALL_BYTES / bytes).clamp(1, CALL_SESSIONS);
         let banned = open.banned(false);
         let batch = Batch::new();
-        Ok(Engine { model, tokenizer, banned, batch, words: Cache::default(), max_length, sessions, fed: 0 })
+        let (words, sharing) = (Cache::default(), Sharing::Contexts);
+        Ok(Engine { model, tokenizer, banned, batch, words, max_length, sessions, sharing, fed: 0 })
+    }
+
+    /// The same engine with another sharing than [`Sharing::Contexts`].
+    pub fn with_sharing(self, sharing: Sharing) -> Engine<'a> {
+        Engine { sharing, ..self }
     }
 
     /// Length of a window in tokens.
@@ -173,7 +191,10 @@ impl<'a> Engine<'a> {
     /// What the model reports.
     pub fn stem(&mut self, a: &Pair, b: &Pair) -> anyhow::Result<Option<Stem>> {
         let common = a.context.iter().zip(&b.context).take_while(|(a, b)| a == b).count();
-        if a.truncated + b.truncated > 0 || (common < MIN_STEM && !(a.context == b.context && common > 0)) {
+        if self.sharing == Sharing::Nothing
+            || a.truncated + b.truncated > 0
+            || (common < MIN_STEM && !(a.context == b.context && common > 0))
+        {
             return Ok(None);
         }
         let mut session = Session::new(self.model)?;
@@ -188,6 +209,9 @@ impl<'a> Engine<'a> {
     /// # Errors
     /// What the model reports.
     pub fn score(&mut self, pairs: &[Pair], stem: Option<&Stem>) -> anyhow::Result<Vec<Score>> {
+        if self.sharing == Sharing::Nothing {
+            return self.score_alone(pairs);
+        }
         let mut places: HashMap<&[u32], usize> = HashMap::new();
         let mut groups: Vec<(&[u32], Vec<usize>)> = Vec::new();
         for (i, pair) in pairs.iter().enumerate() {
@@ -204,6 +228,33 @@ impl<'a> Engine<'a> {
             let (call, after) = rest.split_at(taken);
             self.score_groups(pairs, call, stem, &mut scores)?;
             rest = after;
+        }
+        Ok(scores)
+    }
+
+    /// Every pair in a session of its own and in one run.
+    fn score_alone(&mut self, pairs: &[Pair]) -> anyhow::Result<Vec<Score>> {
+        let mut scores = Vec::with_capacity(pairs.len());
+        let mut rest = pairs;
+        while !rest.is_empty() {
+            let taken = calls(rest.iter().map(|p| p.context.len() + p.continuation.len()), self.sessions);
+            let (call, after) = rest.split_at(taken);
+            rest = after;
+            let first = scores.len();
+            scores.resize(first + taken, Score { logprob: 0.0, greedy: true });
+            // The last token is predicted, not read; it is fed all the same, so that the run is as long as the server's.
+            let texts: Vec<Vec<u32>> = call.iter().map(|p| [&p.context[..], &p.continuation].concat()).collect();
+            let sessions = call.iter().map(|_| Session::new(self.model)).collect::<Result<Vec<_>, _>>();
+            let mut sessions = sessions?;
+            let feeds = sessions.iter_mut().zip(&texts);
+            let mut feeds: Vec<Feed<'_>> = feeds.map(|(session, tokens)| Feed { session, tokens }).collect();
+            self.fed += texts.iter().map(|t| t.len() as u64).sum::<u64>();
+            self.batch.extend_each(self.model, &mut feeds, |feed, index, logits| {
+                let continuation = (index + 1).checked_sub(call[feed].context.len());
+                if let Some(&token) = continuation.and_then(|i| call[feed].continuation.get(i)) {
+                    add(&mut scores[first + feed], &LogRow::new(logits), logits, token);
+                }
+            })?;
         }
         Ok(scores)
     }

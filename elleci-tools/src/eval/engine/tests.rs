@@ -196,6 +196,28 @@ fn a_stem_is_evaluated_once_and_gives_the_scores_of_its_parts() {
 }
 
 #[test]
+fn without_sharing_every_pair_is_one_run() {
+    let mut e = engine(64).with_sharing(Sharing::Nothing);
+    let texts = [
+        ("La città è più", " grande che bella"),
+        ("La città è più", " bella"),
+        ("", "La città"),
+        ("perché no? 1 La", " città è"),
+    ];
+    let pairs: Vec<Pair> = texts.iter().map(|(c, w)| e.pair(c, w).unwrap()).collect();
+    assert!(e.stem(&pairs[0], &pairs[1]).unwrap().is_none());
+    let scores = e.score(&pairs, None).unwrap();
+    assert_eq!(e.fed, pairs.iter().map(|p| (p.context.len() + p.continuation.len()) as u64).sum::<u64>());
+    for (pair, score) in pairs.iter().zip(&scores) {
+        // A run that is a token shorter has the same rows.
+        let (logprob, greedy) = alone(pair, &[]);
+        assert!((score.logprob - logprob).abs() < 2e-5 * pair.continuation.len() as f64, "{score:?} {logprob}");
+        assert_eq!(score.greedy, greedy);
+        assert_eq!(e.score(std::slice::from_ref(pair), None).unwrap(), [*score], "company");
+    }
+}
+
+#[test]
 fn texts_are_written_as_if_alone_and_stop_where_they_must() {
     let mut e = engine(64);
     let how = |until: &[&str], max_tokens| Continue {
