@@ -1,7 +1,7 @@
 //! Continuous batching: one thread owns the model and advances all sequences together, pass by pass.
 //!
 //! A pass takes one token of every text that is being written, and runs of the prompts that are being read, in turn, as many tokens
-//! as [`PROMPT_TOKENS`]: so a long prompt slows the texts by a bounded amount a token, and prompts overtake each other. New requests
+//! as `PROMPT_TOKENS`: so a long prompt slows the texts by a bounded amount a token, and prompts overtake each other. New requests
 //! join between passes. Who is in a pass together changes no bit of anyone's result: sessions compute the same in every company, and
 //! prompts are cut into runs by their own tokens alone (see [`super::cache`]).
 

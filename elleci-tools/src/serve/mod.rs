@@ -1,8 +1,8 @@
 //! `elleci-run serve`: the model behind OpenAI's HTTP interface.
 //!
-//! Two sides meet at a channel. The HTTP side ([`listen`], [`routes`], [`answer`]) is one thread that runs all connections: it reads
-//! and checks requests ([`request`]), hands them in as jobs ([`job`]) and turns what comes back into responses ([`openai`]). The
-//! engine ([`engine`]) is another thread with the compute threads at its side: it owns the model and every session, and knows nothing
+//! Two sides meet at a channel. The HTTP side (`listen`, `routes`, `answer`) is one thread that runs all connections: it reads
+//! and checks requests (`request`), hands them in as jobs (`job`) and turns what comes back into responses (`openai`). The
+//! engine (`engine`) is another thread with the compute threads at its side: it owns the model and every session, and knows nothing
 //! of HTTP. A client that goes away closes its channel, which is how the engine hears of it.
 
 mod account;

@@ -77,7 +77,7 @@ pub struct TrainArgs {
     /// Weights to start from: a Hugging Face folder, a checkpoint, or a run (its newest)
     #[arg(long, value_name = "HF_DIR|CKPT")]
     pub init: Option<PathBuf>,
-    /// cpu, cuda or cuda:N (training.device); [cuda] of the configuration says how a card is used
+    /// cpu, cuda or cuda:N (training.device); the table `cuda` of the configuration says how a card is used
     #[arg(long, value_name = "DEVICE")]
     pub device: Option<String>,
     /// Worker threads (training.threads) [default: all]

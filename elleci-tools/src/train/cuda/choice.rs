@@ -1,7 +1,7 @@
 //! How a run uses a card's memory: how many sequences at once, which activations are kept, where the running mean lives.
 //!
 //! None of it changes what is computed, but the order in which gradients are added. What is not set is chosen: passes of at least
-//! [`SATURATED`] tokens, then the fewest layers computed twice, then the most sequences. (That so many tokens keep a card busy is an
+//! `SATURATED` tokens, then the fewest layers computed twice, then the most sequences. (That so many tokens keep a card busy is an
 //! estimate; no card has measured it yet.)
 
 use std::fmt::Write;
