@@ -163,7 +163,8 @@ fn a_full_queue_says_so_and_clients_that_leave_make_room() {
     let mut streaming: Value = serde_json::from_str(&endless).unwrap();
     streaming["stream"] = json!(true);
     let stream = first_event(post(&streaming.to_string()));
-    assert_eq!(server.metric("elleci_active_sequences"), 1.0);
+    // The gauge is set when the pass that wrote the first piece is over.
+    server.wait_for("elleci_active_sequences", |n| n == 1.0);
     drop(stream);
     server.wait_for("elleci_active_sequences", |n| n == 0.0);
     server.wait_for("elleci_cancelled_requests_total", |n| n == 3.0);
