@@ -77,10 +77,11 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--report-only", action="store_true", help="figures without judgement: on a busy machine")
+    parser.add_argument("--report-only", action="store_true", help="speed is told and not judged: on a busy machine")
     options = parser.parse_args()
     model, threads = options.model, options.threads
-    failures = []
+    # What a busy machine must not change, and what it does.
+    faults, slow = [], []
 
     with Server(model, "--cache", "16", "-t", str(threads)) as server:
         resident = []
@@ -91,10 +92,10 @@ def main():
             print(f"round {round + 1}: {STREAMS} streams, {STREAMS * TOKENS / took:.0f} tokens/s | first piece {min(firsts):.2f} to {max(firsts):.2f} s"
                   f" | end {min(ends):.2f} to {max(ends):.2f} s | {resident[-1]:.1f} MiB", flush=True)
             if max(ends) > 2 * min(ends):
-                failures.append(f"starved: ends from {min(ends):.2f} to {max(ends):.2f} s")
+                faults.append(f"starved: ends from {min(ends):.2f} to {max(ends):.2f} s")
         # The first round fills the cache and the buffers.
         if resident[-1] > resident[1] * 1.05 + 2:
-            failures.append(f"memory grows: {resident}")
+            faults.append(f"memory grows: {resident}")
         server.settle()
 
         whole(server, 64)
@@ -111,14 +112,14 @@ def main():
         print(f"one answer: {median(served) * 1e6:.0f} µs a token, bench {median(bare) * 1e6:.0f} µs: overhead {100 * overhead:.1f} %")
         print(f"8 streams: {median(eight):.0f} tokens/s, 1 stream: {median(one):.0f}: {gain:.2f} times")
         if overhead > 0.05:
-            failures.append(f"overhead {100 * overhead:.1f} %, asked are 5")
+            slow.append(f"overhead {100 * overhead:.1f} %, asked are 5")
         if gain < 3:
-            failures.append(f"8 streams are {gain:.2f} times one, asked are 3")
-    for failure in failures:
+            slow.append(f"8 streams are {gain:.2f} times one, asked are 3")
+    for failure in faults + slow:
         print(f"load.py: {failure}")
-    if failures and not options.report_only:
+    if faults or (slow and not options.report_only):
         sys.exit("load.py: FAILED")
-    print("load.py: ok" if not failures else "load.py: not judged")
+    print("load.py: ok" if not slow else "load.py: ok but for speed, which is not judged")
 
 
 if __name__ == "__main__":
