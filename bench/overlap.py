@@ -3,6 +3,7 @@
 
     elleci-eval -m MODEL --suite bundled --log LOG
     python3 bench/overlap.py LOG/samples_*.jsonl -- TEXT.jsonl TEXT.txt …
+    python3 bench/overlap.py --drop LOG/samples_*.jsonl -- TEXT.jsonl TEXT.txt …    takes the texts that hold one out of the files
 
 Sentences are compared without case and punctuation, and have at least three words. Prompts and templates of the evaluation
 that are no sentences (choices of one word, numbers) do not count. Accuracy is given again without the items that hold one
@@ -10,8 +11,11 @@ of them. Exit code 1 if any occurs.
 """
 
 import json
+import os
 import re
 import sys
+
+SEPARATOR = "\n---\n"  # of the texts of a plain file, as fixtures/generate.py writes them
 
 
 def sentences(text):
@@ -44,18 +48,44 @@ def texts(path):
             yield from strings(json.loads(line))
 
 
+def read_items(path):
+    """The items of a file of samples, and the sentences that each holds."""
+    with open(path, encoding="utf-8") as lines:
+        items = [json.loads(line) for line in lines]
+    return items, [{s for text in strings(item["doc"]) for s in sentences(text)} for item in items]
+
+
+def drop(asked, path):
+    """Writes the file again without the texts that hold one of the sentences asked."""
+    plain = not path.endswith(".jsonl")
+    with open(path, encoding="utf-8") as file:
+        parts = file.read().split(SEPARATOR) if plain else list(file)
+    kept = [p for p in parts
+            if not any(s in asked for text in ([p] if plain else strings(json.loads(p))) for s in sentences(text))]
+    with open(path + ".part", "w", encoding="utf-8") as file:
+        file.write((SEPARATOR if plain else "").join(kept))
+    os.replace(path + ".part", path)
+    print(f"{path}: {len(parts) - len(kept):,} of {len(parts):,} texts taken out")
+
+
 def main():
     """Command line."""
-    if "--" not in sys.argv:
+    argv = sys.argv[1:]
+    dropping = argv[:1] == ["--drop"]
+    argv = argv[dropping:]
+    if "--" not in argv:
         sys.exit(__doc__)
-    cut = sys.argv.index("--")
-    trained = {s for path in sys.argv[cut + 1:] for text in texts(path) for s in sentences(text)}
+    cut = argv.index("--")
+    if dropping:
+        asked = {s for path in argv[:cut] for held in read_items(path)[1] for s in held}
+        for path in argv[cut + 1:]:
+            drop(asked, path)
+        return 0
+    trained = {s for path in argv[cut + 1:] for text in texts(path) for s in sentences(text)}
     print(f"{len(trained):,} different sentences in training text")
     found = 0
-    for path in sys.argv[1:cut]:
-        with open(path, encoding="utf-8") as lines:
-            items = [json.loads(line) for line in lines]
-        held = [{s for text in strings(item["doc"]) for s in sentences(text)} for item in items]
+    for path in argv[:cut]:
+        items, held = read_items(path)
         asked = set().union(*held)
         common = sorted(asked & trained)
         found += len(common)

@@ -29,6 +29,32 @@ pub fn for_each<T: Send>(items: Vec<T>, f: impl Fn(T) + Sync + Send) {
     items.into_iter().for_each(f);
 }
 
+/// As [`for_each`], with working memory for `f`: what `init` makes, as often as threads need one, and whatever items before have left
+/// in it.
+pub fn for_each_init<T: Send, S: Send>(
+    items: Vec<T>,
+    init: impl Fn() -> S + Sync + Send,
+    f: impl Fn(&mut S, T) + Sync + Send,
+) {
+    #[cfg(feature = "std")]
+    {
+        use std::sync::{Mutex, PoisonError};
+        let spare = Mutex::new(Vec::new());
+        let lock = || spare.lock().unwrap_or_else(PoisonError::into_inner);
+        for_each(items, |item| {
+            let taken = lock().pop();
+            let mut state = taken.unwrap_or_else(&init);
+            f(&mut state, item);
+            lock().push(state);
+        });
+    }
+    #[cfg(not(feature = "std"))]
+    {
+        let mut state = init();
+        items.into_iter().for_each(|item| f(&mut state, item));
+    }
+}
+
 /// Runs `f` with the threads of the current pool waiting for its [`for_each`] loops, and nothing else. For work of
 /// milliseconds that is made of many loops of microseconds.
 pub fn together<R>(f: impl FnOnce() -> R) -> R {

@@ -9,7 +9,7 @@ use ndarray::{ArrayViewMut2, Axis};
 use pulp::{Simd, WithSimd};
 
 use super::{ALIGNMENT, checksum};
-use crate::ops::lanes::{dispatch, dots};
+use crate::ops::lanes::{dispatch, dots, products};
 use crate::ops::matmul::mat_mut;
 use crate::par;
 use crate::simd::{prefetch, vectorize};
@@ -260,6 +260,13 @@ impl<'a> DenseMatrix<'a> {
             return;
         }
         let task = self.task();
+        let (cols, width) = (self.cols, self.cols.next_multiple_of(LANES));
+        let padded = (width != cols).then(|| {
+            let mut padded = vec![0.0f32; tokens * width];
+            padded.chunks_exact_mut(width).zip(x.chunks_exact(cols)).for_each(|(p, x)| p[..cols].copy_from_slice(x));
+            padded
+        });
+        let padded = padded.as_deref().unwrap_or(x);
         let mut y = mat_mut(y, tokens, self.rows);
         let items: Vec<_> = y.axis_chunks_iter_mut(Axis(1), task).enumerate().collect();
         par::for_each(items, |(i, mut y)| {
@@ -267,17 +274,8 @@ impl<'a> DenseMatrix<'a> {
             if tokens == 1 && self.one_token(i * task, x, y.as_slice_mut().expect("one row")) {
                 return;
             }
-            let width = self.cols.next_multiple_of(LANES);
             let mut weights = vec![0.0f32; ROWS * width];
-            let mut padded = vec![0.0f32; width];
-            dispatch(Tile {
-                matrix: self,
-                first: i * task,
-                x,
-                y: y.view_mut(),
-                weights: &mut weights,
-                padded: &mut padded,
-            });
+            dispatch(Tile { matrix: self, first: i * task, x: padded, width, y: y.view_mut(), weights: &mut weights });
         });
     }
 }
@@ -314,29 +312,36 @@ impl DenseMatrix<'_> {
 struct Tile<'a> {
     matrix: &'a DenseMatrix<'a>,
     first: usize,
+    /// `[tokens, width]`
     x: &'a [f32],
+    /// Columns, with the zeros behind them
+    width: usize,
     y: ArrayViewMut2<'a, f32>,
+    /// `[ROWS, width]`
     weights: &'a mut [f32],
-    padded: &'a mut [f32],
 }
 
 impl WithSimd for Tile<'_> {
     type Output = ();
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let Tile { matrix, first, x, mut y, weights, padded } = self;
-        let (cols, width) = (matrix.cols, padded.len());
+        let Tile { matrix, first, x, width, mut y, weights } = self;
         for (b, mut y) in y.axis_chunks_iter_mut(Axis(1), ROWS).enumerate() {
             let first = first + b * ROWS;
             for r in 0..y.ncols() {
                 matrix.prefetch(first + r + AHEAD);
-                matrix.expand(first + r, &mut weights[r * width..][..cols]);
+                matrix.expand(first + r, &mut weights[r * width..][..matrix.cols]);
             }
-            for (x, mut y) in x.chunks_exact(cols).zip(y.rows_mut()) {
-                padded[..cols].copy_from_slice(x);
-                let sums: [f32; ROWS] = dots(simd, weights, padded);
-                for (r, (y, sum)) in y.iter_mut().zip(sums).enumerate() {
-                    *y = sum * matrix.row_scale(first + r);
+            let mut tokens = y.rows_mut().into_iter();
+            for x in x.chunks(2 * width) {
+                let sums: [[f32; ROWS]; 2] = match x.len() / width {
+                    2 => products(simd, weights, x),
+                    _ => [dots(simd, weights, x), [0.0; ROWS]],
+                };
+                for (mut y, sums) in tokens.by_ref().take(x.len() / width).zip(sums) {
+                    for (r, (y, sum)) in y.iter_mut().zip(sums).enumerate() {
+                        *y = sum * matrix.row_scale(first + r);
+                    }
                 }
             }
         }

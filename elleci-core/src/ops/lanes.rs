@@ -61,18 +61,30 @@ pub(crate) fn dot<S: Simd>(simd: S, a: &[f32], b: &[f32]) -> f32 {
 /// additions depends on its row alone.
 #[inline(always)]
 pub(crate) fn dots<S: Simd, const R: usize>(simd: S, rows: &[f32], x: &[f32]) -> [f32; R] {
+    let [sums] = products::<S, R, 1>(simd, rows, x);
+    sums
+}
+
+/// The products of `R` rows with each of `T` others, `[T][R]`; the same bits as [`dots`] with one after the other. Eight chains of
+/// additions keep the units of multiplication busy where four wait for each other.
+#[inline(always)]
+pub(crate) fn products<S: Simd, const R: usize, const T: usize>(simd: S, rows: &[f32], x: &[f32]) -> [[f32; R]; T] {
+    let len = x.len() / T / S::F32_LANES;
     let (rows, x) = (vectors::<S>(rows), vectors::<S>(x));
-    let rows: [&[S::f32s]; R] = core::array::from_fn(|r| &rows[r * x.len()..(r + 1) * x.len()]);
-    let mut acc = [simd.splat_f32s(0.0); R];
-    for k in 0..x.len() {
-        for r in 0..R {
-            acc[r] = simd.mul_add_e_f32s(rows[r][k], x[k], acc[r]);
+    let rows: [&[S::f32s]; R] = core::array::from_fn(|r| &rows[r * len..(r + 1) * len]);
+    let x: [&[S::f32s]; T] = core::array::from_fn(|t| &x[t * len..(t + 1) * len]);
+    let mut acc = [[simd.splat_f32s(0.0); R]; T];
+    for k in 0..len {
+        for t in 0..T {
+            for r in 0..R {
+                acc[t][r] = simd.mul_add_e_f32s(rows[r][k], x[t][k], acc[t][r]);
+            }
         }
     }
     // `map` would leave the vectors' features behind.
-    let mut sums = [0.0; R];
-    for (to, sum) in sums.iter_mut().zip(acc) {
-        *to = simd.reduce_sum_f32s(sum);
+    let mut sums = [[0.0; R]; T];
+    for (to, sum) in sums.as_flattened_mut().iter_mut().zip(acc.as_flattened()) {
+        *to = simd.reduce_sum_f32s(*sum);
     }
     sums
 }

@@ -1,18 +1,16 @@
 //! AVX2: as [`super::avx512`], at half the width and with half the registers.
 //!
-//! 4 tokens × 16 rows: eight int16 accumulators, two half lines of codes, one activation word. The int32 sums wait in
+//! 6 tokens × 16 rows: twelve int16 accumulators, two half lines of codes, one activation word. The int32 sums wait in
 //! the output block while a run of [`FOLD`] groups is added up.
 
 use core::arch::x86_64::*;
 
-use super::kernel::{self, Block, DEPTH, Kernel, LINES, Line};
+use super::kernel::{self, Block, DEPTH, Kernel, LINES, Line, TOKENS};
 use crate::simd::Isa;
 
 /// Groups that an int16 lane can add up: with the code 3, which only damaged bytes of a packed matrix have, a pair is between
 /// -768 and 762, and 42 of them fit.
 pub(super) const FOLD: usize = 42;
-/// Tokens that share the loaded codes.
-const TOGETHER: usize = 4;
 
 /// Proof that the machine has AVX2.
 #[derive(Clone, Copy)]
@@ -29,16 +27,17 @@ impl Kernel for Avx2 {
     #[inline(always)]
     fn block(self, panel: &[Line], q: &[i8], in_dim: usize, block: &mut Block) {
         let tokens = kernel::check(panel, q, in_dim);
-        for (q, block) in q.chunks(TOGETHER * in_dim).zip(block[..tokens].chunks_mut(TOGETHER)) {
-            // SAFETY: `self` exists only where the features were detected; `check` has just established that the panel
-            // has all groups of `in_dim` columns, and `q` and `block` are cut into the same numbers of tokens.
-            unsafe {
-                match block.len() {
-                    1 => sums::<1>(panel, q, in_dim, block),
-                    2 => sums::<2>(panel, q, in_dim, block),
-                    3 => sums::<3>(panel, q, in_dim, block),
-                    _ => sums::<4>(panel, q, in_dim, block),
-                }
+        let block = &mut block[..tokens];
+        // SAFETY: `self` exists only where the features were detected; `check` has just established that the panel has all
+        // groups of `in_dim` columns and that `q` is `[tokens, in_dim]`.
+        unsafe {
+            match tokens {
+                1 => sums::<1>(panel, q, in_dim, block),
+                2 => sums::<2>(panel, q, in_dim, block),
+                3 => sums::<3>(panel, q, in_dim, block),
+                4 => sums::<4>(panel, q, in_dim, block),
+                5 => sums::<5>(panel, q, in_dim, block),
+                _ => sums::<TOKENS>(panel, q, in_dim, block),
             }
         }
     }

@@ -267,6 +267,7 @@ pub enum BenchOutput {
 #[derive(Debug, Args)]
 #[command(
     after_help = "Tests are named as llama-bench names them: pp512 = a prompt of 512 tokens at once, tg128 = 128 tokens one by one,
+tg128 x8 = the same in each of 8 sequences that are advanced together (--parallel 8),
 @ d1024 = after 1024 others. Tokens a second are the mean of the repetitions ± their standard deviation; making
 the model, tokenising and sampling do not count. One repetition before them warms up.
 
@@ -291,6 +292,9 @@ pub struct BenchArgs {
     /// Numbers of tokens to generate; 0 = none
     #[arg(short = 'n', long, value_name = "N,…", value_delimiter = ',', default_value = "128")]
     pub n_gen: Vec<usize>,
+    /// Sequences that generate together, -n tokens each; their tokens a second are added
+    #[arg(long, value_name = "N,…", value_delimiter = ',', default_value = "1", visible_alias = "n-parallel")]
+    pub parallel: Vec<usize>,
     /// Tokens in the session before each test
     #[arg(short = 'd', long, value_name = "N,…", value_delimiter = ',', default_value = "0")]
     pub depth: Vec<usize>,

@@ -13,6 +13,7 @@ use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::time::{Duration, Instant};
 
 use elleci_core::inference::{Batch, Feed, InferenceError, Output, Session};
+use elleci_core::par;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use super::cache::PrefixCache;
@@ -257,8 +258,12 @@ impl<'a> Engine<'a> {
         let vocab = self.open.config().vocab_size;
         let mut logits = std::mem::take(&mut self.logits);
         let mut writing = std::mem::take(&mut self.writing);
-        let mut rows = logits.chunks_exact_mut(vocab);
-        writing.retain_mut(|text| rows.next().is_none_or(|row| self.write(text, row)));
+        // Every text has a sampler and logits of its own: who chooses on which thread changes nothing.
+        let mut go_on = vec![true; writing.len()];
+        let texts = writing.iter_mut().zip(logits.chunks_exact_mut(vocab)).zip(&mut go_on).collect();
+        par::for_each(texts, |((text, row), go_on)| *go_on = self.write(text, row));
+        let mut go_on = go_on.into_iter();
+        writing.retain(|_| go_on.next().unwrap_or(true));
         self.logits = logits;
         for mut reading in taken {
             if !reading.advance(&mut self.cache) {

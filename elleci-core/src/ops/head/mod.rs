@@ -72,7 +72,7 @@ pub enum HeadPrecision {
     /// float32
     #[default]
     Float32,
-    /// Operands rounded to int16, exact integer products: see the module. On machines without AVX-512 VNNI, where it
+    /// Operands rounded to int16, exact integer products: see the module. On machines without AVX2 or better, where it
     /// would be no faster, float32.
     Int16,
 }
@@ -80,7 +80,7 @@ pub enum HeadPrecision {
 impl HeadPrecision {
     /// What runs on this machine.
     pub fn here(self) -> HeadPrecision {
-        if Isa::detect() >= Isa::Avx512Vnni { self } else { HeadPrecision::Float32 }
+        if Isa::detect() >= Isa::Avx2 { self } else { HeadPrecision::Float32 }
     }
 }
 

@@ -1,12 +1,10 @@
-//! AVX2: `vpmaddwd` and an addition, 4 rows × 16 columns at a time in eight accumulators.
+//! AVX2: `vpmaddwd` and an addition, 6 rows × 16 columns at a time in twelve accumulators.
 
 use core::arch::x86_64::*;
 
-use super::kernel::{self, Ahead, Block, Kernel, Line, WIDTH, Words};
+use super::kernel::{self, Ahead, Block, Kernel, Line, ROWS, WIDTH, Words};
 use crate::simd::Isa;
 
-/// Rows that share the loaded columns.
-const TOGETHER: usize = 4;
 /// Columns of one go.
 const COLUMNS: usize = 16;
 
@@ -25,17 +23,17 @@ impl Kernel for Avx2 {
     #[inline(always)]
     fn block(self, a: Words, panel: &[Line], _: Ahead, block: &mut Block) {
         kernel::check(a, panel);
-        for (part, block) in block[..a.rows].chunks_mut(TOGETHER).enumerate() {
-            let words = &a.data[part * TOGETHER * a.pitch..];
-            // SAFETY: `self` exists only where the features were detected; `check` has just established that every row
-            // of `a`, so every one of this part, has as many words as the panel has lines.
-            unsafe {
-                match block.len() {
-                    1 => sums::<1>(words, a.pitch, panel, block),
-                    2 => sums::<2>(words, a.pitch, panel, block),
-                    3 => sums::<3>(words, a.pitch, panel, block),
-                    _ => sums::<4>(words, a.pitch, panel, block),
-                }
+        let (words, pitch, block) = (a.data, a.pitch, &mut block[..a.rows]);
+        // SAFETY: `self` exists only where the features were detected; `check` has just established that every row of `a` has
+        // as many words as the panel has lines.
+        unsafe {
+            match a.rows {
+                1 => sums::<1>(words, pitch, panel, block),
+                2 => sums::<2>(words, pitch, panel, block),
+                3 => sums::<3>(words, pitch, panel, block),
+                4 => sums::<4>(words, pitch, panel, block),
+                5 => sums::<5>(words, pitch, panel, block),
+                _ => sums::<ROWS>(words, pitch, panel, block),
             }
         }
     }

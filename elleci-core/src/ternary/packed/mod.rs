@@ -399,11 +399,12 @@ impl<T: Send, F: Fn(usize, &[i32], i32, &mut [T]) + Sync> WithPackedKernel for M
         }
         let mut out = mat_mut(out, tokens, out_dim);
         let items: Vec<_> = out.axis_chunks_iter_mut(ndarray::Axis(1), ROWS).enumerate().collect();
-        par::for_each(items, |(panel, mut out)| {
-            let mut lines = vec![Line([0; 64]); matrix.packing.code_lines(in_dim)];
+        // Clearing what is about to be written would take as long as unpacking it.
+        let buffer = || vec![Line([0; 64]); matrix.packing.code_lines(in_dim)];
+        par::for_each_init(items, buffer, |lines, (panel, mut out)| {
             match matrix.packing.by_rows() {
-                Some(packing) => unpacker.unpack(packing, matrix.panel(packing, panel), &mut lines),
-                None => columns::unpack(matrix, panel, &mut lines),
+                Some(packing) => unpacker.unpack(packing, matrix.panel(packing, panel), lines),
+                None => columns::unpack(matrix, panel, lines),
             }
             let lines = &lines[..in_dim.div_ceil(4) * LINES];
             let emit = |token: usize, sums: &[i32; ROWS]| {
@@ -427,10 +428,13 @@ struct PanelTokens<'a, E> {
 impl<E: FnMut(usize, &[i32; ROWS])> WithKernel for PanelTokens<'_, E> {
     fn run<K: super::kernel::Kernel>(mut self, kernel: K) {
         let mut block: Block = [[0; ROWS]; TOKENS];
-        for (b, q) in self.q.chunks(TOKENS * self.in_dim).enumerate() {
+        // Blocks of equal size: eight tokens are better met by four and four than by six and two.
+        let tokens = self.q.len() / self.in_dim;
+        let step = tokens.div_ceil(tokens.div_ceil(TOKENS));
+        for (b, q) in self.q.chunks(step * self.in_dim).enumerate() {
             kernel.block(self.lines, q, self.in_dim, &mut block);
             for t in 0..q.len() / self.in_dim {
-                (self.emit)(b * TOKENS + t, &block[t]);
+                (self.emit)(b * step + t, &block[t]);
             }
         }
     }

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use anyhow::{Context, ensure};
 use elleci_core::archive::PackedModel;
-use elleci_core::inference::Session;
+use elleci_core::inference::{Batch, Feed, Session};
 use elleci_core::simd::Isa;
 
 use super::cli::BenchArgs;
@@ -24,6 +24,13 @@ pub enum Test {
     Prompt(usize),
     /// So many tokens one by one.
     Generate(usize),
+    /// So many tokens one by one in each of several sequences, which are advanced together.
+    Together {
+        /// Tokens of each sequence.
+        tokens: usize,
+        /// Sequences.
+        sequences: usize,
+    },
 }
 
 impl Test {
@@ -32,12 +39,15 @@ impl Test {
         match self {
             Test::Prompt(n) => format!("pp{n}"),
             Test::Generate(n) => format!("tg{n}"),
+            Test::Together { tokens, sequences } => format!("tg{tokens} x{sequences}"),
         }
     }
 
+    /// Tokens that are taken in, those of all sequences together.
     fn tokens(self) -> usize {
         match self {
             Test::Prompt(n) | Test::Generate(n) => n,
+            Test::Together { tokens, sequences } => tokens * sequences,
         }
     }
 }
@@ -48,8 +58,14 @@ impl Test {
 /// [`crate::exit::Usage`] for options without a meaning; a model that cannot be used.
 pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
     let prompts = args.n_prompt.iter().map(|n| Test::Prompt(*n));
-    let tests: Vec<Test> =
-        prompts.chain(args.n_gen.iter().map(|n| Test::Generate(*n))).filter(|t| t.tokens() > 0).collect();
+    ensure!(!args.parallel.contains(&0), usage("--parallel: at least 1 sequence"));
+    let texts = args.n_gen.iter().flat_map(|&tokens| {
+        args.parallel.iter().map(move |&sequences| match sequences {
+            1 => Test::Generate(tokens),
+            _ => Test::Together { tokens, sequences },
+        })
+    });
+    let tests: Vec<Test> = prompts.chain(texts).filter(|t| t.tokens() > 0).collect();
     ensure!(!tests.is_empty(), usage("-p and -n are all 0: there is nothing to measure"));
     let devices = args.threads.iter().map(|n| Device::choose(&args.device, *n)).collect::<anyhow::Result<Vec<_>>>()?;
     let open = devices[0].install(|| match (&args.model, &args.preset) {
@@ -123,6 +139,7 @@ fn measure(
     let model = open.packed();
     let tokens = tokens(model.config().vocab_size, test.tokens());
     let depth = session.position();
+    let (mut batch, mut others) = (Batch::new(), Vec::new());
     // The first one finds cold caches and grows the buffers; it is not counted. What filled a session has already done that.
     let uncounted = u32::from(depth == 0);
     let rounds = repetitions + uncounted;
@@ -130,6 +147,9 @@ fn measure(
     let mark = (rounds > 1).then(|| session.clone());
     let mut seconds = Vec::new();
     for _ in 0..rounds {
+        if let Test::Together { sequences, .. } = test {
+            others = vec![session.clone(); sequences];
+        }
         let start = Instant::now();
         match test {
             Test::Prompt(_) => {
@@ -140,9 +160,17 @@ fn measure(
                     session.extend(model, std::slice::from_ref(token))?;
                 }
             }
+            Test::Together { sequences, .. } => {
+                for tokens in tokens.chunks_exact(sequences) {
+                    let feeds = others.iter_mut().zip(tokens);
+                    let mut feeds: Vec<Feed<'_>> =
+                        feeds.map(|(session, token)| Feed { session, tokens: std::slice::from_ref(token) }).collect();
+                    batch.extend(model, &mut feeds)?;
+                }
+            }
         }
         seconds.push(start.elapsed().as_secs_f64());
-        if let Some(mark) = &mark {
+        if let (Some(mark), Test::Prompt(_) | Test::Generate(_)) = (&mark, test) {
             session.rewind(mark);
         }
     }

@@ -72,14 +72,15 @@ impl Row {
         let (avg_ts, stddev_ts) = mean_sd(&self.samples());
         let ns: Vec<f64> = self.seconds.iter().map(|s| s * 1e9).collect();
         let (avg_ns, stddev_ns) = mean_sd(&ns);
-        let (n_prompt, n_gen) = match self.test {
-            Test::Prompt(n) => (n, 0),
-            Test::Generate(n) => (0, n),
+        let (n_prompt, n_gen, n_parallel) = match self.test {
+            Test::Prompt(n) => (n, 0, 1),
+            Test::Generate(n) => (0, n, 1),
+            Test::Together { tokens, sequences } => (0, tokens, sequences),
         };
         json!({
             "model_filename": self.model, "model_size": self.size, "model_n_params": self.parameters,
             "backends": self.backend(), "n_threads": self.threads, "n_prompt": n_prompt, "n_gen": n_gen,
-            "n_depth": self.depth, "test": self.test_name(), "avg_ns": avg_ns.round(), "stddev_ns": stddev_ns.round(),
+            "n_parallel": n_parallel, "n_depth": self.depth, "test": self.test_name(), "avg_ns": avg_ns.round(), "stddev_ns": stddev_ns.round(),
             "avg_ts": avg_ts, "stddev_ts": stddev_ts, "samples_ts": self.samples(),
         })
     }
