@@ -308,9 +308,9 @@ fn what_goes_wrong_in_a_dialogue_is_said() {
 fn bench_makes_the_table() {
     let scene = Scene::new();
     let run = |args: &[&str]| scene.ok(&[&["bench", "-p", "8,4", "-n", "3", "-r", "2"], args].concat(), "");
-    let table = run(&["-m", "model.elleci", "-t", "1,2", "-d", "0,5"]);
-    assert_eq!(table.lines().count(), 2 + 2 * 2 * 3, "{table}");
-    for part in ["| model.elleci |", " pp8 @ d5 |", " tg3 |", " ± ", "| threads |"] {
+    let table = run(&["-m", "model.elleci", "-t", "1,2", "-d", "0,5", "--parallel", "1,3"]);
+    assert_eq!(table.lines().count(), 2 + 2 * 2 * 4, "{table}");
+    for part in ["| model.elleci |", " pp8 @ d5 |", " tg3 |", " tg3 x3 |", " ± ", "| threads |"] {
         assert!(table.contains(part), "{part}: {table}");
     }
     let json: Value = serde_json::from_str(&run(&["-m", "bare.elleci", "-o", "json"])).unwrap();
@@ -395,6 +395,7 @@ fn wrong_usage_exits_with_2() {
     }
     scene.fails(&["bench", "--preset", "huge"], 2, &["huge", "elleci-1.5b"]);
     scene.fails(&["bench", "-m", "model.elleci", "-p", "0", "-n", "0"], 2, &["nothing to measure"]);
+    scene.fails(&["bench", "-m", "model.elleci", "--parallel", "0"], 2, &["--parallel"]);
     for verb in ["generate", "chat", "bench", "logits"] {
         assert!(scene.ok(&[verb, "--help"], "").contains("Example"), "{verb}");
     }

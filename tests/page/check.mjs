@@ -94,6 +94,9 @@ const answer = () => page.evaluate(() => [...document.querySelectorAll(".model .
 const busy = () => page.$eval("#send", (e) => e.classList.contains("stop"));
 const idle = () => page.waitForFunction(() => !document.querySelector("#send").classList.contains("stop"), { timeout: 60000 });
 const grown = (to) => page.waitForFunction((n) => ([...document.querySelectorAll(".model .text")].at(-1)?.textContent ?? "").length > n, {}, to);
+// The same, or the end of the answer.
+const changed = (from) => page.waitForFunction((n) => ([...document.querySelectorAll(".model .text")].at(-1)?.textContent ?? "").length > n
+  || !document.querySelector("#send").classList.contains("stop"), {}, from);
 const say = async (words) => { await page.type("#input", words); await page.keyboard.press("Enter"); };
 const QUESTION = "Racconta per esteso la storia di un paese di montagna.";
 
@@ -131,9 +134,14 @@ await step("one small file that needs nothing else, under a strict policy", asyn
 
 await step("an answer streams in several steps and is counted", async () => {
   assert.equal(await page.$eval("#blank", (e) => e.hidden), false);
-  await watched(0);
-  const lengths = [(await answer()).length];
-  for (let i = 0; i < 3; i++) { await grown(lengths.at(-1)).catch(() => {}); lengths.push((await answer()).length); }
+  let lengths;
+  // A small model may say all that it has to say in one piece: it is asked again.
+  for (let attempt = 1; attempt <= (given ? 6 : 1) && new Set(lengths).size < 3; attempt++) {
+    if (attempt > 1) { await idle(); await page.click("#fresh"); }
+    await watched(0);
+    lengths = [(await answer()).length];
+    for (let i = 0; i < 3; i++) { await changed(lengths.at(-1)); lengths.push((await answer()).length); }
+  }
   assert.ok(new Set(lengths).size >= 3, `the text grew in steps: ${lengths}`);
   assert.match(await text(".model .facts"), /\d+ token.*[\d,]+ token\/s/, "live count and speed");
   await idle();
@@ -220,6 +228,13 @@ await step("Edit puts the last message back into the box", async () => {
 });
 
 await step("New chat clears, keeps what is typed, and can be undone", async () => {
+  if (!await count(".turn")) {
+    await page.$eval("#input", (e) => { e.value = ""; });
+    await watched(5);
+    await page.keyboard.press("Escape");
+    await idle();
+    await page.type("#input", "ancora da dire");
+  }
   const turns = await count(".turn"), typed = await value("#input");
   await page.click("#fresh");
   assert.equal(await count(".turn"), 0);
@@ -555,7 +570,9 @@ await step("a browser without storage still chats", async () => {
     for (const area of ["localStorage", "sessionStorage"]) Object.defineProperty(window, area, { get() { throw new DOMException("no", "SecurityError"); } });
   });
   await page.reload();
-  await watched(3);
+  // Not `watched`: another chat would put another notice there.
+  await say(QUESTION);
+  await grown(0);
   await page.keyboard.press("Escape");
   await idle();
   assert.equal(await count(".turn"), 2);

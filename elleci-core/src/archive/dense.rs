@@ -284,11 +284,33 @@ impl<'a> DenseMatrix<'a> {
 impl DenseMatrix<'_> {
     /// The products of rows `first ..` with one token, if there is a kernel for that.
     fn one_token(&self, first: usize, x: &[f32], y: &mut [f32]) -> bool {
-        use super::dense_avx512::{detect, dots};
-        let Some(simd) = detect() else { return false };
+        use super::{dense_avx2 as avx2, dense_avx512 as avx512};
+        if let Some(simd) = avx512::detect() {
+            return self.rows_with(
+                first,
+                x,
+                y,
+                |rows, x| avx512::dots(simd, rows, x),
+                |rows, x| avx512::dots(simd, rows, x),
+            );
+        }
+        let Some(simd) = avx2::Avx2::detect() else { return false };
+        self.rows_with(first, x, y, |rows, x| avx2::dots(simd, rows, x), |rows, x| avx2::dots(simd, rows, x))
+    }
+
+    /// The same with a kernel's products of [`ROWS`] rows, of int8 and of binary16.
+    fn rows_with(
+        &self,
+        first: usize,
+        x: &[f32],
+        y: &mut [f32],
+        i8_dots: impl Fn(&[i8], &[f32]) -> [f32; ROWS],
+        u16_dots: impl Fn(&[u16], &[f32]) -> [f32; ROWS],
+    ) -> bool {
+        let run = |row: usize| row * self.cols..(row + ROWS) * self.cols;
         let products: &dyn Fn(usize) -> [f32; ROWS] = match self.values {
-            Values::Int8 { codes, .. } => &|row| dots(simd, &codes[row * self.cols..(row + ROWS) * self.cols], x),
-            Values::F16(v) => &|row| dots(simd, &v[row * self.cols..(row + ROWS) * self.cols], x),
+            Values::Int8 { codes, .. } => &|row| i8_dots(&codes[run(row)], x),
+            Values::F16(v) => &|row| u16_dots(&v[run(row)], x),
             Values::F32(_) | Values::Bf16(_) => return false,
         };
         let whole = y.len() / ROWS * ROWS;

@@ -14,6 +14,8 @@
 mod aligned;
 mod dense;
 #[cfg(all(feature = "std", target_arch = "x86_64"))]
+mod dense_avx2;
+#[cfg(all(feature = "std", target_arch = "x86_64"))]
 mod dense_avx512;
 mod error;
 mod schema;

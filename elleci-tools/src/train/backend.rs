@@ -159,13 +159,10 @@ pub fn pass_rows(rows: usize, seq: usize, tokens: usize) -> usize {
     (1..=most).rev().find(|n| rows.is_multiple_of(*n)).unwrap_or(1)
 }
 
-/// Tokens that a CPU works on at once: its products are at their full speed with so many, and activations of more would only
-/// take memory.
-const CPU_PASS_TOKENS: usize = 2048;
-
-/// As [`pass_rows`], on a CPU.
-pub fn cpu_pass_rows(rows: usize, seq: usize) -> usize {
-    pass_rows(rows, seq, CPU_PASS_TOKENS)
+/// As [`pass_rows`], on a CPU, for a model of this width: as many tokens as its products need to be at their full speed, 2,048, or
+/// 1,024 where they are wide. Activations of more would only take memory.
+pub fn cpu_pass_rows(d_model: usize, rows: usize, seq: usize) -> usize {
+    pass_rows(rows, seq, ((1 << 21) / d_model.max(1)).clamp(1024, 2048))
 }
 
 /// The CPU: everything in `elleci-core`.
@@ -261,7 +258,7 @@ pub fn read_params(params: &mut Params, file: &TensorFile) -> anyhow::Result<()>
 
 impl Backend for CpuBackend {
     fn accumulate(&mut self, batch: &Batch<'_>, scale: f32) -> anyhow::Result<()> {
-        for pass in batch.split(cpu_pass_rows(batch.batch, batch.seq))? {
+        for pass in batch.split(cpu_pass_rows(self.model.config().d_model, batch.batch, batch.seq))? {
             self.workspace(&pass, self.form.checkpointing);
             let (_, workspace) = self.workspace.as_mut().expect("made by the line above");
             self.loss += self.model.loss_and_grad(workspace, &pass, scale, &mut self.grads)?;
@@ -296,7 +293,7 @@ impl Backend for CpuBackend {
 
     fn evaluate(&mut self, batch: &Batch<'_>) -> anyhow::Result<f64> {
         let mut loss = 0.0;
-        for pass in batch.split(cpu_pass_rows(batch.batch, batch.seq))? {
+        for pass in batch.split(cpu_pass_rows(self.model.config().d_model, batch.batch, batch.seq))? {
             // Nothing is kept for a backward: the smallest workspace does.
             self.workspace(&pass, Checkpointing::EveryLayer);
             let (_, workspace) = self.workspace.as_mut().expect("made by the line above");

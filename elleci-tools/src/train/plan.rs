@@ -194,8 +194,8 @@ pub fn largest_micro_batch(config: &RunConfig, plan: &Plan) -> (usize, usize) {
 
 /// Sequences and tokens a sequence of the largest pass that the CPU makes in a run: what memory must hold.
 pub fn largest_pass(config: &RunConfig, plan: &Plan) -> (usize, usize) {
-    let passes =
-        plan.stages().into_iter().map(|(shape, _)| (cpu_pass_rows(shape.rows(0), shape.seq_len), shape.seq_len));
+    let rows = |rows, seq| cpu_pass_rows(config.model.d_model, rows, seq);
+    let passes = plan.stages().into_iter().map(|(shape, _)| (rows(shape.rows(0), shape.seq_len), shape.seq_len));
     passes.max_by_key(|&(rows, seq)| (rows * seq, seq)).unwrap_or((1, config.model.max_seq_len))
 }
 

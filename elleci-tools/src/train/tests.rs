@@ -367,15 +367,16 @@ fn tiny(settings: &[&str]) -> RunConfig {
 
 #[test]
 fn a_large_micro_batch_is_worked_on_in_passes() {
-    let of =
-        [(16, 1024), (7, 1024), (8, 256), (9, 256), (1, 5000), (3, 2048)].map(|(rows, seq)| cpu_pass_rows(rows, seq));
+    let of = [(16, 1024), (7, 1024), (8, 256), (9, 256), (1, 5000), (3, 2048)]
+        .map(|(rows, seq)| cpu_pass_rows(256, rows, seq));
     assert_eq!(of, [2, 1, 8, 3, 1, 1]);
+    assert_eq!((cpu_pass_rows(1024, 16, 1024), cpu_pass_rows(2048, 16, 1024), cpu_pass_rows(8192, 16, 256)), (2, 1, 4));
     let config = tiny(&[]);
     let (rows, seq) = (12, 256);
     let tokens: Vec<u32> = (0..rows * seq).map(|i| (i * i % 13) as u32).collect();
     let weights: Vec<f32> = (0..rows * seq).map(|i| (i % 3) as f32).collect();
     let whole = Batch { batch: rows, seq, tokens: &tokens, targets: &tokens, weights: &weights };
-    assert_eq!(cpu_pass_rows(rows, seq), 6);
+    assert_eq!(cpu_pass_rows(config.model.d_model, rows, seq), 6);
     let backend = || {
         let weights = session::weights(&config, None, false).unwrap();
         session::new_cpu_backend(&config, weights, Checkpointing::None).unwrap()

@@ -196,4 +196,13 @@ mod tests {
         }
         assert_eq!(text.lines().count(), 3);
     }
+
+    /// The tokens of all sequences count, and the name says how many there are.
+    #[test]
+    fn sequences_together() {
+        let row = Row { test: Test::Together { tokens: 128, sequences: 8 }, seconds: vec![8.0], ..rows().remove(0) };
+        assert_eq!((row.test_name(), row.speed()), ("tg128 x8".into(), "128.00 ± 0.00".into()));
+        let json: serde_json::Value = serde_json::from_str(&render(&[row], BenchOutput::Json).unwrap()).unwrap();
+        assert_eq!((&json[0]["n_gen"], &json[0]["n_parallel"]), (&json!(128), &json!(8)));
+    }
 }
