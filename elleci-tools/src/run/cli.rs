@@ -293,7 +293,7 @@ pub struct BenchArgs {
     #[arg(short = 'n', long, value_name = "N,…", value_delimiter = ',', default_value = "128")]
     pub n_gen: Vec<usize>,
     /// Sequences that generate together, -n tokens each; their tokens a second are added
-    #[arg(long, value_name = "N,…", value_delimiter = ',', default_value = "1", visible_alias = "n-parallel")]
+    #[arg(long, value_name = "N,…", value_delimiter = ',', default_value = "1")]
     pub parallel: Vec<usize>,
     /// Tokens in the session before each test
     #[arg(short = 'd', long, value_name = "N,…", value_delimiter = ',', default_value = "0")]

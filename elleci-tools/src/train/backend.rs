@@ -159,8 +159,8 @@ pub fn pass_rows(rows: usize, seq: usize, tokens: usize) -> usize {
     (1..=most).rev().find(|n| rows.is_multiple_of(*n)).unwrap_or(1)
 }
 
-/// As [`pass_rows`], on a CPU, for a model of this width: as many tokens as its products need to be at their full speed, 2,048, or
-/// 1,024 where they are wide. Activations of more would only take memory.
+/// As [`pass_rows`], on a CPU, for a model of this width. Products are at their full speed with 2,048 tokens, and activations of more
+/// would only take memory. A model of more than 1,024 channels takes fewer, down to 1,024 tokens: its plan has to be small (docs/LOG.md).
 pub fn cpu_pass_rows(d_model: usize, rows: usize, seq: usize) -> usize {
     pass_rows(rows, seq, ((1 << 21) / d_model.max(1)).clamp(1024, 2048))
 }

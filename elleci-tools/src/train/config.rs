@@ -83,7 +83,7 @@ pub enum Gradients {
     #[default]
     #[serde(rename = "f32")]
     F32,
-    /// int16 with a scale a token or channel: exact integer products, faster with AVX-512 VNNI (docs/LOG.md).
+    /// int16 with a scale a token or channel: exact integer products, faster with AVX-512 VNNI and with AVX2 (docs/LOG.md).
     #[serde(rename = "int16")]
     Int16,
 }
@@ -95,8 +95,8 @@ pub enum Head {
     #[default]
     #[serde(rename = "f32")]
     F32,
-    /// int16 with a scale a row, and float32 for what is above 64 times a softmax's mean. float32 on machines without AVX-512
-    /// VNNI, and in evaluations.
+    /// int16 with a scale a row, and float32 for what is above 64 times a softmax's mean. float32 on machines without AVX2,
+    /// and in evaluations.
     #[serde(rename = "int16")]
     Int16,
 }

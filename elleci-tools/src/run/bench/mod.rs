@@ -170,7 +170,7 @@ fn measure(
             }
         }
         seconds.push(start.elapsed().as_secs_f64());
-        if let (Some(mark), Test::Prompt(_) | Test::Generate(_)) = (&mark, test) {
+        if let Some(mark) = &mark {
             session.rewind(mark);
         }
     }

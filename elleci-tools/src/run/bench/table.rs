@@ -80,8 +80,8 @@ impl Row {
         json!({
             "model_filename": self.model, "model_size": self.size, "model_n_params": self.parameters,
             "backends": self.backend(), "n_threads": self.threads, "n_prompt": n_prompt, "n_gen": n_gen,
-            "n_parallel": n_parallel, "n_depth": self.depth, "test": self.test_name(), "avg_ns": avg_ns.round(), "stddev_ns": stddev_ns.round(),
-            "avg_ts": avg_ts, "stddev_ts": stddev_ts, "samples_ts": self.samples(),
+            "n_parallel": n_parallel, "n_depth": self.depth, "test": self.test_name(), "avg_ns": avg_ns.round(),
+            "stddev_ns": stddev_ns.round(), "avg_ts": avg_ts, "stddev_ts": stddev_ts, "samples_ts": self.samples(),
         })
     }
 }
