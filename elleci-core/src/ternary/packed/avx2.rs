@@ -7,7 +7,7 @@ use super::super::kernel::{Line, ROWS};
 use super::kernel::{self, PackedKernel};
 use super::t5::{ESCAPE, LOW};
 use super::{LINES, RowPacking};
-use crate::simd::{Isa, prefetch_run};
+use crate::simd::{Isa, prefetch_later, prefetch_line, prefetch_run};
 
 /// Proof that the machine has AVX2.
 #[derive(Clone, Copy)]
@@ -50,6 +50,12 @@ fn load(line: &Line, half: usize) -> __m256i {
     if half == 0 {
         prefetch_run((line as *const Line).cast());
     }
+    read(line, half)
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn read(line: &Line, half: usize) -> __m256i {
     // SAFETY: a line is two halves of 32 bytes, aligned to 64.
     unsafe { _mm256_load_si256((line as *const Line).cast::<__m256i>().add(half & 1)) }
 }
@@ -96,80 +102,110 @@ fn codes_i2(x: __m256i) -> [__m256i; LINES] {
     ]
 }
 
+/// The fields of 32 bytes: `low` in two bits a trit (t0, t1, t2 from bit 0 on), and `high` as an index of tables of 16, with 8 for the
+/// bytes that have no place for it.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn trits(x: __m256i) -> [__m256i; 5] {
-    const fn table(k: usize, from: usize) -> [u8; 16] {
+fn fields(x: __m256i) -> [__m256i; 2] {
+    const fn table(from: usize) -> [u8; 16] {
         let mut table = [0; 16];
         let mut i = 0;
         while i < 16 {
-            table[i] = LOW[from + i][k];
+            let [t0, t1, t2] = LOW[from + i];
+            table[i] = t0 | t1 << 2 | t2 << 4;
             i += 1;
         }
         table
     }
-    const TABLES: [[[u8; 16]; 2]; 3] =
-        [[table(0, 0), table(0, 16)], [table(1, 0), table(1, 16)], [table(2, 0), table(2, 16)]];
-    let escape = _mm256_set1_epi8(ESCAPE as i8);
-    let escaped = _mm256_cmpeq_epi8(_mm256_and_si256(x, escape), escape);
-    let seven = _mm256_set1_epi8(7);
-    let top = _mm256_and_si256(_mm256_srli_epi16::<5>(x), seven);
-    let rotated = _mm256_or_si256(_mm256_andnot_si256(seven, _mm256_slli_epi16::<3>(x)), top);
-    let index = _mm256_blendv_epi8(x, rotated, escaped);
-    // Bit 4 moves to bit 7, where `blendv` looks.
-    let upper = _mm256_slli_epi16::<3>(index);
-    let index = _mm256_and_si256(index, _mm256_set1_epi8(15));
-    let low = |k: usize| {
-        // SAFETY: the tables are 16 bytes each.
-        let [lower, higher] = TABLES[k].each_ref().map(|t| unsafe { _mm_loadu_si128(t.as_ptr().cast()) });
-        let lower = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(lower), index);
-        _mm256_blendv_epi8(lower, _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(higher), index), upper)
-    };
-    let high = _mm256_blendv_epi8(top, _mm256_set1_epi8(8), escaped);
+    const TABLES: [[u8; 16]; 2] = [table(0), table(16)];
+    // SAFETY: the tables are 16 bytes each.
+    let [first, second] =
+        TABLES.each_ref().map(|t| _mm256_broadcastsi128_si256(unsafe { _mm_loadu_si128(t.as_ptr().cast()) }));
+    let top = _mm256_and_si256(_mm256_srli_epi16::<5>(x), _mm256_set1_epi8(7));
+    let low = _mm256_and_si256(x, _mm256_set1_epi8(31));
+    let escaped = _mm256_cmpgt_epi8(low, _mm256_set1_epi8(ESCAPE as i8 - 1));
+    let rotated = _mm256_or_si256(_mm256_and_si256(_mm256_slli_epi16::<3>(x), _mm256_set1_epi8(24)), top);
+    let index = _mm256_blendv_epi8(low, rotated, escaped);
+    // `pshufb` gives 0 where bit 7 of the index is set: from 16 on in the first table, below 16 in the second.
+    let in_first = _mm256_shuffle_epi8(first, _mm256_add_epi8(index, _mm256_set1_epi8(0x70)));
+    let in_second = _mm256_shuffle_epi8(second, _mm256_sub_epi8(index, _mm256_set1_epi8(16)));
+    [_mm256_or_si256(in_first, in_second), _mm256_blendv_epi8(top, _mm256_set1_epi8(8), escaped)]
+}
+
+/// The last two trits of the index that [`fields`] gives.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn last(high: __m256i) -> [__m256i; 2] {
     let t3 = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 0, 0, 0, 0, 0, 0));
     let t4 = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 0, 0, 1, 1, 1, 2, 2, 2, 0, 0, 0, 0, 0, 0, 0));
-    [low(0), low(1), low(2), _mm256_shuffle_epi8(t3, high), _mm256_shuffle_epi8(t4, high)]
+    [_mm256_shuffle_epi8(t3, high), _mm256_shuffle_epi8(t4, high)]
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn trits(x: __m256i) -> [__m256i; 5] {
+    let [low, high] = fields(x);
+    let [t0, t1, t2, _] = codes_i2(low);
+    let [t3, t4] = last(high);
+    [t0, t1, t2, t3, t4]
 }
 
 #[target_feature(enable = "avx2")]
 fn dot_i2(panel: &[Line], q: &[i8], sums: &mut [i32; ROWS]) {
     *sums = [0; ROWS];
-    for half in 0..2 {
-        let mut acc = [_mm256_setzero_si256(); LINES];
-        for (panel, q) in panel.chunks(FOLD).zip(q.chunks(4 * FOLD)) {
-            let mut pairs = [_mm256_setzero_si256(); LINES];
-            for (line, q) in panel.iter().zip(q.as_chunks::<4>().0) {
-                let (codes, q) = (codes_i2(load(line, half)), word(q));
+    for (panel, q) in panel.chunks(FOLD).zip(q.chunks(4 * FOLD)) {
+        let mut pairs = [[_mm256_setzero_si256(); LINES]; 2];
+        for (line, q) in panel.iter().zip(q.as_chunks::<4>().0) {
+            let q = word(q);
+            for half in 0..2 {
+                let codes = codes_i2(load(line, half));
                 for j in 0..LINES {
-                    pairs[j] = _mm256_add_epi16(pairs[j], _mm256_maddubs_epi16(codes[j], q));
+                    pairs[half][j] = _mm256_add_epi16(pairs[half][j], _mm256_maddubs_epi16(codes[j], q));
                 }
             }
-            for j in 0..LINES {
-                acc[j] = widen(acc[j], pairs[j]);
-            }
         }
-        for (j, acc) in acc.into_iter().enumerate() {
-            add_to(&mut sums[16 * j + 8 * half..][..8], acc);
+        for half in 0..2 {
+            for j in 0..LINES {
+                add_to(&mut sums[16 * j + 8 * half..][..8], widen(_mm256_setzero_si256(), pairs[half][j]));
+            }
         }
     }
 }
 
 #[target_feature(enable = "avx2")]
 fn dot_t5(panel: &[Line], q: &[i8], sums: &mut [i32; ROWS]) {
-    /// Runs of 20 columns that an int16 lane can add up: five pairs are between -2560 and 2540, and 12 times that fits.
+    /// Runs of 20 columns that int16 lanes can add up: four pairs are between -2048 and 2032, one pair of four times a trit as much.
     const FOLD: usize = 12;
+    let mask = |x, bits| _mm256_and_si256(x, _mm256_set1_epi8(bits));
     *sums = [0; ROWS];
     for (panel, q) in panel.chunks(FOLD * LINES).zip(q.chunks(FOLD * 20)) {
+        // The four lines of a run are far apart in time, so that what comes next is asked for in the order of the memory.
+        let mut ahead = panel.as_ptr().cast::<u8>();
         for j in 0..LINES {
-            for half in 0..2 {
-                let mut pairs = _mm256_setzero_si256();
-                for (lines, q) in panel.as_chunks::<LINES>().0.iter().zip(q.as_chunks::<20>().0) {
-                    let trits = trits(load(&lines[j], half));
-                    for (trits, q) in trits.into_iter().zip(q.as_chunks::<4>().0) {
-                        pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(trits, word(q)));
-                    }
+            let mut pairs = [_mm256_setzero_si256(); 2];
+            // Four times the pairs of the second trit, which are left where they stand in `low`.
+            let mut fourfold = [_mm256_setzero_si256(); 2];
+            for (lines, q) in panel.as_chunks::<LINES>().0.iter().zip(q.as_chunks::<20>().0) {
+                let q = q.as_chunks::<4>().0;
+                prefetch_line(ahead.wrapping_add(FOLD * LINES * 64));
+                prefetch_later(ahead.wrapping_add(4 * FOLD * LINES * 64));
+                ahead = ahead.wrapping_add(64);
+                for half in 0..2 {
+                    let [low, high] = fields(read(&lines[j], half));
+                    let [t3, t4] = last(high);
+                    let add = |sum: &mut __m256i, trits, k: usize| {
+                        *sum = _mm256_add_epi16(*sum, _mm256_maddubs_epi16(trits, word(&q[k])));
+                    };
+                    add(&mut pairs[half], mask(low, 3), 0);
+                    add(&mut fourfold[half], mask(low, 12), 1);
+                    add(&mut pairs[half], mask(_mm256_srli_epi16::<4>(low), 3), 2);
+                    add(&mut pairs[half], t3, 3);
+                    add(&mut pairs[half], t4, 4);
                 }
-                add_to(&mut sums[16 * j + 8 * half..][..8], widen(_mm256_setzero_si256(), pairs));
+            }
+            for half in 0..2 {
+                let all = _mm256_add_epi16(pairs[half], _mm256_srai_epi16::<2>(fourfold[half]));
+                add_to(&mut sums[16 * j + 8 * half..][..8], widen(_mm256_setzero_si256(), all));
             }
         }
     }
