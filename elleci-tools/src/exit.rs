@@ -1,7 +1,40 @@
-//! How a tool ends: 0 done, 1 failed, 2 wrong usage or configuration, 130 stopped by the user.
+//! How a tool ends: 0 done, 1 failed, 2 wrong usage or configuration, 130 stopped by the user. And how it speaks on the way: the standard
+//! library's `println!` panics where nobody reads (`elleci-convert inspect X | head`) or nothing can be written.
 
+use std::io::Write;
 use std::process::ExitCode;
+use std::sync::OnceLock;
 use std::{fmt, io};
+
+/// What made a line of standard output get lost, if one was.
+static LOST: OnceLock<io::Error> = OnceLock::new();
+
+/// Writes to standard output. A reader that has gone away has seen what it wanted: the work goes on. Any other failure is reported by
+/// [`finish`].
+pub fn write(text: fmt::Arguments<'_>) {
+    if let Err(error) = io::stdout().lock().write_fmt(text) {
+        note(error);
+    }
+}
+
+fn note(error: io::Error) {
+    if error.kind() != io::ErrorKind::BrokenPipe {
+        LOST.get_or_init(|| error);
+    }
+}
+
+/// `print!` by [`write`].
+macro_rules! out {
+    ($($text:tt)*) => { $crate::exit::write(format_args!($($text)*)) };
+}
+
+/// `println!` by [`write`].
+macro_rules! outln {
+    () => { $crate::exit::write(format_args!("\n")) };
+    ($($text:tt)*) => { $crate::exit::write(format_args!("{}\n", format_args!($($text)*))) };
+}
+
+pub(crate) use {out, outln};
 
 /// A mistake in the arguments or the configuration: exit code 2.
 #[derive(Debug)]
@@ -34,7 +67,11 @@ pub fn usage(message: impl Into<String>) -> anyhow::Error {
 
 /// Turns the result of a tool into its exit code, with the chain of causes on standard error.
 pub fn finish(result: anyhow::Result<()>) -> ExitCode {
-    let Err(error) = result else { return ExitCode::SUCCESS };
+    if let Err(error) = io::stdout().flush() {
+        note(error);
+    }
+    let lost = || LOST.get().map(|e| io::Error::new(e.kind(), format!("standard output: {e}")).into());
+    let Some(error) = result.err().or_else(lost) else { return ExitCode::SUCCESS };
     if let Some(interrupted) = error.downcast_ref::<Interrupted>() {
         eprintln!("{interrupted}");
         return ExitCode::from(130);

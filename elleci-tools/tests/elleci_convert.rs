@@ -371,6 +371,27 @@ fn inspect_tells_what_is_there() {
     assert!(stderr(&output).contains("30 missing"), "{}", stderr(&output));
 }
 
+#[cfg(target_os = "linux")]
+#[test]
+fn a_reader_that_goes_away_ends_nothing_and_a_full_disk_is_named() {
+    let scene = Scene::new();
+    let inspect = |stdout: std::process::Stdio| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_elleci-convert"));
+        command.current_dir(scene.dir.path()).args(["inspect", "run"]).stdout(stdout).output().unwrap()
+    };
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let output = inspect(writer.into());
+    assert_eq!((output.status.code(), stderr(&output)), (Some(0), String::new()));
+    let output = inspect(fs::File::options().write(true).open("/dev/full").unwrap().into());
+    assert_eq!(output.status.code(), Some(1));
+    assert!(
+        stderr(&output).contains("standard output: ") && stderr(&output).contains("free space"),
+        "{}",
+        stderr(&output)
+    );
+}
+
 #[test]
 fn bits_per_byte() {
     let scene = Scene::new();

@@ -24,14 +24,14 @@ pub fn run(args: &CompareArgs) -> anyhow::Result<()> {
     let bpb = |s: &Value| s["bits_per_byte"].as_f64().unwrap_or(f64::NAN);
     let change = bpb(&scores[1]) / bpb(&scores[0]) - 1.0;
     if args.json {
-        println!("{}", json!({ "models": scores, "relative_difference": change }));
+        crate::exit::outln!("{}", json!({ "models": scores, "relative_difference": change }));
         return Ok(());
     }
-    println!("bits/byte  tokens   model");
+    crate::exit::outln!("bits/byte  tokens   model");
     for s in &scores {
         let (model, form) = (s["model"].as_str().unwrap_or_default(), s["form"].as_str().unwrap_or_default());
-        println!("{:9.5}  {:<7}  {model} ({form})", bpb(s), s["tokens"].as_u64().unwrap_or(0));
+        crate::exit::outln!("{:9.5}  {:<7}  {model} ({form})", bpb(s), s["tokens"].as_u64().unwrap_or(0));
     }
-    println!("{:+.4} % from the first to the second", change * 100.0);
+    crate::exit::outln!("{:+.4} % from the first to the second", change * 100.0);
     Ok(())
 }

@@ -23,7 +23,7 @@ pub fn run(args: &InspectArgs) -> anyhow::Result<()> {
         Err(e) => {
             job.finish();
             if args.json && e.downcast_ref::<crate::exit::Usage>().is_none() {
-                println!("{}", json!({ "path": args.file, "sound": false, "problems": [format!("{e:#}")] }));
+                crate::exit::outln!("{}", json!({ "path": args.file, "sound": false, "problems": [format!("{e:#}")] }));
             }
             return Err(e);
         }
@@ -43,7 +43,7 @@ pub fn run(args: &InspectArgs) -> anyhow::Result<()> {
     job.finish();
     let report = report(&source, &rows);
     match args.json {
-        true => println!("{report}"),
+        true => crate::exit::outln!("{report}"),
         false => print(&report),
     }
     if !source.problems.is_empty() {
@@ -139,29 +139,36 @@ fn report(source: &Source, rows: &[Map<String, Value>]) -> Value {
 fn print(report: &Value) {
     let text = |v: &Value, key: &str| plain(&v[key]);
     let figure = |v: &Value| v.as_f64().map_or_else(String::new, |v| format!("{v:.4}"));
-    println!("{}: {}", text(report, "path"), text(report, "form"));
+    crate::exit::outln!("{}: {}", text(report, "path"), text(report, "form"));
     for (name, value) in report["facts"].as_object().into_iter().flatten() {
-        println!("  {name}: {}", plain(value));
+        crate::exit::outln!("  {name}: {}", plain(value));
     }
     if let Some(config) = report["config"].as_object() {
         let sizes: Vec<String> = config.iter().map(|(k, v)| format!("{k} {}", plain(v))).collect();
-        println!("  {}", sizes.join(", "));
+        crate::exit::outln!("  {}", sizes.join(", "));
     }
     match report["tokenizer_bytes"].as_u64() {
-        Some(bytes) => println!("  tokenizer: {} bytes", thousands(bytes)),
-        None => println!("  tokenizer: none"),
+        Some(bytes) => crate::exit::outln!("  tokenizer: {} bytes", thousands(bytes)),
+        None => crate::exit::outln!("  tokenizer: none"),
     }
     let rows = report["tensors"].as_array().map(Vec::as_slice).unwrap_or_default();
     let width = rows.iter().map(|r| text(r, "name").chars().count()).max().unwrap_or(0);
-    println!(
+    crate::exit::outln!(
         "\n{:width$}  {:14} {:5} {:>12} {:>9} {:>9} {:>8} {:>8}  zero",
-        "tensor", "shape", "type", "bytes", "min", "max", "rms", "gamma"
+        "tensor",
+        "shape",
+        "type",
+        "bytes",
+        "min",
+        "max",
+        "rms",
+        "gamma"
     );
     for row in rows {
         let zero = row.get("zero").and_then(Value::as_f64).map_or_else(String::new, |z| format!("{:.1} %", z * 100.0));
         let mark = if row.get("extra").is_some() { "  not of this model" } else { "" };
         let stored = row.get("stored_as").map_or_else(String::new, |s| format!("  as {}", plain(s)));
-        println!(
+        crate::exit::outln!(
             "{:width$}  {:14} {:5} {:>12} {:>9} {:>9} {:>8} {:>8}  {zero}{mark}{stored}",
             text(row, "name"),
             row["shape"].to_string(),
@@ -173,14 +180,14 @@ fn print(report: &Value) {
             row.get("gamma").map_or_else(String::new, figure),
         );
     }
-    println!(
+    crate::exit::outln!(
         "\n{} tensors, {} elements, {} bytes",
         rows.len(),
         thousands(report["elements"].as_u64().unwrap_or(0)),
         thousands(report["tensor_bytes"].as_u64().unwrap_or(0))
     );
     for note in report["notes"].as_array().into_iter().flatten() {
-        println!("note: {}", plain(note));
+        crate::exit::outln!("note: {}", plain(note));
     }
-    println!("{}", if report["sound"] == true { "sound" } else { "NOT sound" });
+    crate::exit::outln!("{}", if report["sound"] == true { "sound" } else { "NOT sound" });
 }

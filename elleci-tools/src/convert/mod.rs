@@ -69,7 +69,7 @@ fn convert(args: &ConvertArgs) -> anyhow::Result<()> {
         "bits_per_byte": scores, "seconds": began.elapsed().as_secs_f64(),
     });
     match args.json {
-        true => println!("{report}"),
+        true => crate::exit::outln!("{report}"),
         false => print_report(&report, to),
     }
     Ok(())
@@ -77,7 +77,7 @@ fn convert(args: &ConvertArgs) -> anyhow::Result<()> {
 
 fn print_report(report: &Value, to: &Path) {
     let number = |key: &str| thousands(report[key].as_u64().unwrap_or(0));
-    println!(
+    crate::exit::outln!(
         "{}: {} parameters in {} tensors, {} bytes, {}",
         to.display(),
         number("parameters"),
@@ -86,16 +86,16 @@ fn print_report(report: &Value, to: &Path) {
         duration(report["seconds"].as_f64().unwrap_or(0.0))
     );
     for (kind, count) in report["packing"].as_object().into_iter().flatten() {
-        println!("  {count} ternary tensors as {kind}");
+        crate::exit::outln!("  {count} ternary tensors as {kind}");
     }
     if let Some(dense) = report["dense"].as_str() {
-        println!("  embedding and head as {dense}");
+        crate::exit::outln!("  embedding and head as {dense}");
     }
     if report["tokenizer"] == false {
-        println!("  no tokenizer: none was found beside the source, give --tokenizer");
+        crate::exit::outln!("  no tokenizer: none was found beside the source, give --tokenizer");
     }
     for note in report["notes"].as_array().into_iter().flatten() {
-        println!("  note: {}", note.as_str().unwrap_or_default());
+        crate::exit::outln!("  note: {}", note.as_str().unwrap_or_default());
     }
     if report["bits_per_byte"].is_object() {
         score::print(&report["bits_per_byte"]);

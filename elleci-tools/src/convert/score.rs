@@ -132,10 +132,14 @@ fn round(model: &mut Model, dense: &[Id], format: DenseFormat) -> anyhow::Result
 pub fn print(report: &Value) {
     let Some(scores) = report["by_dense"].as_object() else { return };
     let exact = scores.get("f32").and_then(Value::as_f64).unwrap_or(f64::NAN);
-    println!("  bits per byte of {} ({} tokens):", report["text"].as_str().unwrap_or_default(), report["tokens"]);
+    crate::exit::outln!(
+        "  bits per byte of {} ({} tokens):",
+        report["text"].as_str().unwrap_or_default(),
+        report["tokens"]
+    );
     for format in DenseFormat::ALL {
         let score = scores.get(format.name()).and_then(Value::as_f64).unwrap_or(f64::NAN);
-        println!("    --dense {:5} {score:.5}  {:+.4} %", format.name(), (score / exact - 1.0) * 100.0);
+        crate::exit::outln!("    --dense {:5} {score:.5}  {:+.4} %", format.name(), (score / exact - 1.0) * 100.0);
     }
 }
 

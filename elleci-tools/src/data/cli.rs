@@ -207,7 +207,7 @@ pub fn run(cli: Cli) -> Result<()> {
 fn run_fetch(args: &FetchArgs) -> Result<()> {
     if args.demo {
         let report = fetch::demo::fetch(&args.out, args.any_version)?;
-        print!("{}", report.table());
+        crate::exit::out!("{}", report.table());
         return Ok(());
     }
     #[cfg(feature = "hub")]
@@ -215,13 +215,13 @@ fn run_fetch(args: &FetchArgs) -> Result<()> {
         let found = crate::eval::task::built_in()?;
         let tasks = if args.tasks.is_empty() { found } else { crate::eval::task::select(&found, &args.tasks)? };
         let sources: Vec<_> = tasks.into_iter().filter_map(|t| t.source).collect();
-        return fetch::eval::fetch(&args.out, &sources, &mut |path| println!("{}", path.display()));
+        return fetch::eval::fetch(&args.out, &sources, &mut |path| crate::exit::outln!("{}", path.display()));
     }
     #[cfg(feature = "hub")]
     {
         let corpora = if args.only.is_empty() { &fetch::hub::Corpus::ALL[..] } else { &args.only };
         for path in fetch::hub::fetch(&args.out, corpora, args.limit_files.map(|n| n as usize))? {
-            println!("{}", path.display());
+            crate::exit::outln!("{}", path.display());
         }
         Ok(())
     }
@@ -287,7 +287,7 @@ fn run_tokenizer(args: &TokenizerArgs) -> Result<()> {
     report_rejected(&rejected, ignored);
     trained.save(&args.out)?;
     let config = trained.config();
-    println!(
+    crate::exit::outln!(
         "{}: {} tokens, padded to {}; {} words are single tokens; sha256 {}",
         args.out.display(),
         config.tokens,
@@ -339,12 +339,12 @@ fn run_prepare(args: &PrepareArgs) -> Result<()> {
 
 fn print_summary(args: &PrepareArgs, summary: &Summary) -> Result<()> {
     if args.json {
-        println!("{}", serde_json::to_string(summary)?);
+        crate::exit::outln!("{}", serde_json::to_string(summary)?);
         return Ok(());
     }
-    println!("{}: {} files, {} duplicates dropped", args.out.display(), summary.files, summary.duplicates);
+    crate::exit::outln!("{}: {} files, {} duplicates dropped", args.out.display(), summary.files, summary.duplicates);
     let set = ShardSet::open_with(&args.out, Verify::Sizes)?;
-    print!("{}", stats::table(&stats::stats(&set, None)?));
+    crate::exit::out!("{}", stats::table(&stats::stats(&set, None)?));
     Ok(())
 }
 
@@ -362,9 +362,9 @@ fn run_stats(args: &StatsArgs) -> Result<()> {
     };
     let stats = stats::stats(&set, tokenizer.as_ref())?;
     if args.json {
-        println!("{}", serde_json::to_string(&stats)?);
+        crate::exit::outln!("{}", serde_json::to_string(&stats)?);
     } else {
-        print!("{}", stats::table(&stats));
+        crate::exit::out!("{}", stats::table(&stats));
     }
     Ok(())
 }

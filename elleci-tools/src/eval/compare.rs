@@ -151,9 +151,9 @@ pub fn run(args: &CompareArgs) -> anyhow::Result<()> {
     ensure!(!objects.is_empty(), "the two runs have no items in common");
     if args.json {
         let names = [&a, &b].map(|r| r.results.model_name.clone());
-        println!("{}", json!({ "models": names, "resamples": args.resamples, "differences": objects }));
+        crate::exit::outln!("{}", json!({ "models": names, "resamples": args.resamples, "differences": objects }));
     } else {
-        print!("{}", layout(&rows));
+        crate::exit::out!("{}", layout(&rows));
     }
     Ok(())
 }

@@ -60,7 +60,7 @@ pub fn run(cli: &Cli) -> anyhow::Result<()> {
 fn list(args: &ListArgs) -> anyhow::Result<()> {
     let tasks = task::built_in()?;
     if args.json {
-        println!("{}", json!({ "tasks": tasks }));
+        crate::exit::outln!("{}", json!({ "tasks": tasks }));
         return Ok(());
     }
     let mut rows = vec![["task", "what", "metrics", "shots", "source", "licence"].map(String::from).to_vec()];
@@ -76,7 +76,7 @@ fn list(args: &ListArgs) -> anyhow::Result<()> {
             source.map_or("that of this program".into(), |s| s.licence.clone()),
         ]);
     }
-    print!("{}", report::layout(&rows));
+    crate::exit::out!("{}", report::layout(&rows));
     Ok(())
 }
 
@@ -441,12 +441,12 @@ fn write_results(args: &RunArgs, prepared: &[Prepared], absent: &[Absent], facts
         write_atomically(&dir.join("results.json"), &pretty(&json)?).context("--log")?;
     }
     match &args.json {
-        Some(path) if path == Path::new("-") => println!("{json}"),
+        Some(path) if path == Path::new("-") => crate::exit::outln!("{json}"),
         Some(path) => write_atomically(path, &pretty(&json)?).context("--json")?,
         None => {}
     }
     if args.json.as_deref() != Some(Path::new("-")) && !results.is_empty() {
-        print!("{}", report::table(&results));
+        crate::exit::out!("{}", report::table(&results));
     }
     Ok(())
 }

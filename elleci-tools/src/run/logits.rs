@@ -43,7 +43,7 @@ pub fn run(args: &LogitsArgs) -> anyhow::Result<()> {
             Tensor::f32("logits", &[rows, seq, vocab_size], &logits),
         ];
         write_atomic(&args.out, |path| tensors::write(path, results).map(|_| ())).context("--out")?;
-        println!("{}", serde_json::json!({ "out": args.out, "shape": [rows, seq, vocab_size] }));
+        crate::exit::outln!("{}", serde_json::json!({ "out": args.out, "shape": [rows, seq, vocab_size] }));
         Ok(())
     })
 }

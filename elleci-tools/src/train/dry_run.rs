@@ -49,17 +49,17 @@ fn on_card(args: &TrainArgs, config: RunConfig, schedule: &Plan, ordinal: usize)
         (None, Err(e)) => (None, format!("no card: {e}")),
     };
     eprintln!("elleci-train {} | {what}", env!("CARGO_PKG_VERSION"));
-    print!("{}", describe_run(&config, schedule));
+    crate::exit::out!("{}", describe_run(&config, schedule));
     let Some(room) = room else {
-        print!("{}", choice::describe(&config, &choice::choose(&config, schedule, u64::MAX)?));
-        println!(
+        crate::exit::out!("{}", choice::describe(&config, &choice::choose(&config, schedule, u64::MAX)?));
+        crate::exit::outln!(
             "\nThat is the fastest form; --cuda-memory 12GiB says what it is on a card with so much free. Not stepping: {what}"
         );
         return Ok(());
     };
-    print!("{}", choice::describe(&config, &choice::choose(&config, schedule, room)?));
+    crate::exit::out!("{}", choice::describe(&config, &choice::choose(&config, schedule, room)?));
     if args.cuda_memory.is_some() {
-        println!("\nNot stepping: --cuda-memory asks for the plan alone");
+        crate::exit::outln!("\nNot stepping: --cuda-memory asks for the plan alone");
         return Ok(());
     }
     let device = Device::for_training(&config.training.device, config.training.threads)?;
@@ -72,11 +72,11 @@ fn on_cpu(args: &TrainArgs, config: RunConfig, schedule: &Plan) -> anyhow::Resul
     let peak = Peak::measure(device.threads);
     let kept = kept_on_cpu(&config, schedule);
     let memory = memory_of(&config, schedule, kept, precision(&config));
-    print!("{}{}", describe_run(&config, schedule), describe(&config, schedule, (&memory, kept), peak));
+    crate::exit::out!("{}{}", describe_run(&config, schedule), describe(&config, schedule, (&memory, kept), peak));
 
     let (need, free) = (memory.total() as u64, available_memory());
     if need > free {
-        println!(
+        crate::exit::outln!(
             "\nNot stepping: a step needs {} and this machine has {} free. Smaller: {}.",
             bytes(need),
             bytes(free),
@@ -100,7 +100,7 @@ fn measure(
     config.training.eval_tokens = 1;
     let seconds_per_flop = device.install(|| time_steps(args, &config, device, peak, steps))?;
     let eta = total_flops(&config, schedule) * seconds_per_flop;
-    println!("\nMeasured     {steps} steps; the whole run takes {} at that rate", duration(eta));
+    crate::exit::outln!("\nMeasured     {steps} steps; the whole run takes {} at that rate", duration(eta));
     Ok(())
 }
 

@@ -358,11 +358,11 @@ fn finish(run: &mut Run<'_>, out: &Path, tokenizer: Option<&Path>) -> anyhow::Re
         eprintln!("{skipped} steps were skipped: their loss or gradient norm was not finite");
     }
     if let Some((first, last)) = first_and_last_loss(out) {
-        println!("loss {first:.3} -> {last:.3} (first step, mean of the last ten)");
+        crate::exit::outln!("loss {first:.3} -> {last:.3} (first step, mean of the last ten)");
     }
-    println!("model {}", model.display());
+    crate::exit::outln!("model {}", model.display());
     for (_, text) in texts {
-        println!("sample: {text}");
+        crate::exit::outln!("sample: {text}");
     }
     Ok(())
 }

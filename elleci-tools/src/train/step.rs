@@ -80,7 +80,7 @@ pub fn run(args: &StepArgs) -> anyhow::Result<()> {
         let io = Io::read(&args.batch, config.vocab_size).context("--batch")?;
         compute(config, params, &io, &args.out)
     })?;
-    println!("{}", json!({ "loss": loss, "out": args.out }));
+    crate::exit::outln!("{}", json!({ "loss": loss, "out": args.out }));
     Ok(())
 }
 
