@@ -55,10 +55,17 @@ def main():
     write("sampler", "all_filters", sampler(0.8, 4, 0.9, 0.05, 1.1, 64, history, logits * 20))
     write("sampler", "nucleus", sampler(1.0, 0, 0.3, 0.0, 1.0, 0, history, logits[:3] * 50))
     write("sampler", "no_candidate", sampler(1.0, 0, 0.9, 0.0, 1.0, 0, history, [float("-inf")] * 4))
-    # Rows, half the columns, tokens, packing; then the bytes of the matrix.
-    write("packing", "i2", bytes([69, 10, 2, 0, 0x55, 0xAA, 0x12, 0x80, 0x7F]))
-    write("packing", "t5", bytes([69, 10, 2, 1, *range(0, 256, 5)]))
-    write("packing", "t5_long", bytes([3, 255, 6, 1, 0x5A, 0xFF, 0x1F, 0xE0, 0x1C]))
+    for name, packing, tokens, rows, cols, stride, data in (
+        ("i2", 0, 3, 70, 21, 31, [0x55, 0xAA, 0x12, 0x80, 0x7F]),
+        ("i2_extreme", 0, 1, 64, 256, 0, [0xFF]),
+        ("t5", 1, 3, 70, 21, 7, range(0, 256, 5)),
+        ("t5_long", 1, 1, 4, 255, 31, [0x5A, 0xFF, 0x1F, 0xE0, 0x1C]),
+        ("t5_tokens", 1, 8, 65, 16, 1, range(0, 251)),
+        ("c5", 2, 1, 321, 41, 5, range(3, 256, 7)),
+        ("c5_tokens", 2, 7, 130, 12, 29, [0x00, 0x5A, 0x00, 0x80, 0x7F]),
+        ("no_bytes", 2, 1, 1, 1, 0, []),
+    ):
+        write("packing", name, bytes([packing, tokens - 1]) + struct.pack("<HH", rows - 1, cols - 1) + bytes([stride, *data]))
     # Changes to a sound file: place, in two bytes, and value.
     write("session", "sound", b"")
     write("session", "cut", bytes([0, 0, 0, 0]))

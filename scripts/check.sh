@@ -38,10 +38,9 @@ need cc build-essential
 need g++ build-essential
 need python3 "python3 python3-pip"
 
-# One profile, one target directory and one set of features for every stage, so that nothing is built twice. The tools' own code is not what
-# takes time when it runs, but it is when it is optimised.
+# One profile, one target directory and one set of features for every stage, so that nothing is built twice.
 cargo() {
-    command cargo --config 'profile.release.package.elleci-tools.opt-level=1' "$@"
+    command cargo --config scripts/check.toml "$@"
 }
 features="--features elleci-core/capi"
 target=$(command cargo metadata --format-version 1 --no-deps | python3 -c 'import json, sys; print(json.load(sys.stdin)["target_directory"])')
@@ -92,7 +91,8 @@ stage_lint() {
 # A static library without the standard library, linked into a C program that runs it against the ordinary build; and a
 # program without it that runs the model in its own data.
 stage_nostd() {
-    cargo build --release --locked --manifest-path tests/no-std/Cargo.toml
+    # What is shown here does not depend on how it is optimised, and compiling the core takes long.
+    command cargo --config profile.release.opt-level=1 build --release --locked --manifest-path tests/no-std/Cargo.toml
     cc -O1 -Wall -Wextra -Werror -Ielleci-core/include -o "$target/no-std-probe" tests/no-std/main.c \
         "$target/release/libelleci_no_std.a" -lm
     build -p elleci-core
@@ -239,8 +239,15 @@ run() {
     echo "== $1"
     began=$(date +%s)
     set +e
-    (set -e; "stage_$1")
-    status=$?
+    if [ "$1" = page ] && [ -n "${page:-}" ]; then
+        wait "$page"
+        status=$?
+        page=
+        cat "$target/page.log"
+    else
+        (set -e; "stage_$1")
+        status=$?
+    fi
     set -e
     if [ $status -ne 0 ]; then
         echo "check.sh: FAILED at stage $1"
@@ -251,7 +258,17 @@ run() {
 
 start=$(date +%s)
 [ $# -eq 1 ] || everything=yes
-for stage in ${*:-$stages}; do
+chosen=${*:-$stages} page=
+# The page needs nothing that is compiled here, and mostly waits: it is tried beside the compiling.
+case "${everything:-}: $chosen " in
+yes:*" page "*)
+    mkdir -p "$target"
+    (exec tests/page/run.sh) >"$target/page.log" 2>&1 &
+    page=$!
+    trap '[ -z "$page" ] || kill "$page" 2>/dev/null' EXIT
+    ;;
+esac
+for stage in $chosen; do
     run "$stage"
 done
 echo "check.sh: ok (${*:-$stages}) in $(($(date +%s) - start)) s"

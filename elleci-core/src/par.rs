@@ -14,19 +14,53 @@ use alloc::vec::Vec;
 #[cfg(feature = "std")]
 mod team;
 
-/// Runs `f` on every item, in parallel when called from inside a rayon pool.
+/// Runs `f` on every item, in parallel when called from inside a rayon pool. Items that a panic of `f` leaves are leaked.
 pub fn for_each<T: Send>(items: Vec<T>, f: impl Fn(T) + Sync + Send) {
+    let items = Items::new(items);
+    // SAFETY: `each` gives every index below the count once.
+    each(items.count, &|i| f(unsafe { items.take(i) }));
+}
+
+/// Calls `run` once with every number below `count`. Not generic, so that the thread pools' machinery is compiled once and not for
+/// every loop of this crate, and a loop's body not once for every way to run it: that was half of the crate's code.
+fn each(count: usize, run: &(dyn Fn(usize) + Sync)) {
     #[cfg(feature = "std")]
-    if items.len() > 1 && rayon::current_thread_index().is_some() && rayon::current_num_threads() > 1 {
+    if count > 1 && rayon::current_thread_index().is_some() && rayon::current_num_threads() > 1 {
         use rayon::iter::{IndexedParallelIterator, IntoParallelIterator, ParallelIterator};
         match team::place() {
-            team::Place::Lead(team) => return team.for_each(items, f),
+            team::Place::Lead(team) => return team.each(count, run),
             // The other threads have items of their own.
             team::Place::Task => {}
-            team::Place::None => return items.into_par_iter().with_max_len(1).for_each(f),
+            team::Place::None => return (0..count).into_par_iter().with_max_len(1).for_each(run),
         }
     }
-    items.into_iter().for_each(f);
+    (0..count).for_each(run);
+}
+
+/// Items, each taken once; what is not taken is leaked.
+struct Items<T> {
+    /// Of length 0, so that it drops its memory and nothing in it
+    storage: Vec<T>,
+    count: usize,
+}
+
+// SAFETY: an item is touched by the one thread that takes it, and may be sent there.
+unsafe impl<T: Send> Sync for Items<T> {}
+
+impl<T> Items<T> {
+    fn new(mut storage: Vec<T>) -> Items<T> {
+        let count = storage.len();
+        // SAFETY: no element is as good as initialised.
+        unsafe { storage.set_len(0) };
+        Items { storage, count }
+    }
+
+    /// # Safety
+    /// Every index is below the count, and given once.
+    unsafe fn take(&self, i: usize) -> T {
+        // SAFETY: the items are still where they were, and nobody else takes this one.
+        unsafe { self.storage.as_ptr().add(i).read() }
+    }
 }
 
 /// As [`for_each`], with working memory for `f`: what `init` makes, as often as threads need one, and whatever items before have left

@@ -10,5 +10,6 @@ pub mod mapped;
 pub mod pth;
 pub mod report;
 pub mod run;
+#[cfg(feature = "serve")]
 pub mod serve;
 pub mod train;

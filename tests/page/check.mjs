@@ -522,9 +522,10 @@ await step("a connection lost in the middle leaves what has arrived", async () =
 
 await step("an answer can be copied, and a failed Regenerate leaves it", async () => {
   let calls = 0;
-  await open({ answers: { "/v1/chat/completions": () => (calls++ ? failing(429, { message: "busy" }) : streaming(["Vecchia", { choices: [{ delta: {}, finish_reason: "stop" }] }])) } });
+  await open({ answers: { "/v1/chat/completions": () => (calls++ ? failing(429, { message: "busy" }) : streaming([..."Vecchia", { choices: [{ delta: {}, finish_reason: "stop" }] }])) } });
   await say("Dimmi.");
   await page.waitForSelector(".again");
+  assert.match(await text(".model .facts"), /^7 token(?!.*token\/s)/, "no speed of what came all at once");
   // A headless window has no focus, and without it the browser refuses its clipboard.
   assert.deepEqual(await page.evaluate(async () => {
     let copied;

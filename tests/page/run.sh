@@ -7,7 +7,7 @@
 #
 # ELLECI_CHECK_PAGE  `require` makes a failure of a machine without Chromium, Node or npm, which is skipped otherwise
 # ELLECI_CHROMIUM    the browser; the default is the first of Chromium and Chrome in the path
-# ELLECI_SHOTS       where screenshots go (light.png, dark.png, narrow.png); the default is shots/ beside the packages
+# ELLECI_SHOTS       where screenshots go (light.png, dark.png, narrow-light.png, narrow-dark.png); the default is shots/ beside the packages
 #
 # Needs Chromium and Node 18 or newer with npm (Debian: apt install chromium npm). What package-lock.json names is installed
 # into the target directory, once.

@@ -18,15 +18,38 @@ pub enum Out {
 ///
 /// # Panics
 /// When the shapes do not fit: A is [m, k], B [k, n], C [m, n].
-pub fn matmul_serial(a: ArrayView2<f32>, b: ArrayView2<f32>, mut c: ArrayViewMut2<f32>, out: Out) {
+pub fn matmul_serial(a: ArrayView2<f32>, b: ArrayView2<f32>, c: ArrayViewMut2<f32>, out: Out) {
     let ((m, k), n) = (a.dim(), b.dim().1);
     assert!(b.dim().0 == k && c.dim() == (m, n), "matmul: {:?} x {:?} -> {:?}", a.dim(), b.dim(), c.dim());
+    product(a, b, c, out);
+}
+
+/// [`matmul_serial`] of shapes that fit.
+#[cfg(feature = "std")]
+fn product(a: ArrayView2<f32>, b: ArrayView2<f32>, c: ArrayViewMut2<f32>, out: Out) {
+    // The kernels want the output's strides positive, and prefer its columns contiguous: the transposed product has them so.
+    let (mut a, mut b, mut c) = match c.strides() {
+        [rows, columns] if columns.abs() < rows.abs() => (b.reversed_axes(), a.reversed_axes(), c.reversed_axes()),
+        _ => (a, b, c),
+    };
+    if c.strides()[0] < 0 {
+        c.invert_axis(Axis(0));
+        a.invert_axis(Axis(0));
+    }
+    if c.strides()[1] < 0 {
+        c.invert_axis(Axis(1));
+        b.invert_axis(Axis(1));
+    }
+    if a.strides()[1] < 0 {
+        a.invert_axis(Axis(1));
+        b.invert_axis(Axis(0));
+    }
+    let ((m, k), n) = (a.dim(), b.dim().1);
     let (sa, sb, sc) = (a.strides(), b.strides(), [c.strides()[0], c.strides()[1]]);
-    #[cfg(feature = "std")]
     // SAFETY: the views cover the [m, k], [k, n] and [m, n] elements that the product touches, at their own strides;
     // `c` is borrowed mutably, so it overlaps neither `a` nor `b`. With `read_dst` false the old `c` is not read.
     unsafe {
-        gemm::gemm(
+        gemm_f32::gemm::f32::get_gemm_fn()(
             m,
             n,
             k,
@@ -40,18 +63,25 @@ pub fn matmul_serial(a: ArrayView2<f32>, b: ArrayView2<f32>, mut c: ArrayViewMut
             b.as_ptr(),
             sb[1],
             sb[0],
-            1.0f32,
-            1.0f32,
+            1.0,
+            1.0,
             false,
             false,
             false,
-            gemm::Parallelism::None,
+            gemm_common::Parallelism::None,
         );
     }
-    #[cfg(not(feature = "std"))]
-    // SAFETY: as above; `sgemm` with beta 0 does not read `c`.
+}
+
+/// [`matmul_serial`] of shapes that fit.
+#[cfg(not(feature = "std"))]
+fn product(a: ArrayView2<f32>, b: ArrayView2<f32>, mut c: ArrayViewMut2<f32>, out: Out) {
+    let ((m, k), n) = (a.dim(), b.dim().1);
+    let (sa, sb, sc) = (a.strides(), b.strides(), [c.strides()[0], c.strides()[1]]);
+    let beta = if out == Out::Add { 1.0 } else { 0.0 };
+    // SAFETY: the views cover the [m, k], [k, n] and [m, n] elements that the product touches, at their own strides;
+    // `c` is borrowed mutably, so it overlaps neither `a` nor `b`. With beta 0 the old `c` is not read.
     unsafe {
-        let beta = if out == Out::Add { 1.0 } else { 0.0 };
         matrixmultiply::sgemm(
             m,
             k,

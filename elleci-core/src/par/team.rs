@@ -8,8 +8,7 @@
 //! sees the loop closed.
 
 use alloc::vec::Vec;
-use core::cell::{Cell, UnsafeCell};
-use core::mem::MaybeUninit;
+use core::cell::Cell;
 use core::ops::Range;
 use core::ptr;
 use core::sync::atomic::Ordering::{Relaxed, SeqCst};
@@ -173,13 +172,10 @@ impl Team {
         }
     }
 
-    pub(super) fn for_each<T: Send>(&self, items: Vec<T>, f: impl Fn(T) + Sync + Send) {
-        let slots = Slots(items.into_iter().map(|item| UnsafeCell::new(MaybeUninit::new(item))).collect());
-        let count = slots.0.len();
-        // SAFETY: the runs' counters give every index below `count` to one caller only.
-        let run = |i: usize| f(unsafe { slots.take(i) });
+    /// Calls `run` once with every number below `count`.
+    pub(super) fn each(&self, count: usize, run: &(dyn Fn(usize) + Sync)) {
         // Nobody is inside between loops, so that nobody sees the counters being set.
-        let job = Job { run: &run, items: count, runs: &self.runs, panicked: AtomicBool::new(false) };
+        let job = Job { run, items: count, runs: &self.runs, panicked: AtomicBool::new(false) };
         self.runs.iter().enumerate().for_each(|(r, run)| run.next.store(job.bounds(r).start, SeqCst));
         {
             // By return or by panic: nobody looks at the job when this block is left.
@@ -194,21 +190,6 @@ impl Team {
             job.work();
         }
         assert!(!job.panicked.load(SeqCst), "a thread of the pool panicked");
-    }
-}
-
-/// Items, each taken once. Items that a panic leaves untaken are leaked.
-struct Slots<T>(Vec<UnsafeCell<MaybeUninit<T>>>);
-
-// SAFETY: a slot is touched by the one thread that takes it, and its item may be sent there.
-unsafe impl<T: Send> Sync for Slots<T> {}
-
-impl<T> Slots<T> {
-    /// # Safety
-    /// Every index is given once.
-    unsafe fn take(&self, i: usize) -> T {
-        // SAFETY: the slot was filled when it was made, and nobody else takes it.
-        unsafe { (*self.0[i].get()).assume_init_read() }
     }
 }
 

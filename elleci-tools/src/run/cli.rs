@@ -6,6 +6,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use elleci_core::sampler::SamplerOptions;
 
 use crate::exit::usage;
+#[cfg(feature = "serve")]
 use crate::serve::settings::ServeArgs;
 
 /// Runs an Elleci model: text, dialogue, measurements.
@@ -37,6 +38,7 @@ pub enum Command {
     /// Talks, turn by turn
     Chat(ChatArgs),
     /// Answers over HTTP, as OpenAI's servers do, and with a page to talk to
+    #[cfg(feature = "serve")]
     Serve(ServeArgs),
     /// Measures the speed of prompts and of generation
     Bench(BenchArgs),
@@ -353,6 +355,7 @@ mod tests {
             "elleci-run bench -m m -p 512,256 -n 128 -r 3 -t 1,2 -d 0,100 -o json",
             "elleci-run bench --preset nano",
             "elleci-run chat -m m --system x",
+            #[cfg(feature = "serve")]
             "elleci-run serve -m m -t 2 -c 2048 --host 0.0.0.0 --port 0 --api-key k --cors * --temp 0.5",
             "elleci-run chat",
             "elleci-run generate -p x",

@@ -11,6 +11,7 @@ pub mod logprob;
 pub mod model;
 pub mod text;
 
+#[cfg(feature = "serve")]
 use crate::serve;
 
 /// Runs what the command line asks for.
@@ -23,6 +24,7 @@ pub fn run(cli: &cli::Cli) -> anyhow::Result<()> {
         cli::Command::Chat(args) => chat::run(args),
         cli::Command::Bench(args) => bench::run(args),
         cli::Command::Logits(args) => logits::run(args),
+        #[cfg(feature = "serve")]
         cli::Command::Serve(args) => serve::run(args),
     }
 }
