@@ -1,24 +1,28 @@
 //! A card, through the driver API: libcuda and NVRTC are opened when a [`Card`] is, and never linked.
 
 use std::collections::HashMap;
-use std::ffi::{CString, c_void};
+use std::ffi::{CStr, CString, c_void};
 use std::panic::catch_unwind;
 
 use cudarc::driver::{DriverError, result, sys};
 
 use crate::arena::{Arena, Buf, Dtype};
-use crate::device::{Arg, Device, DeviceError, Launch, Recording, Result};
+use crate::device::{Ability, Arg, Device, DeviceError, Launch, Matmul, Recording, Result};
 use crate::nvrtc;
 use crate::source::SOURCES;
 
+mod library;
 mod staging;
 mod timing;
 
+use library::{Library, Places};
 use staging::Staging;
 pub use timing::Mark;
 
 /// The oldest compute capability with bf16 tensor cores.
 const OLDEST: (i32, i32) = (8, 0);
+/// The oldest with e4m3 tensor cores.
+const OLDEST_FP8: (i32, i32) = (8, 9);
 
 /// A loaded kernel.
 #[derive(Clone, Copy)]
@@ -44,6 +48,10 @@ pub struct Card {
     capability: (i32, i32),
     name: String,
     staging: Option<Staging>,
+    /// cuBLASLt, or why there is none
+    library: Result<Library>,
+    /// Two floats, 0 and 1, in the card's memory
+    switches: sys::CUdeviceptr,
 }
 
 /// Memory that stays free beside a plan: for recorded steps (graphs) and what the driver takes as it goes.
@@ -64,12 +72,25 @@ pub struct Facts {
     pub total: u64,
     /// The version of CUDA that the driver is for.
     pub driver: (i32, i32),
+    /// Whether there is cuBLASLt, or why not.
+    pub library: Result<()>,
 }
 
 impl Facts {
     /// Bytes that a plan may take.
     pub fn room(&self) -> u64 {
         self.free.saturating_sub(SPARE)
+    }
+
+    /// Whether the card can do what not all can.
+    ///
+    /// # Errors
+    /// [`DeviceError::Lacks`] or [`DeviceError::Missing`] with the reason.
+    pub fn offers(&self, ability: Ability) -> Result<()> {
+        match ability {
+            Ability::Library => self.library.clone(),
+            Ability::Fp8 => has_fp8(self.capability),
+        }
     }
 }
 
@@ -89,7 +110,15 @@ pub fn probe(ordinal: usize) -> Result<Facts> {
         // SAFETY: retained above and not used after this.
         let _ = unsafe { result::primary_ctx::release(device) };
         let (free, total) = memory?;
-        Ok(Facts { ordinal, name, capability, free: free as u64, total: total as u64, driver })
+        Ok(Facts {
+            ordinal,
+            name,
+            capability,
+            free: free as u64,
+            total: total as u64,
+            driver,
+            library: library::available(),
+        })
     })
 }
 
@@ -149,6 +178,18 @@ fn find(ordinal: usize) -> Result<(sys::CUdevice, String, (i32, i32))> {
     Ok((device, name, capability))
 }
 
+fn has_fp8(capability: (i32, i32)) -> Result<()> {
+    let (major, minor) = capability;
+    let reason = || {
+        format!("the card has compute capability {major}.{minor}, and e4m3 products take 8.9 or newer: set it to bf16")
+    };
+    if capability < OLDEST_FP8 {
+        Err(DeviceError::Lacks { what: "cuda.products=fp8", reason: reason() })
+    } else {
+        Ok(())
+    }
+}
+
 /// What to do about an error of the driver.
 fn remedy(error: sys::CUresult) -> &'static str {
     use sys::CUresult::*;
@@ -196,6 +237,18 @@ fn fault(action: &'static str) -> impl Fn(DriverError) -> DeviceError {
     }
 }
 
+fn not_opened() -> DeviceError {
+    DeviceError::Missing { library: "libcublasLt", reason: "it is opened after the kernels".into() }
+}
+
+/// The address of a variable of a module.
+fn global(module: sys::CUmodule, name: &CStr) -> Result<sys::CUdeviceptr> {
+    // SAFETY: the module is loaded.
+    let (address, _) = unsafe { result::module::get_global(module, name.to_owned()) }
+        .map_err(fault("find a variable of the kernels"))?;
+    Ok(address)
+}
+
 impl Card {
     /// Opens device `ordinal` and compiles the kernels for it (some 25 s of one processor).
     ///
@@ -223,12 +276,15 @@ impl Card {
             capability,
             name,
             staging: None,
+            library: Err(not_opened()),
+            switches: 0,
         };
         card.enter()?;
         card.stream =
             result::stream::create(result::stream::StreamKind::NonBlocking).map_err(fault("make a stream"))?;
         card.staging = Some(Staging::new().map_err(fault("allocate page-locked memory"))?);
         card.load()?;
+        card.library = Library::open();
         Ok(card)
     }
 
@@ -247,6 +303,9 @@ impl Card {
                 // SAFETY: the module was loaded above.
                 let function = unsafe { result::module::get_function(module, symbol) };
                 self.loaded.insert(name, function.map_err(fault("find a kernel"))?);
+            }
+            if source.name == "matmul.cu" {
+                self.switches = global(module, c"elleci_switches")?;
             }
         }
         Ok(())
@@ -339,6 +398,10 @@ impl Drop for Card {
                 let _ = result::stream::synchronize(self.stream);
                 staging.destroy();
             }
+        }
+        if let Ok(library) = &mut self.library {
+            // SAFETY: the stream is idle, or has failed and runs nothing any more.
+            unsafe { library.destroy() };
         }
         for module in self.modules.drain(..) {
             // SAFETY: loaded by this card; its functions are not used afterwards.
@@ -437,6 +500,33 @@ impl Device for Card {
         launched.map_err(|e| DeviceError::Kernel { kernel, reason: e.to_string() })
     }
 
+    fn offers(&self, ability: Ability) -> Result<()> {
+        match ability {
+            Ability::Library => self.library.as_ref().map(|_| ()).map_err(Clone::clone),
+            Ability::Fp8 => has_fp8(self.capability),
+        }
+    }
+
+    fn matmul(&mut self, p: &Matmul, workspace: Buf) -> Result<()> {
+        self.enter()?;
+        let switch = self.switches + 4 * u64::from(p.add);
+        let places = Places {
+            a: self.address(p.a.buf),
+            b: self.address(p.b.buf),
+            out: self.address(p.out),
+            factors: p.alpha.map(|alpha| (self.address(alpha), switch)),
+            workspace: (self.address(workspace), workspace.len),
+        };
+        let ends = [(p.a, p.m), (p.b, p.n)].map(|(o, rows)| (o.index(rows - 1, p.k - 1), o.buf.len));
+        assert!(ends.iter().all(|(last, len)| last < len) && p.out.len == p.m * p.n, "{p:?}");
+        // The algorithms that are chosen take this for granted.
+        assert!([places.a, places.b, places.out, places.workspace.0].iter().all(|at| at % 256 == 0), "{p:?}");
+        let stream = self.stream;
+        let library = self.library.as_mut().map_err(|e| e.clone())?;
+        // SAFETY: all buffers lie in the card's memory and have the sizes of the product; the stream is the card's.
+        unsafe { library.matmul(p, &places, stream) }
+    }
+
     fn record(&mut self) -> Result<()> {
         self.enter()?;
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
@@ -479,6 +569,13 @@ mod tests {
             Err(e) => panic!("{e}"),
         }
         assert_eq!(probe(0).is_ok(), Card::open(0).is_ok());
+    }
+
+    #[test]
+    fn a_card_without_e4m3_is_told_what_to_set() {
+        let text = has_fp8((8, 0)).unwrap_err().to_string();
+        assert!(text.contains("cuda.products=fp8") && text.contains("8.0") && text.contains("bf16"), "{text}");
+        assert!(has_fp8((8, 9)).is_ok() && has_fp8((9, 0)).is_ok());
     }
 
     #[test]
