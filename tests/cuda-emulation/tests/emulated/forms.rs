@@ -10,7 +10,7 @@ use elleci_cuda::plan::Options;
 use elleci_cuda::trainer::{Error, Rates, Trainer};
 use elleci_cuda_emulation::Emulated;
 
-use crate::machine::device;
+use crate::machine::{device, distance};
 use crate::step::{Core, Data, config, core, options, trainer, weights, worst};
 
 /// Loss and gradients of one micro-batch taken twice, as an accumulation is.
@@ -46,7 +46,10 @@ fn the_library_multiplies_what_our_own_kernels_do() {
     }
 }
 
-/// A residual stream of bf16 rounds it after every addition, 2^-9 each: the direction of every gradient stays, as with bf16 products.
+/// A residual stream of bf16 rounds it after every addition: 2^-9/√3 rms, six additions, so that what a norm reads is 3e-3 away.
+/// Every product of the backward sees that, and the rounding of bf16 products beside it: some ten in a row, 1e-2. Codes that flip for
+/// it are 1/127 of a token's largest, and as many times that: as much again. Twice their sum is allowed, over all gradients together:
+/// those of a few values (`a_log`) are sums that cancel.
 #[test]
 fn a_residual_stream_of_bf16_keeps_the_gradients_direction() {
     let c = config();
@@ -57,9 +60,9 @@ fn a_residual_stream_of_bf16_keeps_the_gradients_direction() {
     t.accumulate(&data.batch(), 0.02).unwrap();
     let loss = t.last_loss().unwrap();
     assert!((loss - want_loss).abs() <= 1e-2 * want_loss, "{loss} {want_loss}");
-    let (distance, name) = worst(&t.gradients().unwrap(), &want);
-    println!("{name} is the worst: {distance:.1e}");
-    assert!(distance <= 0.15, "{name}: {distance:e}");
+    let all = distance(t.gradients().unwrap().data(), want.data());
+    println!("all gradients: {all:.1e}; loss {:.1e}", (loss - want_loss).abs() / want_loss);
+    assert!(all <= 0.04, "{all:e}");
 }
 
 /// Losses of the steps of a training in the smallest form.

@@ -11,6 +11,7 @@
 //!   --seconds N          ends before the next measurement when so many have passed
 //!   --int8 X --bf16 X    measured product rates of the card in TFLOP/s; the share of the time that products at these rates take
 //!                        is then given (MFU)
+//!   --check              only says what the first card is and whether it can be used
 //!   --out FILE           all results as JSON
 //!
 //! A step is one micro-batch with its update. Checkpointing is the fastest form that fits. Every figure is a median.
@@ -37,74 +38,14 @@ use elleci_cuda::ops::product::Gemm;
 use elleci_cuda::plan::{Options, Plan};
 use elleci_cuda::trainer::{Rates, Trainer};
 
+mod args;
+
+use args::{Args, args};
+
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
 /// Steps that are made and not timed.
 const WARM_UP: usize = 2;
-
-/// What the command line asks for.
-struct Args {
-    preset: String,
-    seq: usize,
-    batches: Vec<usize>,
-    products: Vec<Products>,
-    gemm: Vec<Gemm>,
-    bf16_stream: bool,
-    masters: Option<bool>,
-    steps: usize,
-    seconds: f64,
-    int8: f64,
-    bf16: f64,
-    out: Option<String>,
-}
-
-fn args() -> Result<Args> {
-    let mut a = Args {
-        preset: "elleci-1.5b".into(),
-        seq: 1024,
-        batches: vec![1, 4, 16],
-        products: vec![Products::Bf16, Products::F32],
-        gemm: Vec::new(),
-        bf16_stream: false,
-        masters: None,
-        steps: 10,
-        seconds: 600.0,
-        int8: f64::NAN,
-        bf16: f64::NAN,
-        out: None,
-    };
-    let mut words = std::env::args().skip(1);
-    while let Some(name) = words.next() {
-        let value = words.next().ok_or_else(|| format!("{name}: a value is missing"))?;
-        let product = |p: &str| match p {
-            "bf16" => Ok(Products::Bf16),
-            "float32" => Ok(Products::F32),
-            "fp8" => Ok(Products::Fp8),
-            other => Err(format!("{name} {other}: bf16, float32 or fp8")),
-        };
-        let gemm = |g: &str| match g {
-            "own" => Ok(Gemm::Own),
-            "cublaslt" => Ok(Gemm::Library),
-            other => Err(format!("{name} {other}: cublaslt or own")),
-        };
-        match name.as_str() {
-            "--preset" => a.preset = value,
-            "--seq" => a.seq = value.parse()?,
-            "--batch" => a.batches = value.split(',').map(str::parse).collect::<std::result::Result<_, _>>()?,
-            "--products" => a.products = value.split(',').map(product).collect::<std::result::Result<_, _>>()?,
-            "--gemm" => a.gemm = value.split(',').map(gemm).collect::<std::result::Result<_, _>>()?,
-            "--stream" => a.bf16_stream = product(&value)? == Products::Bf16,
-            "--masters" => a.masters = Some(product(&value)? == Products::Bf16),
-            "--steps" => a.steps = value.parse::<usize>()?.max(1),
-            "--seconds" => a.seconds = value.parse()?,
-            "--int8" => a.int8 = value.parse()?,
-            "--bf16" => a.bf16 = value.parse()?,
-            "--out" => a.out = Some(value),
-            other => return Err(format!("{other} is not known; see the head of examples/bench.rs").into()),
-        }
-    }
-    Ok(a)
-}
 
 /// Kernels as they were launched: name, beginning, end.
 type Launches = Vec<(&'static str, Mark, Mark)>;
@@ -432,6 +373,12 @@ fn run() -> Result<()> {
     let began = Instant::now();
     let config = ModelConfig::preset(&a.preset)?;
     let facts = probe(0)?;
+    if a.check {
+        let ((major, minor), (cuda, minor_cuda)) = (facts.capability, facts.driver);
+        println!("{}, compute capability {major}.{minor}, driver of CUDA {cuda}.{minor_cuda}", facts.name);
+        println!("{}", facts.library.map_or_else(|e| e.to_string(), |()| "cuBLASLt is installed".into()));
+        return Ok(());
+    }
     let (card, compiled) = (Rc::new(RefCell::new(Card::open(0)?)), began.elapsed().as_secs_f64());
     let model = Model { weights: initialise(&config, 0), free: card.borrow().memory()?.0, config };
     let config = &model.config;
