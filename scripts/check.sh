@@ -190,6 +190,19 @@ stage_cuda() {
         sh -n "$script"
     done
     tests "-p elleci-cuda -p elleci-cuda-emulation" elleci-cuda elleci-cuda-emulation
+    bundle_refuses
+}
+
+# The bundle on a machine without a card says what is missing and exits with 1. (Its parts are the tests and the bench from above.)
+bundle_refuses() {
+    "$target/release/examples/bench" --check >/dev/null 2>&1 && return # there is a card
+    dir="$target/bundle-check"
+    rm -rf "$dir"
+    mkdir -p "$dir/lib"
+    cp scripts/gpu-bundle/run.sh "$dir/"
+    cp "$target/release/examples/bench" "$dir/cuda-bench"
+    ! "$dir/run.sh" 2>"$dir/said" || { echo "check.sh: run.sh succeeds without a card" >&2; return 1; }
+    grep -q 'no card can be used: .*libcuda\|no card can be used: .*driver' "$dir/said" || { cat "$dir/said" >&2; return 1; }
 }
 
 stage_parity() {

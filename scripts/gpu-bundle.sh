@@ -3,16 +3,22 @@
 #
 #   scripts/gpu-bundle.sh [DIR]      default: gpu-bundle
 #
-# Copy the folder to the machine and run its run.sh: within 8 minutes all kernels and 20 training steps on the card against the CPU
+# Copy the folder to the machine and run its run.sh: within 9 minutes all kernels and 20 training steps on the card against the CPU
 # core; the kernels again under compute-sanitizer, where that is installed; timings of elleci-1.5b; and PyTorch's beside them, where
 # python3 has torch. Parts can be run alone: see the head of run.sh. The machine needs a driver for CUDA 13 and a glibc no older
-# than this machine's.
+# than this machine's. cuBLASLt is taken from there (a CUDA toolkit, or PyTorch's packages); with CUBLASLT=FOLDER it is put into the
+# bundle (some 500 MB), and where there is none our own kernels multiply.
 set -eu
 cd "$(dirname "$0")/.."
 
 dir=${1:-gpu-bundle}
 nvrtc=$(scripts/nvrtc.sh)
 mkdir -p "$dir/lib"
+
+# As scripts/check.sh builds, so that nothing is built twice.
+cargo() {
+    command cargo --config 'profile.release.package.elleci-tools.opt-level=1' "$@"
+}
 
 # The path of a program that cargo builds with these arguments.
 built() {
@@ -23,15 +29,22 @@ for line in sys.stdin:
         print(message["executable"])' | tail -n 1
 }
 
-tests=$(built test --release --locked -p elleci-cuda-emulation --test emulated --no-run)
-# With the tools selected too, the core has the features that the tests have, and is not built again.
-bench=$(built build --release --locked -p elleci-cuda -p elleci-tools --example bench)
+features="--features elleci-core/capi"
+# shellcheck disable=SC2086  # a list
+{
+    tests=$(built test --release --locked $features -p elleci-cuda-emulation --test emulated --no-run)
+    # With the tools selected too, the core has the features that the tests have, and is not built again.
+    bench=$(built build --release --locked $features -p elleci-cuda -p elleci-tools --example bench)
+}
 for program in "$tests" "$bench"; do
     [ -n "$program" ] || { echo "gpu-bundle.sh: cargo names no program" >&2; exit 1; }
 done
 cp "$tests" "$dir/cuda-tests"
 cp "$bench" "$dir/cuda-bench"
 cp "$nvrtc"/libnvrtc* "$dir/lib/"
+if [ -n "${CUBLASLT:-}" ]; then
+    cp "$CUBLASLT"/libcublasLt.so* "$dir/lib/" || { echo "gpu-bundle.sh: CUBLASLT: $CUBLASLT has no libcublasLt.so" >&2; exit 1; }
+fi
 cp reference/elleci_torch.py "$dir/"
 cp scripts/gpu-bundle/run.sh scripts/gpu-bundle/rates.py "$dir/"
 chmod +x "$dir/run.sh"

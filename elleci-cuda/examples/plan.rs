@@ -6,6 +6,7 @@ use elleci_core::model::Checkpointing;
 use elleci_core::optim::StatePrecision;
 use elleci_cuda::arena::Use;
 use elleci_cuda::ops::Products;
+use elleci_cuda::ops::product::Gemm;
 use elleci_cuda::plan::{Options, Plan};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -25,6 +26,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             bf16_gradients: true,
             states: StatePrecision::Block8,
             products: Products::Bf16,
+            gemm: Gemm::Library,
+            bf16_stream: false,
             average: false,
             guard: 0,
         };

@@ -2,10 +2,10 @@
 #include "platform.cuh"
 
 // h [tokens, d] = rows of the embedding. A block a token.
-KERNEL(256, embed)(const u32* tokens, Floats embedding, int d, float* h) {
+KERNEL(256, embed)(const u32* tokens, Floats embedding, int d, Floats h) {
     const i64 from = (i64)tokens[blockIdx.x] * d;
     for (int i = threadIdx.x; i < d; i += blockDim.x) {
-        h[(i64)blockIdx.x * d + i] = read(embedding, from + i);
+        write(h, (i64)blockIdx.x * d + i, read(embedding, from + i));
     }
 }
 

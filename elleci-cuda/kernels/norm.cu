@@ -5,30 +5,37 @@
 // The row that is normed: x, or y · silu(z), or relu(gate)² · up.
 enum Source { Plain, Gated, Squared };
 
+// A plain row may be bf16 (the residual stream); both factors of a product are float32.
 struct Row {
-    const float* a;
+    Floats a;
+    i64 from;
     const float* b;
 
+    template <int S> DEVICE float first(int i) const {
+        return S == Plain ? read(a, from + i) : ((const float*)a.data)[from + i];
+    }
+
     template <int S> DEVICE float at(int i) const {
+        const float x = first<S>(i);
         if (S == Gated) {
-            return a[i] * silu(b[i]);
+            return x * silu(b[i]);
         }
         if (S == Squared) {
-            const float r = fmaxf(a[i], 0.0f);
+            const float r = fmaxf(x, 0.0f);
             return r * r * b[i];
         }
-        return a[i];
+        return x;
     }
 };
 
 // codes [rows, pitch] (zeros past `width`), scales [rows], rstd [rows]; `normed` [rows, width] where it is not null, and
 // no codes where `codes` is null.
 template <int S>
-DEVICE void norm_rows(const float* a, int stride_a, const float* b, int stride_b, const float* gain, float eps, int rows,
+DEVICE void norm_rows(Floats a, int stride_a, const float* b, int stride_b, const float* gain, float eps, int rows,
                       int width, int pitch, s8* codes, float* scales, float* rstds, float* normed) {
     float* room = (float*)shared_memory();
     for (int row = blockIdx.x; row < rows; row += gridDim.x) {
-        const Row x = {a + (i64)row * stride_a, S == Plain ? a : b + (i64)row * stride_b};
+        const Row x = {a, (i64)row * stride_a, S == Plain ? nullptr : b + (i64)row * stride_b};
         float squares = 0.0f;
         for (int i = threadIdx.x; i < width; i += blockDim.x) {
             const float v = x.at<S>(i);
@@ -63,7 +70,7 @@ DEVICE void norm_rows(const float* a, int stride_a, const float* b, int stride_b
 }
 
 #define NORM(name, source)                                                                                             \
-    KERNEL(256, name)(const float* a, int stride_a, const float* b, int stride_b, const float* gain, float eps,       \
+    KERNEL(256, name)(Floats a, int stride_a, const float* b, int stride_b, const float* gain, float eps,       \
                       int rows, int width, int pitch, s8* codes, float* scales, float* rstds, float* normed) {         \
         norm_rows<source>(a, stride_a, b, stride_b, gain, eps, rows, width, pitch, codes, scales, rstds, normed);      \
     }
@@ -71,10 +78,11 @@ NORM(norm_plain, Plain)
 NORM(norm_gated, Gated)
 NORM(norm_squared, Squared)
 
+// dn may lie where da does: a thread reads what it then writes.
 // dx = r·(s − x̂·mean(s ⊙ x̂)) with x̂ = x·r, s = gain ⊙ dn; then through the product that made x. A block takes `rows_each`
 // rows and leaves its share of dgain in partials [blocks, width]. `add`: da += (Plain only).
 template <int S>
-DEVICE void norm_backward_rows(const float* a, int stride_a, const float* b, int stride_b, const float* gain,
+DEVICE void norm_backward_rows(Floats a, int stride_a, const float* b, int stride_b, const float* gain,
                                const float* rstds, const float* dn, int rows, int width, int rows_each, float* da,
                                int stride_da, float* db, int stride_db, int add, float* partials) {
     float* room = (float*)shared_memory();
@@ -84,7 +92,7 @@ DEVICE void norm_backward_rows(const float* a, int stride_a, const float* b, int
         partial[i] = 0.0f;
     }
     for (int row = first; row < last; row++) {
-        const Row x = {a + (i64)row * stride_a, S == Plain ? a : b + (i64)row * stride_b};
+        const Row x = {a, (i64)row * stride_a, S == Plain ? nullptr : b + (i64)row * stride_b};
         const float* d = dn + (i64)row * width;
         const float rstd = rstds[row];
         float dot = 0.0f;
@@ -100,11 +108,11 @@ DEVICE void norm_backward_rows(const float* a, int stride_a, const float* b, int
             if (S == Plain) {
                 *out = add ? *out + dx : dx;
             } else if (S == Gated) {
-                const float y = x.a[i], z = x.b[i];
+                const float y = x.first<S>(i), z = x.b[i];
                 *out = dx * silu(z);
                 db[(i64)row * stride_db + i] = dx * y * silu_grad(z);
             } else {
-                const float r = fmaxf(x.a[i], 0.0f), up = x.b[i];
+                const float r = fmaxf(x.first<S>(i), 0.0f), up = x.b[i];
                 *out = dx * 2.0f * r * up;
                 db[(i64)row * stride_db + i] = dx * r * r;
             }
@@ -113,7 +121,7 @@ DEVICE void norm_backward_rows(const float* a, int stride_a, const float* b, int
 }
 
 #define NORM_BACKWARD(name, source)                                                                                    \
-    KERNEL(256, name)(const float* a, int stride_a, const float* b, int stride_b, const float* gain,                   \
+    KERNEL(256, name)(Floats a, int stride_a, const float* b, int stride_b, const float* gain,                   \
                       const float* rstds, const float* dn, int rows, int width, int rows_each, float* da,              \
                       int stride_da, float* db, int stride_db, int add, float* partials) {                             \
         norm_backward_rows<source>(a, stride_a, b, stride_b, gain, rstds, dn, rows, width, rows_each, da, stride_da,   \

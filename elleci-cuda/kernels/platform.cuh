@@ -4,7 +4,8 @@
 //  - a kernel is declared with KERNEL(threads, name); `threads` is the most that a block may have;
 //  - shared memory is dynamic only (`shared_memory()`): the launch says how much, and the emulation guards its end;
 //  - lanes exchange through the functions below, which all 32 lanes of a warp reach together;
-//  - tensor-core products go through `mma_bf16` and `mma_s8`, whose host forms do the same arithmetic;
+//  - tensor-core products go through `mma_bf16`, `mma_s8` and `mma_e4m3`, whose host forms do the same arithmetic;
+//  - what `copy_async` brings lies in shared memory once its thread has waited for it and all threads have met;
 //  - compiled with --fmad=false: a multiply-add is fused only where the source says `fused`.
 #pragma once
 
@@ -22,6 +23,8 @@ typedef unsigned long long u64;
 #define KERNEL(threads, name) extern "C" __global__ void __launch_bounds__(threads) name
 // Stands for the threads of a kernel of which a multiprocessor holds one block at a time, so that registers are saved for no other.
 #define ONE_BLOCK 256, 1
+// And of one that holds two.
+#define TWO_BLOCKS 256, 2
 #define DEVICE __device__ __forceinline__
 #define BARRIER() __syncthreads()
 
@@ -59,6 +62,46 @@ DEVICE void mma_s8(int (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// The same with e4m3 and float32, on compute capability 8.9 and newer: the host launches it nowhere else.
+DEVICE void mma_e4m3(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+#if __CUDA_ARCH__ >= 890
+    asm volatile("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+    __trap();
+#endif
+}
+
+DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+// Starts a copy of 16 bytes into shared memory, past the registers; zeros where not `inside`, and `from` is not read. Both are
+// multiples of 16.
+DEVICE void copy_async(void* to, const void* from, bool inside) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(inside ? 16 : 0)
+                 : "memory");
+}
+// Ends a group of copies of this thread.
+DEVICE void copies_end() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits for all groups of this thread but the last N.
+template <int N> DEVICE void copies_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+
+// Four 8 x 8 matrices of 16-bit elements (or 8 rows of 16 bytes each) out of shared memory. Lane l gives the address of row
+// l % 8 of matrix l / 8, and takes of each matrix the elements 2 (l % 4) and 2 (l % 4) + 1 of row l / 4.
+DEVICE void load_matrices(u32 (&r)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+// The same with every matrix transposed.
+DEVICE void load_matrices_transposed(u32 (&r)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+
 #endif
 
 #define INFINITY_F bits_float(0x7f800000u)
@@ -70,6 +113,29 @@ DEVICE int min_of(int a, int b) { return a < b ? a : b; }
 
 DEVICE u16 to_bf16(float v) { return (u16)bf16_pair(v, 0.0f); }
 DEVICE float from_bf16(u16 v) { return bits_float((u32)v << 16); }
+
+// --- e4m3 -------------------------------------------------------------------------------------------------------
+
+// The nearest e4m3, ties to even; what is larger than 448 becomes 448, NaN stays.
+DEVICE u8 to_e4m3(float v) {
+    const u32 bits = float_bits(v), sign = bits >> 24 & 0x80u, magnitude = bits & 0x7fffffffu;
+    if (magnitude > 0x7f800000u) {
+        return (u8)(sign | 0x7fu);
+    }
+    if (magnitude < 121u << 23) { // below 2^-6 numbers lie 2^-9 apart
+        return (u8)(sign | (u32)rintf(bits_float(magnitude) * 512.0f));
+    }
+    const u32 code = ((magnitude + 0x7ffffu + (magnitude >> 20 & 1u)) >> 20) - (120u << 3);
+    return (u8)(sign | (code < 0x7eu ? code : 0x7eu));
+}
+
+// How an operand of a product lies: KMajor, [row][k] with k adjacent; RowMajor, [k][row] with rows adjacent.
+enum Order { KMajor, RowMajor };
+
+// Sixteen bytes at once, from a multiple of 16.
+struct alignas(16) Four {
+    u32 v[4];
+};
 
 // A buffer of float32 or bf16, as weights and gradients are; the flag is the same for a whole launch.
 struct Floats {

@@ -3,14 +3,12 @@
 // An Accumulator<P, M, N> is an [M, N] tile of float32 spread over the registers of a block of THREADS threads;
 // `product` adds A · Bᵀ of two shared tiles to it, and `each` visits every element where it lies. P is the arithmetic:
 // `F32` (plain multiply-adds, for parity and machines without a choice) or `Bf16` (tensor cores; operands rounded to
-// bf16 as they enter shared memory). Sizes are multiples of 16, and tiles are padded with zeros.
+// bf16 as they enter shared memory, whose tiles begin at multiples of 16 bytes). Sizes are multiples of 32, and tiles are padded with
+// zeros.
 #pragma once
 #include "platform.cuh"
 
 const int THREADS = 256;
-
-// How an operand lies: KMajor, [row][k] with k adjacent; RowMajor, [k][row] with rows adjacent.
-enum Order { KMajor, RowMajor };
 
 struct F32 {
     typedef float Element;
@@ -67,12 +65,24 @@ template <int M, int N> struct Accumulator<F32, M, N> {
     }
 };
 
-// Two bf16 of an operand, adjacent in k.
-template <Order O> DEVICE u32 operand_pair(const u16* tile, int ld, int row, int k) {
+// 16 rows from `row` and 16 of k of an operand, as `mma_bf16` takes A.
+template <Order O> DEVICE void operand_a(u32 (&r)[4], const u16* tile, int ld, int row, int k) {
+    const int lane = threadIdx.x % 32;
     if (O == KMajor) {
-        return *(const u32*)(tile + row * ld + k);
+        load_matrices(r, tile + (row + lane % 16) * ld + k + lane / 16 * 8);
+    } else {
+        load_matrices_transposed(r, tile + (k + lane % 8 + lane / 16 * 8) * ld + row + lane / 8 % 2 * 8);
     }
-    return (u32)tile[k * ld + row] | (u32)tile[(k + 1) * ld + row] << 16;
+}
+
+// 16 rows as it takes B, 8 after 8: first r[0], r[1], then r[2], r[3].
+template <Order O> DEVICE void operand_b(u32 (&r)[4], const u16* tile, int ld, int row, int k) {
+    const int lane = threadIdx.x % 32;
+    if (O == KMajor) {
+        load_matrices(r, tile + (row + lane % 8 + lane / 16 * 8) * ld + k + lane / 8 % 2 * 8);
+    } else {
+        load_matrices_transposed(r, tile + (k + lane % 16) * ld + row + lane / 16 * 8);
+    }
 }
 
 template <int M, int N> struct Accumulator<Bf16, M, N> {
@@ -91,27 +101,23 @@ template <int M, int N> struct Accumulator<Bf16, M, N> {
     }
 
     template <Order A, Order B> DEVICE void product(const u16* a, int lda, const u16* b, int ldb, int depth) {
-        const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, q = threadIdx.x % 4 * 2;
+        const int warp = threadIdx.x / 32;
         const int row = warp / ACROSS * (M / DOWN), col = warp % ACROSS * (N / ACROSS);
+        // Unrolled further, the addresses of all steps take more registers than there are in the scan's backward.
+#pragma unroll 2
         for (int k = 0; k < depth; k += 16) {
-            u32 x[ROWS][4], y[COLS][2];
+            u32 x[ROWS][4], y[COLS / 2][4];
 #pragma unroll
-            for (int i = 0; i < ROWS; i++) {
-                const int r = row + 16 * i + g;
-                x[i][0] = operand_pair<A>(a, lda, r, k + q);
-                x[i][1] = operand_pair<A>(a, lda, r + 8, k + q);
-                x[i][2] = operand_pair<A>(a, lda, r, k + q + 8);
-                x[i][3] = operand_pair<A>(a, lda, r + 8, k + q + 8);
-            }
+            for (int i = 0; i < ROWS; i++) operand_a<A>(x[i], a, lda, row + 16 * i, k);
 #pragma unroll
-            for (int j = 0; j < COLS; j++) {
-                y[j][0] = operand_pair<B>(b, ldb, col + 8 * j + g, k + q);
-                y[j][1] = operand_pair<B>(b, ldb, col + 8 * j + g, k + q + 8);
-            }
+            for (int j = 0; j < COLS / 2; j++) operand_b<B>(y[j], b, ldb, col + 16 * j, k);
 #pragma unroll
             for (int i = 0; i < ROWS; i++)
 #pragma unroll
-                for (int j = 0; j < COLS; j++) mma_bf16(v[i][j], x[i], y[j]);
+                for (int j = 0; j < COLS; j++) {
+                    const u32 pair[2] = {y[j / 2][j % 2 * 2], y[j / 2][j % 2 * 2 + 1]};
+                    mma_bf16(v[i][j], x[i], pair);
+                }
         }
     }
 

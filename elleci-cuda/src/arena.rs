@@ -4,7 +4,7 @@
 const ALIGN: u64 = 256;
 
 /// What the elements of a buffer are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[expect(missing_docs, reason = "the names of the types")]
 pub enum Dtype {
     F32,
@@ -12,6 +12,8 @@ pub enum Dtype {
     F64,
     I8,
     U8,
+    E4m3,
+    I32,
     U32,
 }
 
@@ -19,9 +21,9 @@ impl Dtype {
     /// Bytes of an element.
     pub fn bytes(self) -> u64 {
         match self {
-            Dtype::I8 | Dtype::U8 => 1,
+            Dtype::I8 | Dtype::U8 | Dtype::E4m3 => 1,
             Dtype::Bf16 => 2,
-            Dtype::F32 | Dtype::U32 => 4,
+            Dtype::F32 | Dtype::I32 | Dtype::U32 => 4,
             Dtype::F64 => 8,
         }
     }
@@ -51,6 +53,15 @@ impl Buf {
     pub fn part(&self, from: usize, len: usize) -> Buf {
         assert!(from + len <= self.len, "elements {from}..{} of a buffer of {}", from + len, self.len);
         Buf { at: self.at + from as u64 * self.dtype.bytes(), len, dtype: self.dtype }
+    }
+
+    /// The same bytes as elements of another type.
+    ///
+    /// # Panics
+    /// When they are no whole number of those.
+    pub fn with(&self, dtype: Dtype) -> Buf {
+        assert!(self.bytes().is_multiple_of(dtype.bytes()), "{self:?} as {dtype:?}");
+        Buf { len: (self.bytes() / dtype.bytes()) as usize, dtype, ..*self }
     }
 }
 
@@ -110,12 +121,22 @@ impl Arena {
         buf
     }
 
+    /// Where the next buffer will lie; see [`Arena::overlay`].
+    pub fn here(&self) -> u64 {
+        self.cursor
+    }
+
+    /// What follows is needed at another time than what was taken since `here` was this: both lie in the same place.
+    pub fn overlay(&mut self, here: u64) {
+        if self.guard == 0 {
+            self.cursor = here;
+        }
+    }
+
     /// What follows is needed at another time than what came since the last call: both lie in the same place.
     pub fn phase(&mut self) {
         let start = *self.phase.get_or_insert(self.cursor);
-        if self.guard == 0 {
-            self.cursor = start;
-        }
+        self.overlay(start);
     }
 
     /// Ends the phases: what follows lies behind the largest.

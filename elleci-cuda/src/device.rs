@@ -41,6 +41,13 @@ pub enum DeviceError {
         /// Bytes that are free.
         free: u64,
     },
+    /// The device cannot do what was asked for, and something else can be asked for.
+    Lacks {
+        /// The setting.
+        what: &'static str,
+        /// Why not, and what can.
+        reason: String,
+    },
     /// The config has sizes that the kernels do not cover.
     Unsupported(String),
     /// A kernel did not compile.
@@ -71,7 +78,7 @@ impl fmt::Display for DeviceError {
         let gib = |bytes: &u64| *bytes as f64 / (1u64 << 30) as f64;
         match self {
             DeviceError::Missing { library, reason } => {
-                write!(f, "{library} cannot be loaded ({reason}); install it, or train with --device cpu")
+                write!(f, "{library} cannot be loaded ({reason}); install it, or {}", without(library))
             }
             DeviceError::NoDevice { ordinal, count: 0 } => {
                 write!(
@@ -100,11 +107,20 @@ impl fmt::Display for DeviceError {
                 gib(needed),
                 gib(free)
             ),
+            DeviceError::Lacks { what, reason } => write!(f, "{what}: {reason}"),
             DeviceError::Unsupported(what) => write!(f, "the CUDA kernels do not cover this config: {what}"),
             DeviceError::Compile { source, log } => write!(f, "{source} does not compile: {log}"),
             DeviceError::Kernel { kernel, reason } => write!(f, "kernel {kernel}: {reason}"),
             DeviceError::Driver { action, reason } => write!(f, "{action}: {reason}"),
         }
+    }
+}
+
+/// How to do without a library.
+fn without(library: &str) -> &'static str {
+    match library {
+        "libcublasLt" => "set cuda.gemm=own",
+        _ => "train with --device cpu",
     }
 }
 
@@ -137,6 +153,69 @@ pub struct Launch {
     pub threads: u32,
     /// Bytes of shared memory of a block.
     pub shared: u32,
+}
+
+/// How an operand of a product lies in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Order {
+    /// `[row][k]`
+    K,
+    /// `[k][row]`
+    Row,
+}
+
+/// An operand of a [`Matmul`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Operand {
+    /// bf16, int8 or e4m3
+    pub buf: Buf,
+    /// Elements from one of its lines to the next
+    pub pitch: usize,
+    /// What a line is
+    pub order: Order,
+}
+
+impl Operand {
+    /// The element of a row and a k.
+    pub fn index(&self, row: usize, k: usize) -> usize {
+        match self.order {
+            Order::K => row * self.pitch + k,
+            Order::Row => k * self.pitch + row,
+        }
+    }
+}
+
+/// A product of matrices: `out` `[m, n]` (= or +=) `alpha · Σ_k a(m, k) · b(n, k)`.
+///
+/// Operands of bf16 give float32 or bf16 by sums in float32; int8 (both by k) gives int32; e4m3 (both by k) gives float32.
+/// `alpha` and `add` are those of bf16 alone.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Matmul {
+    /// First operand
+    pub a: Operand,
+    /// Second operand
+    pub b: Operand,
+    /// Rows of `a`
+    pub m: usize,
+    /// Rows of `b`
+    pub n: usize,
+    /// Products in a sum
+    pub k: usize,
+    /// A factor in the device's memory; 1 where there is none
+    pub alpha: Option<Buf>,
+    /// += instead of =
+    pub add: bool,
+    /// `[m, n]`
+    pub out: Buf,
+}
+
+/// What not every device can do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ability {
+    /// Products of e4m3 on tensor cores.
+    Fp8,
+    /// [`Device::matmul`].
+    Library,
 }
 
 /// Names a recorded sequence of launches.
@@ -198,7 +277,19 @@ pub trait Device {
     /// A fault of the device. The emulation also finds accesses out of bounds, reads of undefined memory and races.
     fn launch(&mut self, kernel: &'static str, launch: Launch, args: &[Arg]) -> Result<()>;
 
-    /// From here on, launches and zeroings are recorded and not run.
+    /// Whether the device can do what not all can.
+    ///
+    /// # Errors
+    /// [`DeviceError::Lacks`] or [`DeviceError::Missing`] with the reason.
+    fn offers(&self, ability: Ability) -> Result<()>;
+
+    /// A product by the device's library; `workspace` is the library's own for as long as it takes.
+    ///
+    /// # Errors
+    /// A library that is missing or does not take the product, or a fault of the device.
+    fn matmul(&mut self, product: &Matmul, workspace: Buf) -> Result<()>;
+
+    /// From here on, launches, products and zeroings are recorded and not run.
     ///
     /// # Errors
     /// A fault of the device.
@@ -245,6 +336,12 @@ impl<D: Device + ?Sized> Device for Box<D> {
     }
     fn launch(&mut self, kernel: &'static str, launch: Launch, args: &[Arg]) -> Result<()> {
         (**self).launch(kernel, launch, args)
+    }
+    fn offers(&self, ability: Ability) -> Result<()> {
+        (**self).offers(ability)
+    }
+    fn matmul(&mut self, product: &Matmul, workspace: Buf) -> Result<()> {
+        (**self).matmul(product, workspace)
     }
     fn record(&mut self) -> Result<()> {
         (**self).record()

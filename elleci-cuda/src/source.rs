@@ -12,10 +12,12 @@ const HEADERS: [(&str, &str); 2] =
     [("platform.cuh", include_str!("../kernels/platform.cuh")), ("tile.cuh", include_str!("../kernels/tile.cuh"))];
 
 /// All files of kernels. Each is compiled by itself.
-pub const SOURCES: [Source; 8] = [
+pub const SOURCES: [Source; 10] = [
     Source { name: "norm.cu", text: include_str!("../kernels/norm.cu") },
     Source { name: "ternary.cu", text: include_str!("../kernels/ternary.cu") },
     Source { name: "gemm.cu", text: include_str!("../kernels/gemm.cu") },
+    Source { name: "operands.cu", text: include_str!("../kernels/operands.cu") },
+    Source { name: "matmul.cu", text: include_str!("../kernels/matmul.cu") },
     Source { name: "mamba.cu", text: include_str!("../kernels/mamba.cu") },
     Source { name: "attention.cu", text: include_str!("../kernels/attention.cu") },
     Source { name: "ssd.cu", text: include_str!("../kernels/ssd.cu") },
@@ -97,7 +99,8 @@ mod tests {
         assert_eq!(of("ternary.cu"), ["ternary_sum", "ternary_gamma", "ternary_pack"]);
         assert_eq!(of("norm.cu")[..3], ["norm_plain", "norm_gated", "norm_squared"]);
         assert!(of("norm.cu").iter().any(|k| k == "column_sum"));
-        assert!(of("gemm.cu").iter().any(|k| k == "ternary_dw_bf16"));
+        assert!(of("gemm.cu").iter().any(|k| k == "ternary_dw_f32"));
+        assert_eq!(of("matmul.cu").len(), 10);
         assert_eq!(of("ssd.cu").iter().filter(|k| k.starts_with("ssd_backward_")).count(), 4);
     }
 

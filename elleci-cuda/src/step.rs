@@ -9,7 +9,7 @@ use crate::ops::attention::{self, Rotated};
 use crate::ops::loss::{self, Targets};
 use crate::ops::mamba::{self, Filters};
 use crate::ops::norm::{self, Source};
-use crate::ops::product::{self, Dense};
+use crate::ops::product::{self, Dense, Engine, Gradient, Workspace};
 use crate::ops::{Columns, Rows, ssd};
 use crate::plan::{LayerSaved, MambaSaved, MlaSaved, Plan, conv, heads, scan};
 
@@ -26,6 +26,14 @@ struct Layer<'a> {
     input: Buf,
     output: Buf,
     saved: &'a LayerSaved,
+}
+
+fn set(buf: Buf) -> Gradient {
+    Gradient { buf, add: false }
+}
+
+fn added(buf: Buf) -> Gradient {
+    Gradient { buf, add: true }
 }
 
 impl<'a> Step<'a> {
@@ -67,18 +75,24 @@ impl<'a> Step<'a> {
         self.plan.inputs.tokens.len
     }
 
-    /// `y` = the projection of quantised rows, plus `addend`.
-    fn project(&mut self, id: Id, x: Rows, addend: Option<Buf>, y: Buf) -> Result<()> {
-        let w = self.plan.param(id).ternary.expect("the layout marks this parameter ternary");
-        product::ternary_forward(self.dev, x, w, addend, y)
+    /// The products of a part of the step, whose operands lie in its workspace.
+    fn engine(&self, workspace: Workspace) -> Engine {
+        let o = &self.plan.options;
+        Engine { products: o.products, gemm: o.gemm, workspace }
     }
 
-    /// Both gradients of a projection that read `x`: `dx` (added where `add`), and its weight's, added.
-    fn project_backward(&mut self, id: Id, x: Rows, dy: Buf, dx: Buf, add: bool) -> Result<()> {
+    /// `y` = the projection of quantised rows, plus `addend`.
+    fn project(&mut self, at: Workspace, id: Id, x: Rows, addend: Option<Buf>, y: Buf) -> Result<()> {
         let w = self.plan.param(id).ternary.expect("the layout marks this parameter ternary");
-        let (products, tokens, dw) = (self.plan.options.products, self.tokens(), self.grad(id));
-        product::ternary_dw(self.dev, products, dy, x, (w.out, w.input), dw)?;
-        product::ternary_dx(self.dev, products, dy, tokens, w, dx, add)
+        let engine = self.engine(at);
+        product::ternary_forward(self.dev, &engine, x, w, addend, y)
+    }
+
+    /// Both gradients of a projection that read `x`: `dx`, and its weight's, added.
+    fn project_backward(&mut self, at: Workspace, id: Id, x: Rows, dy: Buf, dx: Gradient) -> Result<()> {
+        let w = self.plan.param(id).ternary.expect("the layout marks this parameter ternary");
+        let (engine, dw) = (self.engine(at), self.grad(id));
+        product::ternary_backward(self.dev, &engine, dy, x, w, dw, dx)
     }
 
     fn dense(&self, id: Id) -> Dense {
@@ -131,8 +145,9 @@ impl<'a> Step<'a> {
     /// Logits, losses and, with `grad`, the gradients of the head and of the final norm's output, chunk by chunk.
     fn head(&mut self, grad: bool) -> Result<()> {
         let plan = self.plan;
-        let (d, vocab, products) = (plan.config.d_model, plan.config.vocab_size, plan.options.products);
+        let (d, vocab) = (plan.config.d_model, plan.config.vocab_size);
         let (h, id) = (plan.head, plan.layout.lm_head());
+        let engine = self.engine(h.workspace);
         let (head, dhead) = (self.dense(id), self.grad(id));
         for first in (0..self.tokens()).step_by(h.chunk) {
             let n = h.chunk.min(self.tokens() - first);
@@ -142,12 +157,11 @@ impl<'a> Step<'a> {
                 weights: plan.inputs.weights.part(first, n),
                 scale: plan.inputs.scale,
             };
-            product::dense_forward(self.dev, products, normed, n, head, h.logits)?;
+            product::dense_forward(self.dev, &engine, normed, n, head, h.logits)?;
             loss::cross_entropy(self.dev, h.logits, vocab, targets, grad, plan.losses.0.part(first, n))?;
             if grad {
-                let dnormed = h.dnormed.part(first * d, n * d);
-                product::dense_dx(self.dev, products, h.logits, n, head, dnormed, false)?;
-                product::dense_dw(self.dev, products, h.logits, normed, n, (vocab, d), dhead)?;
+                let dnormed = Gradient { buf: h.dnormed.part(first * d, n * d), add: false };
+                product::dense_backward(self.dev, &engine, h.logits, (normed, n), head, dhead, dnormed)?;
             }
         }
         let total = grad.then_some(plan.tables.scalars.total);
@@ -209,23 +223,24 @@ impl<'a> Step<'a> {
     }
 
     fn ffn_forward(&mut self, ids: &FfnIds, saved: &LayerSaved, output: Buf) -> Result<()> {
-        self.project(ids.gate, saved.ffn_norm, None, saved.gate)?;
-        self.project(ids.up, saved.ffn_norm, None, saved.up)?;
+        let at = self.plan.ffn.workspace;
+        self.project(at, ids.gate, saved.ffn_norm, None, saved.gate)?;
+        self.project(at, ids.up, saved.ffn_norm, None, saved.up)?;
         let (source, gain) = (self.hidden(saved), self.weight(ids.sub_norm));
         norm::quantize(self.dev, source, gain, self.plan.config.norm_eps, saved.hidden, None)?;
-        self.project(ids.down, saved.hidden, Some(saved.mid), output)
+        self.project(at, ids.down, saved.hidden, Some(saved.mid), output)
     }
 
     /// Leaves the gradient of the norm's output in `plan.normed`; returns room for its backward's partial sums.
     fn ffn_backward(&mut self, ids: &FfnIds, saved: &LayerSaved) -> Result<Buf> {
         let plan = self.plan;
         let (s, f) = (plan.ffn, plan.config.ffn_hidden);
-        self.project_backward(ids.down, saved.hidden, plan.dh, s.dhidden, false)?;
+        self.project_backward(s.workspace, ids.down, saved.hidden, plan.dh, set(s.dgate))?;
         let to = (Columns::all(s.dgate, f), Some(Columns::all(s.dup, f)));
         let (source, gain, dgain) = (self.hidden(saved), self.weight(ids.sub_norm), self.grad(ids.sub_norm));
-        norm::backward(self.dev, source, gain, saved.hidden.rstd, s.dhidden, to, false, s.partials, dgain)?;
-        self.project_backward(ids.gate, saved.ffn_norm, s.dgate, plan.normed, false)?;
-        self.project_backward(ids.up, saved.ffn_norm, s.dup, plan.normed, true)?;
+        norm::backward(self.dev, source, gain, saved.hidden.rstd, s.dgate, to, false, s.partials, dgain)?;
+        self.project_backward(s.workspace, ids.gate, saved.ffn_norm, s.dgate, set(plan.normed))?;
+        self.project_backward(s.workspace, ids.up, saved.ffn_norm, s.dup, added(plan.normed))?;
         Ok(s.partials)
     }
 
@@ -246,10 +261,11 @@ impl<'a> Step<'a> {
     fn mamba_forward(&mut self, ids: &MambaIds, layer: Layer, saved: &MambaSaved) -> Result<()> {
         let plan = self.plan;
         let (c, products, tokens) = (&plan.config, plan.options.products, self.tokens());
+        let at = plan.mamba.expect("planned for a config with Mamba layers").workspace;
         let shape = conv(c, &plan.options);
-        self.project(ids.input, layer.saved.mixer_norm, None, saved.zx)?;
-        let (bcdt, bias) = (self.dense(ids.bcdt), self.weight(ids.dt_bias));
-        product::dense_forward(self.dev, products, plan.normed, tokens, bcdt, saved.bcdt)?;
+        self.project(at, ids.input, layer.saved.mixer_norm, None, saved.zx)?;
+        let (bcdt, bias, engine) = (self.dense(ids.bcdt), self.weight(ids.dt_bias), self.engine(at));
+        product::dense_forward(self.dev, &engine, plan.normed, tokens, bcdt, saved.bcdt)?;
         mamba::step_sizes(self.dev, shape, saved.bcdt, bias, saved.dt)?;
         let filters = self.filters(ids, |id| self.weight(id));
         mamba::conv_silu(self.dev, shape, saved.zx, saved.bcdt, filters, saved.xbc)?;
@@ -257,7 +273,7 @@ impl<'a> Step<'a> {
         ssd::forward(self.dev, products, scan(c, &plan.options), input, saved.scan, saved.y)?;
         let (source, gain) = (self.gated(saved), self.weight(ids.gate_norm));
         norm::quantize(self.dev, source, gain, c.norm_eps, saved.gated, None)?;
-        self.project(ids.out, saved.gated, Some(layer.input), layer.saved.mid)
+        self.project(at, ids.out, saved.gated, Some(layer.input), layer.saved.mid)
     }
 
     fn mamba_backward(&mut self, ids: &MambaIds, layer: Layer, saved: &MambaSaved) -> Result<Buf> {
@@ -267,10 +283,10 @@ impl<'a> Step<'a> {
         let inner = c.d_inner;
 
         // out projection, gate and its norm: dz goes straight to its half of dzx
-        self.project_backward(ids.out, saved.gated, plan.dh, s.dgated, false)?;
+        self.project_backward(s.workspace, ids.out, saved.gated, plan.dh, set(s.dy))?;
         let to = (Columns::all(s.dy, inner), Some(Columns { buf: s.dzx, from: 0, stride: 2 * inner }));
         let (source, gain, dgain) = (self.gated(saved), self.weight(ids.gate_norm), self.grad(ids.gate_norm));
-        norm::backward(self.dev, source, gain, saved.gated.rstd, s.dgated, to, false, s.partials, dgain)?;
+        norm::backward(self.dev, source, gain, saved.gated.rstd, s.dy, to, false, s.partials, dgain)?;
 
         // scan, step sizes, convolution
         let towards = ssd::Towards { dxbc: s.dxbc, ddt: s.ddt, a_log: self.grad(ids.a_log), skip: self.grad(ids.d) };
@@ -285,13 +301,11 @@ impl<'a> Step<'a> {
         mamba::conv_backward(self.dev, shape, saved.zx, saved.bcdt, filters, s.dxbc, to, s.partials, dfilters)?;
 
         // in and bcdt projections; the latter read the norm itself
-        self.project_backward(ids.input, layer.saved.mixer_norm, s.dzx, plan.normed, false)?;
-        let bcdt = self.dense(ids.bcdt);
-        product::dense_dx(self.dev, products, s.dbcdt, tokens, bcdt, plan.normed, true)?;
+        self.project_backward(s.workspace, ids.input, layer.saved.mixer_norm, s.dzx, set(plan.normed))?;
         let (source, gain) = (self.stream(layer.input), self.weight(layer.ids.mixer_norm));
         norm::normalize(self.dev, source, gain, c.norm_eps, s.rstd, s.renormed)?;
-        let (sizes, dw) = ((bcdt.out, bcdt.input), self.grad(ids.bcdt));
-        product::dense_dw(self.dev, products, s.dbcdt, s.renormed, tokens, sizes, dw)?;
+        let (bcdt, dw, engine) = (self.dense(ids.bcdt), self.grad(ids.bcdt), self.engine(s.workspace));
+        product::dense_backward(self.dev, &engine, s.dbcdt, (s.renormed, tokens), bcdt, dw, added(plan.normed))?;
         Ok(s.partials)
     }
 
@@ -310,11 +324,12 @@ impl<'a> Step<'a> {
     fn mla_forward(&mut self, ids: &MlaIds, layer: Layer, saved: &MlaSaved) -> Result<()> {
         let plan = self.plan;
         let (c, h) = (&plan.config, heads(&plan.config, &plan.options));
-        self.project(ids.q, layer.saved.mixer_norm, None, saved.q)?;
-        self.project(ids.kv_down, layer.saved.mixer_norm, None, saved.ckr)?;
+        let at = plan.mla.expect("planned for a config with MLA layers").workspace;
+        self.project(at, ids.q, layer.saved.mixer_norm, None, saved.q)?;
+        self.project(at, ids.kv_down, layer.saved.mixer_norm, None, saved.ckr)?;
         let (source, gain) = (Source::Plain(self.latent(saved)), self.weight(ids.kv_norm));
         norm::quantize(self.dev, source, gain, c.norm_eps, saved.latent, None)?;
-        self.project(ids.kv_up, saved.latent, None, saved.kv)?;
+        self.project(at, ids.kv_up, saved.latent, None, saved.kv)?;
         let (queries, key) = self.rotated();
         attention::rotate(self.dev, h, saved.q, queries, plan.rope, false)?;
         attention::rotate(self.dev, h, saved.ckr, key, plan.rope, false)?;
@@ -323,7 +338,7 @@ impl<'a> Step<'a> {
         let source = Source::Plain(Columns::all(saved.o, c.n_heads * c.d_v));
         let gain = self.weight(ids.out_norm);
         norm::quantize(self.dev, source, gain, c.norm_eps, saved.out, None)?;
-        self.project(ids.out, saved.out, Some(layer.input), layer.saved.mid)
+        self.project(at, ids.out, saved.out, Some(layer.input), layer.saved.mid)
     }
 
     fn mla_backward(&mut self, ids: &MlaIds, layer: Layer, saved: &MlaSaved) -> Result<Buf> {
@@ -333,11 +348,11 @@ impl<'a> Step<'a> {
         let width = c.n_heads * c.d_v;
 
         // out projection and its norm
-        self.project_backward(ids.out, saved.out, plan.dh, s.dout, false)?;
+        self.project_backward(s.workspace, ids.out, saved.out, plan.dh, set(s.d_o))?;
         let source = Source::Plain(Columns::all(saved.o, width));
         let (gain, dgain) = (self.weight(ids.out_norm), self.grad(ids.out_norm));
         let to = (Columns::all(s.d_o, width), None);
-        norm::backward(self.dev, source, gain, saved.out.rstd, s.dout, to, false, s.partials, dgain)?;
+        norm::backward(self.dev, source, gain, saved.out.rstd, s.d_o, to, false, s.partials, dgain)?;
 
         // attention and rotation
         let input = attention::Input { q: saved.q, kv: saved.kv, ckr: saved.ckr };
@@ -351,15 +366,15 @@ impl<'a> Step<'a> {
         attention::rotate(self.dev, h, s.dckr, key, plan.rope, true)?;
 
         // latent
-        self.project_backward(ids.kv_up, saved.latent, s.dkv, s.dlatent, false)?;
+        self.project_backward(s.workspace, ids.kv_up, saved.latent, s.dkv, set(s.dlatent))?;
         let (gain, dgain) = (self.weight(ids.kv_norm), self.grad(ids.kv_norm));
         let to = (Columns { buf: s.dckr, ..self.latent(saved) }, None);
         let source = Source::Plain(self.latent(saved));
         norm::backward(self.dev, source, gain, saved.latent.rstd, s.dlatent, to, false, s.partials, dgain)?;
 
         // projections of the norm
-        self.project_backward(ids.q, layer.saved.mixer_norm, s.dq, plan.normed, false)?;
-        self.project_backward(ids.kv_down, layer.saved.mixer_norm, s.dckr, plan.normed, true)?;
+        self.project_backward(s.workspace, ids.q, layer.saved.mixer_norm, s.dq, set(plan.normed))?;
+        self.project_backward(s.workspace, ids.kv_down, layer.saved.mixer_norm, s.dckr, added(plan.normed))?;
         Ok(s.partials)
     }
 }

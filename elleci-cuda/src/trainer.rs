@@ -11,9 +11,11 @@ use elleci_core::params::{Id, Param, Params};
 use half::bf16;
 
 use crate::arena::{Buf, Dtype, Use};
-use crate::device::{Device, DeviceError, Recording};
+use crate::device::{Ability, Device, DeviceError, Recording};
+use crate::ops::Products;
 use crate::ops::loss::Occurrences;
 use crate::ops::optim::{self, Adam, OUTCOME, Outcome, Table, TensorRates};
+use crate::ops::product::Gemm;
 use crate::ops::ternary::Quantizer;
 use crate::plan::{Options, ParamBufs, Plan};
 use crate::step::Step;
@@ -74,6 +76,15 @@ type Key = (usize, usize, usize);
 struct Shape {
     plan: Plan,
     recording: Option<Recording>,
+    /// Whether its step may be recorded: a library loads its kernels with their first products, which a recording has no room for.
+    ready: bool,
+}
+
+impl Shape {
+    fn new(plan: Plan) -> Shape {
+        let ready = plan.options.gemm == Gemm::Own;
+        Shape { plan, recording: None, ready }
+    }
 }
 
 /// Weights, gradients, optimizer and activations on a device.
@@ -118,13 +129,19 @@ impl Trainer {
             let (got, want) = (weights.data().len(), plan.layout.len());
             return Err(Error::Batch(format!("the config has {want} parameters, the weights hold {got}")));
         }
+        if options.products == Products::Fp8 {
+            device.offers(Ability::Fp8)?;
+        }
+        if options.gemm == Gemm::Library {
+            device.offers(Ability::Library)?;
+        }
         device.reserve(&plan.arena)?;
         let (quantizer, table) = write_tables(device.as_mut(), &plan)?;
         let current = (options.batch, options.seq, plan.segment());
         let mut trainer = Trainer {
             device,
             reserved: plan.arena.bytes(),
-            shapes: HashMap::from([(current, Shape { plan, recording: None })]),
+            shapes: HashMap::from([(current, Shape::new(plan))]),
             current,
             options,
             config: config.clone(),
@@ -211,7 +228,7 @@ impl Trainer {
             if plan.arena.bytes() > self.reserved {
                 self.grow(&plan)?;
             }
-            self.shapes.insert(key, Shape { plan, recording: None });
+            self.shapes.insert(key, Shape::new(plan));
         }
         self.current = key;
         self.enter()
@@ -307,7 +324,7 @@ impl Trainer {
         let dev = self.device.as_mut();
         match shape.recording {
             Some(recording) => dev.replay(recording)?,
-            None if self.record => {
+            None if self.record && shape.ready => {
                 dev.record()?;
                 let result = Step { plan: &shape.plan, dev }.loss_and_grad();
                 let recording = self.device.recorded()?;
@@ -315,7 +332,10 @@ impl Trainer {
                 shape.recording = Some(recording);
                 self.device.replay(recording)?;
             }
-            None => Step { plan: &shape.plan, dev }.loss_and_grad()?,
+            None => {
+                Step { plan: &shape.plan, dev }.loss_and_grad()?;
+                shape.ready = true;
+            }
         }
         Ok(())
     }

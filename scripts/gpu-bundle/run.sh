@@ -1,29 +1,44 @@
 #!/bin/sh
 # Tests and times the CUDA backend on the first card. Part of the bundle that scripts/gpu-bundle.sh makes.
 #
-#   ./run.sh                 all parts, within 8 minutes
-#   ./run.sh kernels steps   only these
+#   ./run.sh                               all parts, within 9 minutes
+#   ./run.sh kernels steps                 only these
+#   ELLECI_CUDA_TEST=emulated ./run.sh     kernels and steps on the emulated device, which needs no card (some minutes)
 #
 # Parts, each with its own time limit:
 #   kernels    every kernel against the CPU core                                        60 s
 #   steps      whole training steps, 20 of them beside the core; moving checkpoints     60 s
 #   rates      rates of plain bf16 and int8 products, by PyTorch where it is there      30 s
-#   timing     elleci-1.5b, sequences of 1024: steps, kernels, memory                  120 s
-#   torch      the same model in PyTorch, compiled; with mamba_ssm where it is there    90 s each, 120 s together
+#   timing     elleci-1.5b, sequences of 1024: steps, kernels, memory                   90 s, and twice 35 s for other forms
+#   torch      the same model in PyTorch, compiled; with mamba_ssm where it is there    90 s and 30 s
 #   memcheck   the kernels under compute-sanitizer                                      60 s
 #   racecheck  the same for shared memory                                               30 s
 #
-# Everything goes to results/: a log a part, JSON of what was measured, and table.md, which is printed last. A part that its limit
-# ends says so; the exit code is 1 where a part failed.
+# Everything goes to results/: a log a part, JSON of what was measured, and table.md, which is printed last and copied to a name of
+# device and date, ready for docs/benchmarks/. A part that its limit ends says so. The exit code is 1 where a part failed, or where
+# there is no card that can be used: what is missing is said.
 set -u
 cd "$(dirname "$0")" || exit 1
-export LD_LIBRARY_PATH="$PWD/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}" ELLECI_CUDA_TEST=card
+mode=${ELLECI_CUDA_TEST:-card}
 mkdir -p results
 table=results/table.md
 status=0
 
 has() { command -v "$1" >/dev/null 2>&1; }
 torch() { has python3 && python3 -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; }
+
+# cuBLASLt: of the system, or that of PyTorch's packages, whose folder the loader does not know.
+cublas() {
+    has python3 && python3 - 2>/dev/null <<'PY'
+import glob, os, site, sys
+for root in site.getsitepackages() + [site.getusersitepackages()] + sys.path:
+    for found in sorted(glob.glob(os.path.join(root, "nvidia", "*", "lib", "libcublasLt.so*"))):
+        print(os.path.dirname(found))
+        sys.exit()
+PY
+}
+folder=$(cublas)
+export LD_LIBRARY_PATH="$PWD/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}${folder:+:$folder}"
 
 # limit NAME SECONDS COMMAND...: its output goes to results/NAME.log.
 limit() {
@@ -41,12 +56,17 @@ limit() {
     return $code
 }
 
+# Seconds for what an emulated device does some hundred times slower.
+patience() {
+    if [ "$mode" = card ]; then echo "$1"; else echo 1800; fi
+}
+
 part_kernels() {
-    limit kernels 60 ./cuda-tests --test-threads=1 kernels::
+    limit kernels "$(patience 60)" ./cuda-tests --test-threads=1 kernels::
 }
 
 part_steps() {
-    limit steps 60 ./cuda-tests --test-threads=1 --nocapture step:: training::
+    limit steps "$(patience 60)" ./cuda-tests --test-threads=1 --nocapture step:: forms:: training::
 }
 
 part_rates() {
@@ -54,17 +74,26 @@ part_rates() {
     limit rates 30 python3 rates.py results/rates.json
 }
 
-part_timing() {
+# bench NAME SECONDS ARGUMENTS...: rows of the table.
+bench() {
+    name=$1 seconds=$2
+    shift 2
     rates=
     [ -s results/rates.json ] && rates=$(python3 -c 'import json
 r = json.load(open("results/rates.json"))
 print("--int8", r["int8_tops"], "--bf16", r["bf16_tflops"])')
-    command="./cuda-bench --preset elleci-1.5b --seq 1024 --batch 16,4,1 --products bf16,float32 --steps 10 --seconds 90 $rates"
+    command="./cuda-bench --preset elleci-1.5b --seq 1024 --steps 10 --seconds $((seconds - 20)) $* $rates"
     # shellcheck disable=SC2086  # a command line
-    limit timing 120 $command --out results/timing.json
+    limit "$name" "$seconds" $command --out "results/$name.json"
     printf '\n`%s`\n\n' "$command" >> "$table"
-    grep '^|' results/timing.log >> "$table"
+    grep '^|\|^products' "results/$name.log" >> "$table"
     echo >> "$table"
+}
+
+part_timing() {
+    bench timing 90 --batch 16,4,1 --products bf16,fp8
+    bench timing-own 35 --batch 16 --products bf16 --gemm own
+    bench timing-stream 35 --batch 16 --products bf16 --stream bf16
 }
 
 part_torch() {
@@ -87,6 +116,7 @@ part_memcheck() { sanitizer memcheck 60; }
 part_racecheck() { sanitizer racecheck 30; }
 
 all="kernels steps rates timing torch memcheck racecheck"
+[ "$mode" = card ] || all="kernels steps"
 for part in "$@"; do
     case " $all " in
     *" $part "*) ;;
@@ -94,10 +124,23 @@ for part in "$@"; do
     esac
 done
 
+device="the emulated device"
+if [ "$mode" = card ]; then
+    export ELLECI_CUDA_TEST=card
+    if ! device=$(./cuda-bench --check 2>results/check.log); then
+        sed 's/^error: /run.sh: no card can be used: /' results/check.log >&2
+        echo "run.sh: ELLECI_CUDA_TEST=emulated runs the parts that need none" >&2
+        exit 1
+    fi
+else
+    unset ELLECI_CUDA_TEST
+fi
+
 {
     echo "# $(date -u '+%Y-%m-%d %H:%M UTC'), commit $(cat commit.txt)"
     echo
-    nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem --format=csv 2>&1
+    echo "$device"
+    [ "$mode" = card ] && nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem --format=csv 2>&1
     torch && python3 -c 'import torch; print("torch", torch.__version__)'
     echo
 } > "$table"
@@ -105,4 +148,6 @@ for part in ${*:-$all}; do
     "part_$part"
 done
 cat "$table"
+name=$(echo "$device" | head -n 1 | cut -d, -f1 | tr -cs 'A-Za-z0-9\n' '-' | sed 's/-*$//')
+cp "$table" "results/cuda-$name-$(date -u +%Y-%m-%d).md"
 exit $status

@@ -1,24 +1,27 @@
 //! A card, through the driver API: libcuda and NVRTC are opened when a [`Card`] is, and never linked.
 
 use std::collections::HashMap;
-use std::ffi::{CString, c_void};
-use std::panic::catch_unwind;
+use std::ffi::{CStr, CString, c_void};
 
-use cudarc::driver::{DriverError, result, sys};
+use cudarc::driver::{result, sys};
 
 use crate::arena::{Arena, Buf, Dtype};
-use crate::device::{Arg, Device, DeviceError, Launch, Recording, Result};
+use crate::device::{Ability, Arg, Device, DeviceError, Launch, Matmul, Recording, Result};
 use crate::nvrtc;
 use crate::source::SOURCES;
 
+mod facts;
+mod faults;
+mod library;
 mod staging;
 mod timing;
 
+pub use facts::{Facts, probe};
+use facts::{find, guarded, has_fp8};
+use faults::fault;
+use library::{Library, Places};
 use staging::Staging;
 pub use timing::Mark;
-
-/// The oldest compute capability with bf16 tensor cores.
-const OLDEST: (i32, i32) = (8, 0);
 
 /// A loaded kernel.
 #[derive(Clone, Copy)]
@@ -44,156 +47,25 @@ pub struct Card {
     capability: (i32, i32),
     name: String,
     staging: Option<Staging>,
+    /// cuBLASLt, or why there is none
+    library: Result<Library>,
+    /// Two floats, 0 and 1, in the card's memory
+    switches: sys::CUdeviceptr,
 }
 
 /// Memory that stays free beside a plan: for recorded steps (graphs) and what the driver takes as it goes.
 const SPARE: u64 = 256 << 20;
 
-/// What a device says of itself.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Facts {
-    /// Its number.
-    pub ordinal: usize,
-    /// Its name.
-    pub name: String,
-    /// Its compute capability.
-    pub capability: (i32, i32),
-    /// Bytes of its memory that are free now.
-    pub free: u64,
-    /// Bytes of its memory.
-    pub total: u64,
-    /// The version of CUDA that the driver is for.
-    pub driver: (i32, i32),
+fn not_opened() -> DeviceError {
+    DeviceError::Missing { library: "libcublasLt", reason: "it is opened after the kernels".into() }
 }
 
-impl Facts {
-    /// Bytes that a plan may take.
-    pub fn room(&self) -> u64 {
-        self.free.saturating_sub(SPARE)
-    }
-}
-
-/// Asks a device what it is, and whether kernels could be compiled for it; compiles nothing.
-///
-/// # Errors
-/// A missing or old driver, a missing NVRTC, no such device, one that is too old, or a fault of it.
-pub fn probe(ordinal: usize) -> Result<Facts> {
-    guarded(|| {
-        let (device, name, capability) = find(ordinal)?;
-        let driver = driver_version()?;
-        // SAFETY: the device is valid; the context is released below.
-        let context = unsafe { result::primary_ctx::retain(device) }.map_err(fault("make a context on the device"))?;
-        // SAFETY: the context was just retained.
-        let entered = unsafe { result::ctx::set_current(context) };
-        let memory = entered.and_then(|()| result::mem_get_info()).map_err(fault("ask for the free memory"));
-        // SAFETY: retained above and not used after this.
-        let _ = unsafe { result::primary_ctx::release(device) };
-        let (free, total) = memory?;
-        Ok(Facts { ordinal, name, capability, free: free as u64, total: total as u64, driver })
-    })
-}
-
-/// Runs what calls the driver and NVRTC, where both are there and fit together.
-fn guarded<T>(f: impl FnOnce() -> Result<T> + std::panic::UnwindSafe) -> Result<T> {
-    // SAFETY: `is_culib_present` only opens the library.
-    if !unsafe { sys::is_culib_present() } {
-        return Err(DeviceError::Missing { library: "libcuda", reason: "no NVIDIA driver is installed".into() });
-    }
-    nvrtc::available()?;
-    // cudarc panics where a library is there and lacks a function.
-    let outcome = catch_unwind(|| {
-        let (driver, nvrtc) = (driver_version()?, nvrtc::version()?);
-        // Machine code of a newer minor version runs, of a newer major version does not.
-        match driver.0 < nvrtc.0 {
-            true => Err(DeviceError::OldDriver { driver, nvrtc }),
-            false => f(),
-        }
-    });
-    outcome.unwrap_or_else(|_| {
-        Err(DeviceError::Missing { library: "libcuda", reason: "it is too old: it lacks functions".into() })
-    })
-}
-
-fn driver_version() -> Result<(i32, i32)> {
-    let mut version = 0;
-    // SAFETY: the number outlives the call, which may come before any other.
-    let asked = unsafe { sys::cuDriverGetVersion(&mut version) }.result();
-    asked.map_err(fault("ask for the driver's version"))?;
-    Ok((version / 1000, version % 1000 / 10))
-}
-
-/// A device with its name and compute capability.
-fn find(ordinal: usize) -> Result<(sys::CUdevice, String, (i32, i32))> {
-    let count = match result::init() {
-        Ok(()) => result::device::get_count().map_err(fault("count the devices"))? as usize,
-        Err(DriverError(sys::CUresult::CUDA_ERROR_NO_DEVICE)) => 0,
-        Err(e) => return Err(fault("start the CUDA driver")(e)),
-    };
-    if ordinal >= count {
-        return Err(DeviceError::NoDevice { ordinal, count });
-    }
-    let device = result::device::get(ordinal as i32).map_err(fault("find the device"))?;
-    use sys::CUdevice_attribute::*;
-    let attribute = |a| {
-        // SAFETY: the device is one that the driver just named.
-        unsafe { result::device::get_attribute(device, a) }.map_err(fault("ask for the device's properties"))
-    };
-    let capability = (
-        attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
-        attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
-    );
-    if capability < OLDEST {
-        return Err(DeviceError::TooOld { capability });
-    }
-    let name = result::device::get_name(device).map_err(fault("ask for the device's name"))?;
-    Ok((device, name, capability))
-}
-
-/// What to do about an error of the driver.
-fn remedy(error: sys::CUresult) -> &'static str {
-    use sys::CUresult::*;
-    match error {
-        CUDA_ERROR_OUT_OF_MEMORY => "another process may have taken the memory (nvidia-smi lists them)",
-        CUDA_ERROR_DEVICE_UNAVAILABLE => {
-            "the card is in exclusive mode and another process has it (nvidia-smi lists them)"
-        }
-        CUDA_ERROR_ECC_UNCORRECTABLE | CUDA_ERROR_NVLINK_UNCORRECTABLE | CUDA_ERROR_HARDWARE_STACK_ERROR => {
-            "the card has a hardware fault (nvidia-smi -q tells more): resume from the last checkpoint on another card, or on this \
-             one after a reset"
-        }
-        CUDA_ERROR_ILLEGAL_ADDRESS
-        | CUDA_ERROR_LAUNCH_FAILED
-        | CUDA_ERROR_MISALIGNED_ADDRESS
-        | CUDA_ERROR_ILLEGAL_INSTRUCTION
-        | CUDA_ERROR_INVALID_ADDRESS_SPACE
-        | CUDA_ERROR_INVALID_PC
-        | CUDA_ERROR_ASSERT
-        | CUDA_ERROR_CONTEXT_IS_DESTROYED => {
-            "this process can use the card no more: the last checkpoint is good, resume from it"
-        }
-        CUDA_ERROR_LAUNCH_TIMEOUT => {
-            "the card also drives a screen, which ends long kernels: use another, or smaller micro-batches"
-        }
-        CUDA_ERROR_SYSTEM_DRIVER_MISMATCH | CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE => {
-            "the driver and its kernel module are of different versions: restart the machine"
-        }
-        CUDA_ERROR_SYSTEM_NOT_READY => {
-            "a service of the driver does not run yet (nvidia-fabricmanager, where there is NVSwitch)"
-        }
-        CUDA_ERROR_NO_BINARY_FOR_GPU | CUDA_ERROR_UNSUPPORTED_PTX_VERSION | CUDA_ERROR_INVALID_IMAGE => {
-            "the driver is older than NVRTC: update it"
-        }
-        _ => "",
-    }
-}
-
-/// The driver's error with what to do about it.
-fn fault(action: &'static str) -> impl Fn(DriverError) -> DeviceError {
-    move |e| {
-        let remedy = remedy(e.0);
-        let colon = if remedy.is_empty() { "" } else { "; " };
-        DeviceError::Driver { action, reason: format!("{e}{colon}{remedy}") }
-    }
+/// The address of a variable of a module.
+fn global(module: sys::CUmodule, name: &CStr) -> Result<sys::CUdeviceptr> {
+    // SAFETY: the module is loaded.
+    let (address, _) = unsafe { result::module::get_global(module, name.to_owned()) }
+        .map_err(fault("find a variable of the kernels"))?;
+    Ok(address)
 }
 
 impl Card {
@@ -223,12 +95,15 @@ impl Card {
             capability,
             name,
             staging: None,
+            library: Err(not_opened()),
+            switches: 0,
         };
         card.enter()?;
         card.stream =
             result::stream::create(result::stream::StreamKind::NonBlocking).map_err(fault("make a stream"))?;
         card.staging = Some(Staging::new().map_err(fault("allocate page-locked memory"))?);
         card.load()?;
+        card.library = Library::open();
         Ok(card)
     }
 
@@ -247,6 +122,9 @@ impl Card {
                 // SAFETY: the module was loaded above.
                 let function = unsafe { result::module::get_function(module, symbol) };
                 self.loaded.insert(name, function.map_err(fault("find a kernel"))?);
+            }
+            if source.name == "matmul.cu" {
+                self.switches = global(module, c"elleci_switches")?;
             }
         }
         Ok(())
@@ -339,6 +217,10 @@ impl Drop for Card {
                 let _ = result::stream::synchronize(self.stream);
                 staging.destroy();
             }
+        }
+        if let Ok(library) = &mut self.library {
+            // SAFETY: the stream is idle, or has failed and runs nothing any more.
+            unsafe { library.destroy() };
         }
         for module in self.modules.drain(..) {
             // SAFETY: loaded by this card; its functions are not used afterwards.
@@ -437,6 +319,33 @@ impl Device for Card {
         launched.map_err(|e| DeviceError::Kernel { kernel, reason: e.to_string() })
     }
 
+    fn offers(&self, ability: Ability) -> Result<()> {
+        match ability {
+            Ability::Library => self.library.as_ref().map(|_| ()).map_err(Clone::clone),
+            Ability::Fp8 => has_fp8(self.capability),
+        }
+    }
+
+    fn matmul(&mut self, p: &Matmul, workspace: Buf) -> Result<()> {
+        self.enter()?;
+        let switch = self.switches + 4 * u64::from(p.add);
+        let places = Places {
+            a: self.address(p.a.buf),
+            b: self.address(p.b.buf),
+            out: self.address(p.out),
+            factors: p.alpha.map(|alpha| (self.address(alpha), switch)),
+            workspace: (self.address(workspace), workspace.len),
+        };
+        let ends = [(p.a, p.m), (p.b, p.n)].map(|(o, rows)| (o.index(rows - 1, p.k - 1), o.buf.len));
+        assert!(ends.iter().all(|(last, len)| last < len) && p.out.len == p.m * p.n, "{p:?}");
+        // The algorithms that are chosen take this for granted.
+        assert!([places.a, places.b, places.out, places.workspace.0].iter().all(|at| at % 256 == 0), "{p:?}");
+        let stream = self.stream;
+        let library = self.library.as_mut().map_err(|e| e.clone())?;
+        // SAFETY: all buffers lie in the card's memory and have the sizes of the product; the stream is the card's.
+        unsafe { library.matmul(p, &places, stream) }
+    }
+
     fn record(&mut self) -> Result<()> {
         self.enter()?;
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
@@ -479,14 +388,5 @@ mod tests {
             Err(e) => panic!("{e}"),
         }
         assert_eq!(probe(0).is_ok(), Card::open(0).is_ok());
-    }
-
-    #[test]
-    fn sticky_errors_and_hardware_faults_say_what_to_do() {
-        use sys::CUresult::*;
-        assert!(remedy(CUDA_ERROR_ILLEGAL_ADDRESS).contains("last checkpoint is good"));
-        assert!(remedy(CUDA_ERROR_ECC_UNCORRECTABLE).contains("resume from the last checkpoint on another card"));
-        assert!(remedy(CUDA_ERROR_OUT_OF_MEMORY).contains("nvidia-smi"));
-        assert_eq!(remedy(CUDA_SUCCESS), "");
     }
 }

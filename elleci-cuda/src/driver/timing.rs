@@ -2,7 +2,8 @@
 
 use cudarc::driver::{result, sys};
 
-use super::{Card, fault};
+use super::Card;
+use super::faults::fault;
 use crate::device::Result;
 
 /// A moment on the stream of a card. It must not outlive the card.

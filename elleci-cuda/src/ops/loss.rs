@@ -8,13 +8,13 @@ fn rows(n: usize, shared: u32) -> Launch {
     Launch { grid: [n as u32, 1, 1], threads: THREADS, shared }
 }
 
-/// `h` `[tokens, d]` = rows of the embedding `[vocab, d]`.
+/// `h` `[tokens, d]` (float32 or bf16) = rows of the embedding `[vocab, d]`.
 ///
 /// # Errors
 /// A fault of the device.
 pub fn embed(dev: &mut dyn Device, tokens: Buf, embedding: Buf, d: usize, h: Buf) -> Result<()> {
     let n = tokens.len;
-    let args = [exact(tokens, Dtype::U32, n), floats(embedding, embedding.len), int(d), room(h, n * d)];
+    let args = [exact(tokens, Dtype::U32, n), floats(embedding, embedding.len), int(d), floats(h, n * d)];
     dev.launch("embed", rows(n, 0), &args)
 }
 

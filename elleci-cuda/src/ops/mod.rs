@@ -26,6 +26,8 @@ pub enum Products {
     F32,
     /// bf16 tensor cores with float32 sums.
     Bf16,
+    /// As bf16, but for the gradients that go through ternary projections: e4m3 with a scale a token.
+    Fp8,
 }
 
 impl Products {
@@ -33,7 +35,7 @@ impl Products {
     pub(crate) fn tile(self) -> (u32, u32) {
         match self {
             Products::F32 => (4, 4),
-            Products::Bf16 => (2, 8),
+            Products::Bf16 | Products::Fp8 => (2, 8),
         }
     }
 
@@ -47,7 +49,7 @@ impl Products {
     pub(crate) fn pick<T>(self, f32: T, bf16: T) -> T {
         match self {
             Products::F32 => f32,
-            Products::Bf16 => bf16,
+            Products::Bf16 | Products::Fp8 => bf16,
         }
     }
 }
@@ -88,8 +90,18 @@ impl Columns {
     /// The pointer to the first row, checked for `rows` rows of `width` columns.
     pub(crate) fn arg(&self, rows: usize, width: usize) -> Arg {
         assert_eq!(self.buf.dtype, Dtype::F32);
+        Arg::Buf(self.first(rows, width))
+    }
+
+    /// The same of float32 or bf16, with which of them it is.
+    pub(crate) fn floats(&self, rows: usize, width: usize) -> Arg {
+        assert!(matches!(self.buf.dtype, Dtype::F32 | Dtype::Bf16));
+        Arg::Floats(self.first(rows, width))
+    }
+
+    fn first(&self, rows: usize, width: usize) -> Buf {
         assert!(self.from + width <= self.stride && rows * self.stride <= self.buf.len, "columns of {:?}", self.buf);
-        Arg::Buf(self.buf.part(self.from, self.buf.len - self.from))
+        self.buf.part(self.from, self.buf.len - self.from)
     }
 }
 

@@ -7,7 +7,7 @@ use crate::device::{Arg, Device, Launch, Result};
 /// What is normed.
 #[derive(Clone, Copy, Debug)]
 pub enum Source {
-    /// `x`
+    /// `x`, float32 or bf16
     Plain(Columns),
     /// `y ⊙ silu(z)`
     Gated(Columns, Columns),
@@ -18,9 +18,10 @@ pub enum Source {
 impl Source {
     fn args(&self, rows: usize, width: usize) -> [Arg; 4] {
         match self {
-            Source::Plain(x) => [x.arg(rows, width), int(x.stride), Arg::Null, int(0)],
+            Source::Plain(x) => [x.floats(rows, width), int(x.stride), Arg::Null, int(0)],
             Source::Gated(a, b) | Source::Squared(a, b) => {
-                [a.arg(rows, width), int(a.stride), b.arg(rows, width), int(b.stride)]
+                assert_eq!(a.buf.dtype, Dtype::F32);
+                [a.floats(rows, width), int(a.stride), b.arg(rows, width), int(b.stride)]
             }
         }
     }
@@ -92,7 +93,7 @@ pub fn partials_len(rows: usize, width: usize) -> usize {
 }
 
 /// From `dn` `[rows, width]`, the gradient of the norm's output, to those of its source: `to.0` (of x, y, or gate; added where
-/// `add`, for x alone), and `to.1` (of z or up). The gain's is added to `dgain`.
+/// `add`, for x alone; otherwise `dn` may lie in the same place), and `to.1` (of z or up). The gain's is added to `dgain`.
 ///
 /// # Errors
 /// A fault of the device.

@@ -3,7 +3,7 @@
 use crate::arena::Buf;
 use crate::ops::loss::Occurrences;
 use crate::ops::optim::{self, Scalars};
-use crate::ops::product::Ternary;
+use crate::ops::product::{Ternary, Workspace};
 use crate::ops::{Rows, ssd};
 
 /// Buffers of one parameter.
@@ -70,22 +70,24 @@ pub struct LayerSaved {
     pub hidden: Rows,
 }
 
-/// Scratch of a feed-forward's backward.
+/// Scratch of a feed-forward, most of it for its backward.
 #[derive(Clone, Copy, Debug)]
 #[expect(missing_docs, reason = "gradients of what LayerSaved names")]
 pub struct FfnScratch {
-    pub dhidden: Buf,
+    /// Of the quantised product of both; then of the gate, element by element in its place
     pub dgate: Buf,
     pub dup: Buf,
+    pub workspace: Workspace,
     pub partials: Buf,
 }
 
-/// Scratch of a Mamba mixer's backward.
+/// Scratch of a Mamba mixer, most of it for its backward.
 #[derive(Clone, Copy, Debug)]
 #[expect(missing_docs, reason = "gradients of what MambaSaved names")]
 pub struct MambaScratch {
-    pub dgated: Buf,
+    /// Of the quantised gated rows; then of the scan's output, element by element in its place
     pub dy: Buf,
+    pub workspace: Workspace,
     pub dzx: Buf,
     pub dbcdt: Buf,
     pub dxbc: Buf,
@@ -96,12 +98,13 @@ pub struct MambaScratch {
     pub rstd: Buf,
 }
 
-/// Scratch of an MLA mixer's backward.
+/// Scratch of an MLA mixer, most of it for its backward.
 #[derive(Clone, Copy, Debug)]
 #[expect(missing_docs, reason = "gradients of what MlaSaved names")]
 pub struct MlaScratch {
-    pub dout: Buf,
+    /// Of the quantised output; then of the output itself, element by element in its place
     pub d_o: Buf,
+    pub workspace: Workspace,
     pub delta: Buf,
     pub dq: Buf,
     pub dkv: Buf,
@@ -120,6 +123,8 @@ pub struct HeadScratch {
     pub chunk: usize,
     /// Gradient of the final norm's output
     pub dnormed: Buf,
+    /// Operands of its products
+    pub workspace: Workspace,
     /// Of the final norm's backward
     pub partials: Buf,
 }

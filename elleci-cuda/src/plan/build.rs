@@ -10,11 +10,12 @@ use super::buffers::{
 };
 use super::{Options, conv, scan};
 use crate::arena::{Arena, Buf, Dtype, Use};
-use crate::ops::product::Ternary;
-use crate::ops::{Rows, norm, optim, padded, ssd, ternary};
+use crate::ops::product::{Gemm, Needs, Ternary, Workspace, library_bytes, scales_afterwards};
+use crate::ops::{Products, Rows, norm, optim, padded, ssd, ternary};
 
-/// Elements of the logits that stand in memory at a time.
-const LOGITS: usize = 16 << 20;
+/// The head takes a batch's tokens in so many chunks, but no fewer than this at a time.
+const CHUNKS: usize = 8;
+const LEAST_CHUNK: usize = 256;
 
 /// Whether a parameter's states are 8-bit: as in the core.
 pub fn has_8bit_states(p: &Param, precision: StatePrecision) -> bool {
@@ -42,6 +43,33 @@ impl Builder<'_> {
     /// `[tokens, width]`
     pub fn rows(&mut self, name: &str, width: usize) -> Buf {
         self.floats(name, self.tokens * width)
+    }
+
+    /// Operands of ternary projections `(out, input)` of all tokens, and of dense products of the model's width, `(out, rows)`.
+    pub fn workspace(
+        &mut self,
+        c: &ModelConfig,
+        o: &Options,
+        ternary: &[(usize, usize)],
+        dense: &[(usize, usize)],
+    ) -> Workspace {
+        let (p, tokens) = (o.products, self.tokens);
+        let needs = ternary.iter().fold(Needs::default(), |n, (out, input)| n.ternary(p, tokens, *out, *input));
+        let needs = dense.iter().fold(needs, |n, (out, rows)| n.dense(p, *rows, *out, c.d_model, o.bf16_masters));
+        let scaled = scales_afterwards(o.gemm, p, o.bf16_stream);
+        Workspace {
+            left: self.any("left", Dtype::U8, needs.left),
+            right: self.any("right", Dtype::U8, needs.right),
+            scales: (p == Products::Fp8).then(|| self.rows("left.scales", 1)),
+            product: scaled.then(|| self.rows("product", c.d_model)),
+            library: (o.gemm == Gemm::Library).then(|| self.any("library", Dtype::U8, library_bytes(tokens))),
+        }
+    }
+
+    /// `[tokens, width]` of the residual stream
+    pub fn stream(&mut self, name: &str, c: &ModelConfig, o: &Options) -> Buf {
+        let dtype = if o.bf16_stream { Dtype::Bf16 } else { Dtype::F32 };
+        self.any(name, dtype, self.tokens * c.d_model)
     }
 
     pub fn quantized(&mut self, name: &str, width: usize) -> Rows {
@@ -121,8 +149,8 @@ pub(super) fn layer_saved(b: &mut Builder, c: &ModelConfig, o: &Options, segment
     b.prefix = format!("slot.{slot}.");
     let has = |kind| c.layer_kinds().into_iter().skip(slot).step_by(segment).any(|k| k == kind);
     LayerSaved {
-        mid: b.rows("mid", c.d_model),
-        out: (slot + 1 < segment).then(|| b.rows("out", c.d_model)),
+        mid: b.stream("mid", c, o),
+        out: (slot + 1 < segment).then(|| b.stream("out", c, o)),
         mixer_norm: b.quantized("mixer_norm", c.d_model),
         mamba: has(LayerKind::Mamba).then(|| MambaSaved {
             zx: b.rows("zx", 2 * c.d_inner),
@@ -152,28 +180,37 @@ pub(super) fn layer_saved(b: &mut Builder, c: &ModelConfig, o: &Options, segment
     }
 }
 
-pub(super) fn ffn_scratch(b: &mut Builder, c: &ModelConfig) -> FfnScratch {
+pub(super) fn ffn_scratch(b: &mut Builder, c: &ModelConfig, o: &Options) -> FfnScratch {
     b.prefix = "ffn.".into();
     let f = c.ffn_hidden;
+    let needs = [(f, c.d_model), (c.d_model, f)];
+    let (dgate, dup) = (b.rows("dgate", f), b.rows("dup", f));
+    // No product is made while partial sums are.
+    let here = b.arena.here();
+    let workspace = b.workspace(c, o, &needs, &[]);
+    b.arena.overlay(here);
     let partials = norm::partials_len(b.tokens, f).max(norm::partials_len(b.tokens, c.d_model));
-    FfnScratch {
-        dhidden: b.rows("dhidden", f),
-        dgate: b.rows("dgate", f),
-        dup: b.rows("dup", f),
-        partials: b.floats("partials", partials),
-    }
+    FfnScratch { dgate, dup, workspace, partials: b.floats("partials", partials) }
 }
 
 pub(super) fn mamba_scratch(b: &mut Builder, c: &ModelConfig, o: &Options) -> MambaScratch {
     b.prefix = "mamba.".into();
     let (conv, scan) = (conv(c, o), scan(c, o));
+    let (dy, dzx) = (b.rows("dy", c.d_inner), b.rows("dzx", 2 * c.d_inner));
+    let dbcdt = b.rows("dbcdt", conv.bcdt_width());
+    let (renormed, rstd) = (b.rows("renormed", c.d_model), b.rows("rstd", 1));
+    // The scan, the convolution and the norms stand between the products.
+    let here = b.arena.here();
+    let needs = [(2 * c.d_inner, c.d_model), (c.d_model, c.d_inner)];
+    let workspace = b.workspace(c, o, &needs, &[(conv.bcdt_width(), b.tokens)]);
+    b.arena.overlay(here);
     let norms = norm::partials_len(b.tokens, c.d_inner).max(norm::partials_len(b.tokens, c.d_model));
     let partials = norms.max(conv.conv_partials_len()).max(conv.step_partials_len());
     MambaScratch {
-        dgated: b.rows("dgated", c.d_inner),
-        dy: b.rows("dy", c.d_inner),
-        dzx: b.rows("dzx", 2 * c.d_inner),
-        dbcdt: b.rows("dbcdt", conv.bcdt_width()),
+        dy,
+        workspace,
+        dzx,
+        dbcdt,
         dxbc: b.rows("dxbc", c.conv_channels()),
         ddt: b.rows("ddt", c.mamba_heads()),
         scan: ssd::Scratch {
@@ -183,36 +220,43 @@ pub(super) fn mamba_scratch(b: &mut Builder, c: &ModelConfig, o: &Options) -> Ma
             dskip: b.floats("dskip", scan.chunk_heads()),
         },
         partials: b.floats("partials", partials),
-        renormed: b.rows("renormed", c.d_model),
-        rstd: b.rows("rstd", 1),
+        renormed,
+        rstd,
     }
 }
 
-pub(super) fn mla_scratch(b: &mut Builder, c: &ModelConfig) -> MlaScratch {
+pub(super) fn mla_scratch(b: &mut Builder, c: &ModelConfig, opt: &Options) -> MlaScratch {
     b.prefix = "mla.".into();
-    let o = c.n_heads * c.d_v;
+    let (o, q, kv) = (c.n_heads * c.d_v, c.n_heads * c.d_qk(), c.n_heads * (c.d_nope + c.d_v));
+    let (d_o, dq, dkv) = (b.rows("d_o", o), b.rows("dq", q), b.rows("dkv", kv));
+    let (dckr, dlatent) = (b.rows("dckr", c.kv_rank + c.d_rope), b.rows("dlatent", c.kv_rank));
+    // Attention and the norms stand between the products.
+    let here = b.arena.here();
+    let needs = [(q, c.d_model), (c.kv_rank + c.d_rope, c.d_model), (kv, c.kv_rank), (c.d_model, o)];
+    let workspace = b.workspace(c, opt, &needs, &[]);
+    b.arena.overlay(here);
     let widths = [o, c.kv_rank, c.d_model];
     let partials = widths.map(|w| norm::partials_len(b.tokens, w)).into_iter().max().unwrap_or(0);
     MlaScratch {
-        dout: b.rows("dout", o),
-        d_o: b.rows("d_o", o),
+        d_o,
+        workspace,
         delta: b.rows("delta", c.n_heads),
-        dq: b.rows("dq", c.n_heads * c.d_qk()),
-        dkv: b.rows("dkv", c.n_heads * (c.d_nope + c.d_v)),
+        dq,
+        dkv,
         dkr_heads: b.rows("dkr_heads", c.n_heads * c.d_rope),
-        dckr: b.rows("dckr", c.kv_rank + c.d_rope),
-        dlatent: b.rows("dlatent", c.kv_rank),
+        dckr,
+        dlatent,
         partials: b.floats("partials", partials),
     }
 }
 
-pub(super) fn head_scratch(b: &mut Builder, c: &ModelConfig) -> HeadScratch {
+pub(super) fn head_scratch(b: &mut Builder, c: &ModelConfig, o: &Options) -> HeadScratch {
     b.prefix = "head.".into();
-    let chunk = (LOGITS / c.vocab_size).max(128).min(b.tokens);
-    HeadScratch {
-        logits: b.floats("logits", chunk * c.vocab_size),
-        chunk,
-        dnormed: b.rows("dnormed", c.d_model),
-        partials: b.floats("partials", norm::partials_len(b.tokens, c.d_model)),
-    }
+    let chunk = (b.tokens / CHUNKS).next_multiple_of(128).max(LEAST_CHUNK).min(b.tokens);
+    let (logits, dnormed) = (b.floats("logits", chunk * c.vocab_size), b.rows("dnormed", c.d_model));
+    let here = b.arena.here();
+    let workspace = b.workspace(c, o, &[], &[(c.vocab_size, chunk)]);
+    b.arena.overlay(here);
+    let partials = b.floats("partials", norm::partials_len(b.tokens, c.d_model));
+    HeadScratch { logits, chunk, dnormed, workspace, partials }
 }

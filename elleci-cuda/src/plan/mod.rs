@@ -12,6 +12,7 @@ use crate::device::DeviceError;
 use crate::ops::attention::Heads;
 use crate::ops::loss::Occurrences;
 use crate::ops::mamba::ConvShape;
+use crate::ops::product::Gemm;
 use crate::ops::{Products, ssd};
 
 mod buffers;
@@ -40,6 +41,10 @@ pub struct Options {
     pub states: StatePrecision,
     /// Arithmetic of the products.
     pub products: Products,
+    /// Who multiplies the large products on tensor cores.
+    pub gemm: Gemm,
+    /// The residual stream as bf16; otherwise float32. Its gradient is float32.
+    pub bf16_stream: bool,
     /// Whether a running mean of the weights is kept.
     pub average: bool,
     /// Bytes left unused behind every buffer; see [`Arena::new`].
@@ -182,7 +187,7 @@ impl Plan {
         b.purpose = Use::Activations;
         let segment = o.checkpointing.segment(c.n_layers);
         let segments = c.n_layers.div_ceil(segment);
-        let starts = (0..=segments).map(|s| b.rows(&format!("start.{s}"), c.d_model)).collect();
+        let starts = (0..=segments).map(|s| b.stream(&format!("start.{s}"), &c, &o)).collect();
         let saved = (0..segment).map(|slot| build::layer_saved(&mut b, &c, &o, segment, slot)).collect();
         b.purpose = Use::Scratch;
         b.prefix = String::new();
@@ -191,13 +196,13 @@ impl Plan {
         // What follows is used by one part of the step at a time.
         let kinds = c.layer_kinds();
         b.arena.phase();
-        let ffn = build::ffn_scratch(&mut b, &c);
+        let ffn = build::ffn_scratch(&mut b, &c, &o);
         b.arena.phase();
         let mamba = kinds.contains(&LayerKind::Mamba).then(|| build::mamba_scratch(&mut b, &c, &o));
         b.arena.phase();
-        let mla = kinds.contains(&LayerKind::Mla).then(|| build::mla_scratch(&mut b, &c));
+        let mla = kinds.contains(&LayerKind::Mla).then(|| build::mla_scratch(&mut b, &c, &o));
         b.arena.phase();
-        let head = build::head_scratch(&mut b, &c);
+        let head = build::head_scratch(&mut b, &c, &o);
         b.arena.end_phases();
         Ok(Plan {
             config: c,
@@ -245,6 +250,8 @@ mod tests {
             bf16_gradients: true,
             states: StatePrecision::Block8,
             products: Products::Bf16,
+            gemm: Gemm::Library,
+            bf16_stream: false,
             average: false,
             guard: 0,
         }

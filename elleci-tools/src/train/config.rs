@@ -227,12 +227,18 @@ pub struct SwaConfig {
 }
 
 /// What only a run on a card reads. None of it changes what a checkpoint holds: a run may go on with other values, or on a CPU.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CudaConfig {
     /// Operands of the products that are not exact anyway.
-    #[serde(default = "bf16")]
-    pub products: CudaFloat,
+    #[serde(default)]
+    pub products: CudaProducts,
+    /// Who multiplies the large products on tensor cores.
+    #[serde(default)]
+    pub gemm: CudaGemm,
+    /// The residual stream.
+    #[serde(default)]
+    pub stream: CudaFloat,
     /// Matrices while they are trained; bf16 ones are updated with stochastic rounding.
     #[serde(default)]
     pub masters: CudaFloat,
@@ -244,14 +250,30 @@ pub struct CudaConfig {
     pub rows: usize,
 }
 
-fn bf16() -> CudaFloat {
-    CudaFloat::Bf16
+/// Arithmetic of a card's products.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CudaProducts {
+    /// float32
+    Float32,
+    /// bf16 operands, float32 sums
+    #[default]
+    Bf16,
+    /// As bf16, with the gradients of ternary projections' inputs in e4m3
+    Fp8,
 }
 
-impl Default for CudaConfig {
-    fn default() -> CudaConfig {
-        CudaConfig { products: bf16(), masters: CudaFloat::Float32, gradients: CudaFloat::Float32, rows: 0 }
-    }
+/// Who multiplies on a card.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CudaGemm {
+    /// cuBLASLt where it is installed, else our own kernels
+    #[default]
+    Auto,
+    /// cuBLASLt, or nothing
+    Cublaslt,
+    /// Our own kernels
+    Own,
 }
 
 /// A type of floats on a card.

@@ -39,8 +39,11 @@ pub fn run(args: &TrainArgs, config: RunConfig) -> anyhow::Result<()> {
 }
 
 /// The plan of a card: of the one that is there, or of one with the memory that is asked about.
-fn on_card(args: &TrainArgs, config: RunConfig, schedule: &Plan, ordinal: usize) -> anyhow::Result<()> {
+fn on_card(args: &TrainArgs, mut config: RunConfig, schedule: &Plan, ordinal: usize) -> anyhow::Result<()> {
     let probed = probe(ordinal);
+    if let Ok(card) = &probed {
+        config = choice::settle(&config, |ability| card.offers(ability))?.0;
+    }
     let (room, what) = match (args.cuda_memory, &probed) {
         (Some(bytes), _) => {
             (Some(bytes), format!("a card with {:.2} GiB free (--cuda-memory)", bytes as f64 / (1u64 << 30) as f64))

@@ -18,7 +18,7 @@ use super::bundled;
 use super::cli::TrainArgs;
 use super::config::RunConfig;
 use super::cuda::CudaBackend;
-use super::cuda::choice::{Choice, choose, describe};
+use super::cuda::choice::{Choice, choose, describe, settle};
 use super::device::{Device, available_memory};
 use super::log::{Log, first_and_last_loss, write_text};
 use super::plan::{Plan, precision, same_model, step_form};
@@ -320,12 +320,15 @@ pub(super) fn card_backend(
     weights: &Params,
     card: &Facts,
 ) -> anyhow::Result<CudaBackend> {
-    // What does not fit is said before the kernels are compiled.
-    choose(config, schedule, card.room()).with_context(|| format!("cuda:{}", card.ordinal))?;
+    // What the card lacks, or what does not fit, is said before the kernels are compiled.
+    let (likely, _) = settle(config, |ability| card.offers(ability))?;
+    choose(&likely, schedule, card.room()).with_context(|| format!("cuda:{}", card.ordinal))?;
     let mut device = Card::open(card.ordinal)?;
-    let choice: Choice = choose(config, schedule, device.room()?).with_context(|| device.describe())?;
-    eprint!("{}", describe(config, &choice));
-    CudaBackend::new(Box::new(device), config, weights, &choice)
+    let (config, products) = settle(config, |ability| device.offers(ability))?;
+    let choice: Choice = choose(&config, schedule, device.room()?).with_context(|| device.describe())?;
+    eprintln!("{products}");
+    eprint!("{}", describe(&config, &choice));
+    CudaBackend::new(Box::new(device), &config, weights, &choice)
 }
 
 fn announce(run: &Run<'_>) {

@@ -9,6 +9,8 @@
 //  - initialisation: shared memory is undefined when a block starts, device memory until it is written;
 //  - races: two threads touch a word, one of them writing, with no meeting of both in between. Threads of different blocks
 //    never meet within a launch.
+// An asynchronous copy writes for these rules when it starts (a card may make it at once), and leaves numbers that are none until
+// its thread waits for it (a card may make it as late).
 // The first violation of a launch is described; the kernel runs on.
 #include <sys/mman.h>
 
@@ -76,7 +78,16 @@ struct Memory {
     Word* words; // by two bytes
 };
 
+// A copy that was started and not waited for.
+struct Copy {
+    u8* to;
+    u8 bytes[16];
+    u32 group;
+};
+
 Memory device, shared;
+std::vector<Copy> copies[MAX_THREADS];
+u32 copy_groups[MAX_THREADS];
 u8* stacks;
 Thread threads[MAX_THREADS];
 Warp warps[MAX_THREADS / 32];
@@ -312,6 +323,47 @@ void emulated_collective(const u32* mine, int words, u32* result, int result_wor
     memcpy(result, &warps[warp].results[turn][result_words * (me % 32)], 4 * result_words);
 }
 
+void emulated_copy_async(void* to, const void* from, int inside) {
+    if ((uintptr_t)to % 16 || (inside && (uintptr_t)from % 16)) {
+        report("asynchronous copy that is not at a multiple of 16", to, 16);
+        return;
+    }
+    Copy copy = {(u8*)to, {0}, copy_groups[current]};
+    if (inside) {
+        check(from, 16, false);
+    }
+    check(to, 16, true);
+    if (message[0]) {
+        return; // one of them may lie nowhere
+    }
+    if (inside) {
+        memcpy(copy.bytes, from, 16);
+    }
+    memset(to, 0xff, 16);
+    copies[current].push_back(copy);
+}
+
+void emulated_aligned(const void* p) {
+    if ((uintptr_t)p % 16) {
+        report("16 bytes that are not at a multiple of 16", p, 16);
+    }
+}
+
+void emulated_copies_end() { copy_groups[current]++; }
+
+void emulated_copies_wait(int but) {
+    std::vector<Copy>& all = copies[current];
+    size_t left = 0;
+    for (const Copy& copy : all) {
+        if (copy.group + but < copy_groups[current]) {
+            memcpy(copy.to, copy.bytes, 16);
+        } else {
+            all[left++] = copy;
+        }
+    }
+    all.resize(left);
+}
+
 #define ACCESS(n)                                                                  \
     void __tsan_read##n(void* p) { check(p, n, false); }                           \
     void __tsan_write##n(void* p) { check(p, n, true); }                           \
@@ -386,6 +438,8 @@ static void start_block() {
     alive = thread_count;
     at_barrier = epoch = 0;
     for (u32 t = 0; t < thread_count; t++) {
+        copies[t].clear();
+        copy_groups[t] = 0;
         u8* top = stacks + STACK * (t + 1);
         void** sp = (void**)(top - 256);
         memset(sp, 0, 256);
@@ -436,6 +490,11 @@ static bool run_block() {
             if (threads[t].state == State::AtBarrier) {
                 threads[t].state = State::Ready;
             }
+        }
+    }
+    for (u32 t = 0; t < thread_count; t++) {
+        if (!copies[t].empty()) {
+            report("an asynchronous copy that nothing waited for", copies[t][0].to, 16);
         }
     }
     return true;

@@ -7,7 +7,11 @@ use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use elleci_cuda::arena::{Arena, Buf, Dtype, Region};
-use elleci_cuda::device::{Arg, Device, DeviceError, Launch, Recording, Result};
+use elleci_cuda::device::{Ability, Arg, Device, DeviceError, Launch, Matmul, Recording, Result};
+
+mod matmul;
+
+pub use matmul::e4m3;
 
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -39,6 +43,7 @@ static MACHINE: Mutex<()> = Mutex::new(());
 enum Command {
     Zero(Buf),
     Launch(&'static str, Launch, Vec<Arg>),
+    Matmul(Matmul, Buf),
 }
 
 /// The emulated device.
@@ -51,6 +56,8 @@ pub struct Emulated {
     recording: Option<Vec<Command>>,
     recordings: Vec<Vec<Command>>,
     launches: usize,
+    products: usize,
+    lacks: Vec<Ability>,
     _machine: MutexGuard<'static, ()>,
 }
 
@@ -68,6 +75,8 @@ impl Emulated {
             recording: None,
             recordings: Vec::new(),
             launches: 0,
+            products: 0,
+            lacks: Vec::new(),
             _machine: machine,
         }
     }
@@ -75,6 +84,17 @@ impl Emulated {
     /// The same device with this many bytes of memory.
     pub fn with_memory(self, memory: u64) -> Emulated {
         Emulated { memory, ..self }
+    }
+
+    /// The same device without an ability.
+    pub fn without(mut self, ability: Ability) -> Emulated {
+        self.lacks.push(ability);
+        self
+    }
+
+    /// Products of the library so far.
+    pub fn products(&self) -> usize {
+        self.products
     }
 
     /// Bytes asked for so far, at the most.
@@ -259,6 +279,25 @@ impl Device for Emulated {
         }
     }
 
+    fn offers(&self, ability: Ability) -> Result<()> {
+        match self.lacks.contains(&ability) {
+            true => {
+                Err(DeviceError::Lacks { what: "the emulated device", reason: format!("was made without {ability:?}") })
+            }
+            false => Ok(()),
+        }
+    }
+
+    fn matmul(&mut self, product: &Matmul, workspace: Buf) -> Result<()> {
+        match &mut self.recording {
+            Some(commands) => {
+                commands.push(Command::Matmul(*product, workspace));
+                Ok(())
+            }
+            None => self.multiply(product, workspace),
+        }
+    }
+
     fn record(&mut self) -> Result<()> {
         self.recording = Some(Vec::new());
         Ok(())
@@ -274,6 +313,7 @@ impl Device for Emulated {
             match command {
                 Command::Zero(buf) => self.zero(buf)?,
                 Command::Launch(kernel, launch, args) => self.run(kernel, launch, &args)?,
+                Command::Matmul(product, workspace) => self.multiply(&product, workspace)?,
             }
         }
         Ok(())

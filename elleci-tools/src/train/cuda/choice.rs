@@ -8,12 +8,13 @@ use std::fmt::Write;
 
 use elleci_core::model::Checkpointing;
 use elleci_cuda::arena::{Arena, Use};
-use elleci_cuda::device::DeviceError;
+use elleci_cuda::device::{Ability, DeviceError};
 use elleci_cuda::ops::Products;
+use elleci_cuda::ops::product::Gemm;
 use elleci_cuda::plan::{Options, Plan as DevicePlan};
 
 use super::super::backend::pass_rows;
-use super::super::config::{CudaFloat, RunConfig};
+use super::super::config::{CudaFloat, CudaGemm, CudaProducts, RunConfig};
 use super::super::plan::{Plan, checkpointing, largest_micro_batch, precision};
 
 /// Tokens from which on more at once are taken to be no faster.
@@ -109,7 +110,14 @@ fn options(config: &RunConfig, candidate: &Candidate, seq: usize) -> Options {
         bf16_masters: is_bf16(config.cuda.masters),
         bf16_gradients: is_bf16(config.cuda.gradients),
         states: precision(config),
-        products: if is_bf16(config.cuda.products) { Products::Bf16 } else { Products::F32 },
+        products: match config.cuda.products {
+            CudaProducts::Float32 => Products::F32,
+            CudaProducts::Bf16 => Products::Bf16,
+            CudaProducts::Fp8 => Products::Fp8,
+        },
+        // Where it is not known yet, the one that takes more memory.
+        gemm: if config.cuda.gemm == CudaGemm::Own { Gemm::Own } else { Gemm::Library },
+        bf16_stream: is_bf16(config.cuda.stream),
         average: config.swa.start < 1.0 && candidate.mean == Mean::Device,
         guard: 0,
     }
@@ -132,6 +140,31 @@ fn plan(config: &RunConfig, schedule: &Plan, candidate: &Candidate) -> Result<Ch
     let evaluation = Options { batch, seq, checkpointing: Checkpointing::EveryLayer, ..options };
     bytes = bytes.max(DevicePlan::new(&config.model, evaluation)?.arena.bytes());
     Ok(Choice { options, mean: candidate.mean, bytes, arena })
+}
+
+/// The configuration for a device that offers this, and who multiplies there and why.
+///
+/// # Errors
+/// What the configuration asks for and the device lacks, with what to set instead.
+pub fn settle(
+    config: &RunConfig,
+    offers: impl Fn(Ability) -> Result<(), DeviceError>,
+) -> Result<(RunConfig, String), DeviceError> {
+    if config.cuda.products == CudaProducts::Fp8 {
+        offers(Ability::Fp8)?;
+    }
+    let (gemm, why) = match (config.cuda.gemm, offers(Ability::Library)) {
+        (CudaGemm::Own, _) => (CudaGemm::Own, "our own kernels (as asked)".to_string()),
+        (CudaGemm::Auto, Err(e)) => (CudaGemm::Own, format!("our own kernels ({e})")),
+        (CudaGemm::Cublaslt, Err(e)) => return Err(e),
+        (asked, Ok(())) => {
+            let why = if asked == CudaGemm::Auto { "it is installed" } else { "as asked" };
+            (CudaGemm::Cublaslt, format!("cuBLASLt ({why})"))
+        }
+    };
+    let mut settled = config.clone();
+    settled.cuda.gemm = gemm;
+    Ok((settled, format!("large products by {why}")))
 }
 
 /// The fastest way to run a configuration in `room` bytes of a device's memory.
@@ -173,12 +206,13 @@ struct Remedy {
 }
 
 /// In the order in which they cost least.
-const REMEDIES: [Remedy; 5] = [
+const REMEDIES: [Remedy; 6] = [
     Remedy { text: "cuda.rows=0", apply: |c| c.cuda.rows = 0 },
     Remedy { text: "training.checkpointing=auto", apply: |c| c.training.checkpointing = "auto".into() },
     Remedy { text: "cuda.gradients=bf16", apply: |c| c.cuda.gradients = CudaFloat::Bf16 },
     Remedy { text: "optimizer.states=8bit", apply: |c| c.optimizer.states = super::super::config::States::EightBit },
     Remedy { text: "cuda.masters=bf16", apply: |c| c.cuda.masters = CudaFloat::Bf16 },
+    Remedy { text: "cuda.stream=bf16", apply: |c| c.cuda.stream = CudaFloat::Bf16 },
 ];
 
 /// What to say of a run that does not fit: what it takes at least, what there is, and what would fit.

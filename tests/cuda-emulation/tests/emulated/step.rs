@@ -7,6 +7,7 @@ use elleci_core::optim::norm::{clip_factor, global_norm};
 use elleci_core::optim::swa::Swa;
 use elleci_core::optim::{AdamW, AdamWConfig, StatePrecision, StepRates};
 use elleci_core::params::{Id, Params};
+use elleci_cuda::ops::product::Gemm;
 use elleci_cuda::ops::{Products, Rows, padded};
 use elleci_cuda::plan::{Options, Plan};
 use elleci_cuda::trainer::{Rates, Trainer};
@@ -15,7 +16,7 @@ use elleci_cuda_emulation::Emulated;
 use crate::machine::{Numbers, device, distance};
 
 /// A model with a layer of each kind (two of Mamba), and no size that is a multiple of a tile.
-fn config() -> ModelConfig {
+pub fn config() -> ModelConfig {
     ModelConfig {
         vocab_size: 50,
         d_model: 24,
@@ -36,7 +37,7 @@ fn config() -> ModelConfig {
 }
 
 /// Weights with larger gains of the matrices than at the start of a training, so that every branch counts.
-fn weights(c: &ModelConfig) -> Params {
+pub fn weights(c: &ModelConfig) -> Params {
     let mut params = initialise(c, 5);
     let layout = params.layout().clone();
     for (i, p) in layout.params().iter().enumerate() {
@@ -47,7 +48,7 @@ fn weights(c: &ModelConfig) -> Params {
     params
 }
 
-struct Data {
+pub struct Data {
     batch: usize,
     seq: usize,
     tokens: Vec<u32>,
@@ -56,7 +57,7 @@ struct Data {
 }
 
 impl Data {
-    fn new(seed: u64, batch: usize, seq: usize) -> Data {
+    pub fn new(seed: u64, batch: usize, seq: usize) -> Data {
         let mut numbers = Numbers::new(seed);
         let mut tokens = |n: usize| (0..n).map(|_| numbers.below(50)).collect::<Vec<_>>();
         let (t, targets) = (tokens(batch * seq), tokens(batch * seq));
@@ -64,13 +65,13 @@ impl Data {
         Data { batch, seq, tokens: t, targets, weights }
     }
 
-    fn batch(&self) -> Batch<'_> {
+    pub fn batch(&self) -> Batch<'_> {
         let Data { batch, seq, tokens, targets, weights } = self;
         Batch { batch: *batch, seq: *seq, tokens, targets, weights }
     }
 }
 
-fn options(products: Products, checkpointing: Checkpointing, batch: usize, seq: usize) -> Options {
+pub fn options(products: Products, checkpointing: Checkpointing, batch: usize, seq: usize) -> Options {
     Options {
         batch,
         seq,
@@ -79,23 +80,25 @@ fn options(products: Products, checkpointing: Checkpointing, batch: usize, seq: 
         bf16_gradients: false,
         states: StatePrecision::F32,
         products,
+        gemm: Gemm::Own,
+        bf16_stream: false,
         average: true,
         guard: 64,
     }
 }
 
-fn trainer(c: &ModelConfig, w: &Params, o: Options, seed: u64) -> Trainer {
+pub fn trainer(c: &ModelConfig, w: &Params, o: Options, seed: u64) -> Trainer {
     Trainer::new(device(seed), w, c, AdamWConfig::default(), o, 1).unwrap()
 }
 
 /// What the core makes of a batch: loss, gradients, and the int8 rows of every norm.
-struct Core {
-    loss: f64,
-    grads: Params,
+pub struct Core {
+    pub loss: f64,
+    pub grads: Params,
     codes: Vec<Vec<i8>>,
 }
 
-fn core(c: &ModelConfig, w: &Params, data: &Data, scale: f32) -> Core {
+pub fn core(c: &ModelConfig, w: &Params, data: &Data, scale: f32) -> Core {
     let model = Model::new(c.clone(), w.clone()).unwrap();
     let mut workspace = Workspace::new(c, data.batch, data.seq, Checkpointing::None);
     let mut grads = Params::zeros(model.layout().clone());
@@ -153,7 +156,7 @@ fn twin(c: &ModelConfig, w: &Params, data: &Data, scale: f32, codes: &[Vec<i8>])
 }
 
 /// The largest distance of a tensor's gradient from the core's, and the tensor.
-fn worst(got: &Params, want: &Params) -> (f64, String) {
+pub fn worst(got: &Params, want: &Params) -> (f64, String) {
     let layout = want.layout().clone();
     let each = layout.params().iter().enumerate().map(|(i, p)| (distance(&got[Id(i)], &want[Id(i)]), p.name.clone()));
     each.fold((0.0, String::new()), |a, b| if b.0 > a.0 || b.0.is_nan() { b } else { a })

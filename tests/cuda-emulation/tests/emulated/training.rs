@@ -12,7 +12,7 @@ use elleci_core::optim::schedule::StepShape;
 use elleci_core::optim::{AdamWConfig, StatePrecision};
 use elleci_core::ternary::GradPrecision;
 use elleci_cuda::arena::{Arena, Buf};
-use elleci_cuda::device::{Arg, Device, DeviceError, Launch, Recording, Result};
+use elleci_cuda::device::{Ability, Arg, Device, DeviceError, Launch, Matmul, Recording, Result};
 use elleci_tools::checkpoint::tensors::Bytes;
 use elleci_tools::checkpoint::{Checkpoint, Store, TokenizerId};
 use elleci_tools::train::backend::{Backend, CpuBackend, Group, StepEnd, StepForm};
@@ -32,7 +32,7 @@ const STEPS: u64 = 4;
 
 /// A run of a tiny model: two lengths of sequences, two micro-batches a step, a running mean from the middle on, and one matrix
 /// that is large enough for 8-bit states.
-const RUN: [&str; 21] = [
+const RUN: [&str; 22] = [
     "model.vocab_size=50",
     "model.d_model=32",
     "model.n_layers=2",
@@ -54,6 +54,7 @@ const RUN: [&str; 21] = [
     "training.checkpointing=auto",
     "swa.start=0.3",
     "cuda.products=float32",
+    "cuda.gemm=own",
 ];
 
 fn config(more: &[&str]) -> RunConfig {
@@ -167,6 +168,12 @@ impl Device for Watched {
     }
     fn launch(&mut self, kernel: &'static str, launch: Launch, args: &[Arg]) -> Result<()> {
         self.inner.launch(kernel, launch, args)
+    }
+    fn offers(&self, ability: Ability) -> Result<()> {
+        self.inner.offers(ability)
+    }
+    fn matmul(&mut self, product: &Matmul, workspace: Buf) -> Result<()> {
+        self.inner.matmul(product, workspace)
     }
     fn record(&mut self) -> Result<()> {
         self.inner.record()

@@ -127,3 +127,26 @@ fn what_the_kernels_do_not_cover_is_refused_by_name() {
     let text = choose(&config, &schedule(&config), u64::MAX).unwrap_err().to_string();
     assert!(text.contains("`d_state` 200"), "{text}");
 }
+
+/// What a card lacks is named with what to set; `auto` goes on without cuBLASLt, and says why.
+#[test]
+fn what_a_card_lacks_is_refused_or_done_without() {
+    let missing = |ability| match ability {
+        Ability::Fp8 => Err(DeviceError::Lacks { what: "cuda.products=fp8", reason: "too old".into() }),
+        Ability::Library => Err(DeviceError::Missing { library: "libcublasLt", reason: "none".into() }),
+    };
+    let (plain, fp8, asked) =
+        (config("nano", &[]), config("nano", &["cuda.products=fp8"]), config("nano", &["cuda.gemm=cublaslt"]));
+    let (settled, text) = settle(&plain, missing).unwrap();
+    assert!(
+        settled.cuda.gemm == CudaGemm::Own && text.contains("own kernels") && text.contains("libcublasLt"),
+        "{text}"
+    );
+    assert!(settle(&fp8, missing).unwrap_err().to_string().contains("too old"));
+    assert!(settle(&asked, missing).unwrap_err().to_string().contains("cuda.gemm=own"));
+    let (settled, text) = settle(&fp8, |_| Ok(())).unwrap();
+    assert!(settled.cuda.gemm == CudaGemm::Cublaslt && text.contains("cuBLASLt"), "{text}");
+    // Without the library's workspace a plan is no larger.
+    let own = settle(&plain, missing).unwrap().0;
+    assert!(chosen(&own, u64::MAX).bytes <= chosen(&settled, u64::MAX).bytes);
+}

@@ -10,6 +10,7 @@ mod elementwise;
 mod optim;
 mod products;
 mod scan;
+mod stream;
 
 pub const F32: f64 = 2e-6;
 pub const BF16: f64 = 1e-2;

@@ -3,12 +3,15 @@
 //!   --preset NAME        nano, mini, small-160m, elleci-1.5b
 //!   --seq N              tokens of a sequence
 //!   --batch N,...        sequences of a micro-batch; one that does not fit is said to
-//!   --products P,...     bf16, float32
+//!   --products P,...     bf16, float32, fp8
+//!   --gemm G,...         cublaslt, own: who multiplies [cublaslt where it is installed]
+//!   --stream P           of the residual stream: bf16, float32 [float32]
 //!   --masters P          of matrices and their gradients: bf16, float32 [float32 matrices with bf16 gradients]
 //!   --steps N            steps that are timed, after two that are not
 //!   --seconds N          ends before the next measurement when so many have passed
 //!   --int8 X --bf16 X    measured product rates of the card in TFLOP/s; the share of the time that products at these rates take
 //!                        is then given (MFU)
+//!   --check              only says what the first card is and whether it can be used
 //!   --out FILE           all results as JSON
 //!
 //! A step is one micro-batch with its update. Checkpointing is the fastest form that fits. Every figure is a median.
@@ -27,69 +30,22 @@ use elleci_core::memory::work_per_token;
 use elleci_core::model::{Batch, Checkpointing};
 use elleci_core::optim::{AdamWConfig, StatePrecision};
 use elleci_core::params::Params;
-use elleci_cuda::arena::{Arena, Buf};
-use elleci_cuda::device::{Arg, Device, Launch, Recording, Result as DeviceResult};
+use elleci_cuda::arena::{Arena, Buf, Dtype};
+use elleci_cuda::device::{Ability, Arg, Device, Launch, Matmul, Recording, Result as DeviceResult};
 use elleci_cuda::driver::{Card, Mark, probe};
 use elleci_cuda::ops::Products;
+use elleci_cuda::ops::product::Gemm;
 use elleci_cuda::plan::{Options, Plan};
 use elleci_cuda::trainer::{Rates, Trainer};
+
+mod args;
+
+use args::{Args, args};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
 /// Steps that are made and not timed.
 const WARM_UP: usize = 2;
-
-/// What the command line asks for.
-struct Args {
-    preset: String,
-    seq: usize,
-    batches: Vec<usize>,
-    products: Vec<Products>,
-    masters: Option<bool>,
-    steps: usize,
-    seconds: f64,
-    int8: f64,
-    bf16: f64,
-    out: Option<String>,
-}
-
-fn args() -> Result<Args> {
-    let mut a = Args {
-        preset: "elleci-1.5b".into(),
-        seq: 1024,
-        batches: vec![1, 4, 16],
-        products: vec![Products::Bf16, Products::F32],
-        masters: None,
-        steps: 10,
-        seconds: 600.0,
-        int8: f64::NAN,
-        bf16: f64::NAN,
-        out: None,
-    };
-    let mut words = std::env::args().skip(1);
-    while let Some(name) = words.next() {
-        let value = words.next().ok_or_else(|| format!("{name}: a value is missing"))?;
-        let product = |p: &str| match p {
-            "bf16" => Ok(Products::Bf16),
-            "float32" => Ok(Products::F32),
-            other => Err(format!("{name} {other}: bf16 or float32")),
-        };
-        match name.as_str() {
-            "--preset" => a.preset = value,
-            "--seq" => a.seq = value.parse()?,
-            "--batch" => a.batches = value.split(',').map(str::parse).collect::<std::result::Result<_, _>>()?,
-            "--products" => a.products = value.split(',').map(product).collect::<std::result::Result<_, _>>()?,
-            "--masters" => a.masters = Some(product(&value)? == Products::Bf16),
-            "--steps" => a.steps = value.parse::<usize>()?.max(1),
-            "--seconds" => a.seconds = value.parse()?,
-            "--int8" => a.int8 = value.parse()?,
-            "--bf16" => a.bf16 = value.parse()?,
-            "--out" => a.out = Some(value),
-            other => return Err(format!("{other} is not known; see the head of examples/bench.rs").into()),
-        }
-    }
-    Ok(a)
-}
 
 /// Kernels as they were launched: name, beginning, end.
 type Launches = Vec<(&'static str, Mark, Mark)>;
@@ -99,6 +55,21 @@ type Launches = Vec<(&'static str, Mark, Mark)>;
 struct Shared {
     card: Rc<RefCell<Card>>,
     profile: Rc<RefCell<Option<Launches>>>,
+}
+
+impl Shared {
+    fn timed(&self, name: &'static str, run: impl FnOnce(&mut Card) -> DeviceResult<()>) -> DeviceResult<()> {
+        let mut card = self.card.borrow_mut();
+        match self.profile.borrow_mut().as_mut() {
+            None => run(&mut card),
+            Some(launches) => {
+                let before = card.mark()?;
+                run(&mut card)?;
+                launches.push((name, before, card.mark()?));
+                Ok(())
+            }
+        }
+    }
 }
 
 impl Device for Shared {
@@ -127,16 +98,19 @@ impl Device for Shared {
         self.card.borrow_mut().zero(buf)
     }
     fn launch(&mut self, kernel: &'static str, launch: Launch, args: &[Arg]) -> DeviceResult<()> {
-        let mut card = self.card.borrow_mut();
-        match self.profile.borrow_mut().as_mut() {
-            None => card.launch(kernel, launch, args),
-            Some(launches) => {
-                let before = card.mark()?;
-                card.launch(kernel, launch, args)?;
-                launches.push((kernel, before, card.mark()?));
-                Ok(())
-            }
-        }
+        self.timed(kernel, |card| card.launch(kernel, launch, args))
+    }
+    fn offers(&self, ability: Ability) -> DeviceResult<()> {
+        self.card.borrow().offers(ability)
+    }
+    fn matmul(&mut self, product: &Matmul, workspace: Buf) -> DeviceResult<()> {
+        let name = match (product.a.buf.dtype, product.out.dtype) {
+            (Dtype::I8, _) => "cuBLASLt int8",
+            (Dtype::E4m3, _) => "cuBLASLt e4m3",
+            _ if product.a.order == product.b.order => "cuBLASLt bf16, weights or forward",
+            _ => "cuBLASLt bf16, gradients",
+        };
+        self.timed(name, |card| card.matmul(product, workspace))
     }
     fn record(&mut self) -> DeviceResult<()> {
         self.card.borrow_mut().record()
@@ -193,6 +167,7 @@ fn median(values: &mut [f64]) -> f64 {
 struct Figures {
     batch: usize,
     products: Products,
+    gemm: Gemm,
     checkpointing: Checkpointing,
     /// Milliseconds of a step by the host's clock, and of its recorded launches by the card's
     step_ms: f64,
@@ -255,6 +230,7 @@ fn measure(card: &Rc<RefCell<Card>>, a: &Args, model: &Model, o: Options) -> Res
     Ok(Figures {
         batch: o.batch,
         products: o.products,
+        gemm: o.gemm,
         checkpointing: o.checkpointing,
         step_ms: median(&mut host),
         device_ms: median(&mut device),
@@ -268,7 +244,13 @@ fn measure(card: &Rc<RefCell<Card>>, a: &Args, model: &Model, o: Options) -> Res
 }
 
 /// The options of a measurement in the fastest form that fits; `None` where none does.
-fn fitting(a: &Args, config: &ModelConfig, batch: usize, products: Products, room: u64) -> Result<Option<Options>> {
+fn fitting(
+    a: &Args,
+    config: &ModelConfig,
+    batch: usize,
+    (products, gemm): (Products, Gemm),
+    room: u64,
+) -> Result<Option<Options>> {
     let bf16 = a.masters;
     let n = config.n_layers;
     for checkpointing in [Checkpointing::None, Checkpointing::EveryKth(n.div_ceil(2)), Checkpointing::EveryLayer] {
@@ -280,6 +262,8 @@ fn fitting(a: &Args, config: &ModelConfig, batch: usize, products: Products, roo
             bf16_gradients: bf16.unwrap_or(true),
             states: StatePrecision::Block8,
             products,
+            gemm,
+            bf16_stream: a.bf16_stream,
             average: false,
             guard: 0,
         };
@@ -294,7 +278,32 @@ fn name(products: Products) -> &'static str {
     match products {
         Products::Bf16 => "bf16",
         Products::F32 => "float32",
+        Products::Fp8 => "fp8",
     }
+}
+
+fn multiplier(gemm: Gemm) -> &'static str {
+    match gemm {
+        Gemm::Own => "own kernels",
+        Gemm::Library => "cuBLASLt",
+    }
+}
+
+/// The library where it is installed; says why where it is not.
+fn best_gemm(card: &Card) -> Gemm {
+    match card.offers(Ability::Library) {
+        Ok(()) => Gemm::Library,
+        Err(e) => {
+            println!("products by our own kernels: {e}");
+            Gemm::Own
+        }
+    }
+}
+
+/// Everything that is to be measured, in order.
+fn measurements(a: &Args, gemms: &[Gemm]) -> Vec<(Products, Gemm, usize)> {
+    let kinds = a.products.iter().flat_map(|p| gemms.iter().map(move |g| (*p, *g)));
+    kinds.flat_map(|(p, g)| a.batches.iter().map(move |b| (p, g, *b))).collect()
 }
 
 /// What it took, as a line of JSON and of the table.
@@ -315,11 +324,12 @@ fn report(a: &Args, config: &ModelConfig, f: &Figures) -> (String, String) {
         );
     }
     let json = format!(
-        "{{\"batch\":{},\"seq\":{},\"products\":\"{}\",\"checkpointing\":\"{:?}\",\"step_ms\":{},\"device_ms\":{},\"kernels_ms\":{},\
+        "{{\"batch\":{},\"seq\":{},\"products\":\"{}\",\"gemm\":\"{}\",\"checkpointing\":\"{:?}\",\"step_ms\":{},\"device_ms\":{},\"kernels_ms\":{},\
          \"launches\":{},\"tokens_per_s\":{},\"mfu\":{},\"gap_share\":{},\"planned_bytes\":{},\"used_bytes\":{},\"loss\":{},\"by_kernel\":[{kernels}]}}",
         f.batch,
         a.seq,
         name(f.products),
+        multiplier(f.gemm),
         f.checkpointing,
         number(f.step_ms),
         number(f.device_ms),
@@ -335,10 +345,7 @@ fn report(a: &Args, config: &ModelConfig, f: &Figures) -> (String, String) {
     let gib = |b: u64| b as f64 / (1u64 << 30) as f64;
     let share = |v: f64| if v.is_finite() { format!("{:.1}%", 100.0 * v) } else { "not measured".into() };
     let row = format!(
-        "| {} x {} | {} | {:?} | {:.1} | {:.0} | {} | {} | {:.2} | {:.2} ({:+.1}%) |",
-        f.batch,
-        a.seq,
-        name(f.products),
+        " | {:?} | {:.1} | {:.0} | {} | {} | {:.2} | {:.2} ({:+.1}%) |",
         f.checkpointing,
         f.step_ms,
         rate,
@@ -366,6 +373,12 @@ fn run() -> Result<()> {
     let began = Instant::now();
     let config = ModelConfig::preset(&a.preset)?;
     let facts = probe(0)?;
+    if a.check {
+        let ((major, minor), (cuda, minor_cuda)) = (facts.capability, facts.driver);
+        println!("{}, compute capability {major}.{minor}, driver of CUDA {cuda}.{minor_cuda}", facts.name);
+        println!("{}", facts.library.map_or_else(|e| e.to_string(), |()| "cuBLASLt is installed".into()));
+        return Ok(());
+    }
     let (card, compiled) = (Rc::new(RefCell::new(Card::open(0)?)), began.elapsed().as_secs_f64());
     let model = Model { weights: initialise(&config, 0), free: card.borrow().memory()?.0, config };
     let config = &model.config;
@@ -374,32 +387,35 @@ fn run() -> Result<()> {
         a.preset, facts.name, facts.driver.0, facts.driver.1
     );
     println!(
-        "| micro-batch | products | kept | ms a step | tokens/s | MFU | gaps | planned GiB | used GiB |\n|---|---|---|---|---|---|---|---|---|"
+        "| micro-batch | products | by | kept | ms a step | tokens/s | MFU | gaps | planned GiB | used GiB |\n|---|---|---|---|---|---|---|---|---|---|"
     );
     let mut results: Vec<String> = Vec::new();
-    for products in &a.products {
-        for batch in &a.batches {
-            let room = card.borrow_mut().room()?;
-            if began.elapsed().as_secs_f64() > a.seconds {
-                println!("| {batch} x {} | {} | not measured: the time was over |||||||", a.seq, name(*products));
-                continue;
-            }
-            let Some(options) = fitting(&a, config, *batch, *products, room)? else {
-                println!("| {batch} x {} | {} | does not fit |||||||", a.seq, name(*products));
-                continue;
-            };
-            // One that fails must not take the others' results along.
-            match measure(&card, &a, &model, options) {
-                Ok(figures) => {
-                    let (json, row) = report(&a, config, &figures);
-                    println!("{row}");
-                    for (kernel, n, ms) in figures.by_kernel.iter().take(8) {
-                        eprintln!("  {:5.1}%  {ms:9.3} ms  {n:4} x {kernel}", 100.0 * ms / figures.kernels_ms);
-                    }
-                    results.push(json);
+    let gemms = match a.gemm.as_slice() {
+        [] => vec![best_gemm(&card.borrow())],
+        given => given.to_vec(),
+    };
+    for (products, gemm, batch) in measurements(&a, &gemms) {
+        let room = card.borrow_mut().room()?;
+        let cells = format!("| {batch} x {} | {} | {}", a.seq, name(products), multiplier(gemm));
+        if began.elapsed().as_secs_f64() > a.seconds {
+            println!("{cells} | not measured: the time was over |||||||");
+            continue;
+        }
+        let Some(options) = fitting(&a, config, batch, (products, gemm), room)? else {
+            println!("{cells} | does not fit |||||||");
+            continue;
+        };
+        // One that fails must not take the others' results along.
+        match measure(&card, &a, &model, options) {
+            Ok(figures) => {
+                let (json, row) = report(&a, config, &figures);
+                println!("{cells}{row}");
+                for (kernel, n, ms) in figures.by_kernel.iter().take(8) {
+                    eprintln!("  {:5.1}%  {ms:9.3} ms  {n:4} x {kernel}", 100.0 * ms / figures.kernels_ms);
                 }
-                Err(e) => println!("| {batch} x {} | {} | failed: {e} |||||||", a.seq, name(*products)),
+                results.push(json);
             }
+            Err(e) => println!("{cells} | failed: {e} |||||||"),
         }
     }
     if let Some(out) = &a.out {
