@@ -8,7 +8,7 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use elleci_core::ops::conv::{ConvShape, conv_silu_backward, conv_silu_forward};
-use elleci_core::ops::ssd::{CHUNK, SsdScratch, SsdShape, ssd_backward, ssd_forward, ssd_step};
+use elleci_core::ops::ssd::{CHUNK, SsdScratch, SsdShape, ssd_backward, ssd_forward, ssd_steps};
 use elleci_core::simd::Isa;
 
 /// CPU time of this thread in seconds, from Linux; it leaves out what other programs take of a shared machine.
@@ -116,7 +116,7 @@ fn ssd(name: &str, shape: SsdShape, peak: f64, batch: usize) {
     let one = SsdShape { batch: 1, seq: 1, ..shape };
     let (mut state, mut y) = (vec![0.0; one.state_len()], vec![0.0; one.d_inner()]);
     let (xbc, dt) = (&xbc[..one.width()], &dt[..one.heads]);
-    let step = seconds(400, || ssd_step(one, xbc, dt, &a, &d, &mut state, &mut y));
+    let step = seconds(400, || ssd_steps(one, xbc, dt, &a, &d, &mut state, &mut y));
     let bytes = 8.0 * one.state_len() as f64;
     println!("{name:24} {:9} {:8.3} ms {:7.1} GB/s of state", "step", step * 1e3, bytes / step / 1e9);
 

@@ -89,6 +89,34 @@ pub fn for_each_init<T: Send, S: Send>(
     }
 }
 
+/// As [`for_each_init`], with working memory that the caller keeps: `spare` is taken from and given back to, and has as many in the end
+/// as threads ever needed at once.
+pub fn for_each_kept<T: Send, S: Send + Default>(
+    items: Vec<T>,
+    spare: &mut Vec<S>,
+    f: impl Fn(&mut S, T) + Sync + Send,
+) {
+    #[cfg(feature = "std")]
+    {
+        use std::sync::{Mutex, PoisonError};
+        let shared = Mutex::new(core::mem::take(spare));
+        let lock = || shared.lock().unwrap_or_else(PoisonError::into_inner);
+        for_each(items, |item| {
+            let taken = lock().pop();
+            let mut state = taken.unwrap_or_default();
+            f(&mut state, item);
+            lock().push(state);
+        });
+        *spare = shared.into_inner().unwrap_or_else(PoisonError::into_inner);
+    }
+    #[cfg(not(feature = "std"))]
+    {
+        let mut state = spare.pop().unwrap_or_default();
+        items.into_iter().for_each(|item| f(&mut state, item));
+        spare.push(state);
+    }
+}
+
 /// Runs `f` with the threads of the current pool waiting for its [`for_each`] loops, and nothing else. For work of
 /// milliseconds that is made of many loops of microseconds.
 pub fn together<R>(f: impl FnOnce() -> R) -> R {

@@ -2,10 +2,12 @@
 
 mod common;
 
+use std::sync::Mutex;
+
 use common::odd_config;
 use elleci_core::archive::{AlignedBytes, Archive, DenseFormat, PackOptions, to_bytes};
 use elleci_core::config::ModelConfig;
-use elleci_core::inference::{Batch, Feed, InferenceError, Output, Session};
+use elleci_core::inference::{Batch, Feed, InferenceError, Output, Probe, Session};
 use elleci_core::init::initialise;
 use elleci_core::model::{Batch as TrainBatch, Checkpointing, Model, Workspace};
 use elleci_core::ternary::packed::Packing;
@@ -105,6 +107,53 @@ fn company_threads_and_packing_change_nothing() {
                 assert!(got == want);
             }
         });
+    }
+}
+
+/// Probes have the bits of feeds, however long they are and whether threads share the rows or each takes some of the sequences; the sessions
+/// stay as they are.
+#[test]
+fn probes_have_the_bits_of_feeds_and_change_nothing() {
+    let c = odd_config();
+    let archive = archive(&c);
+    let model = archive.model();
+    let tokens = tokens(&c, 1000);
+    let mut session = Session::new(model).unwrap();
+    session.extend(model, &tokens[..250]).unwrap();
+    let before = session.to_bytes();
+    // Steps, chunks, both, and more than a pass, around the ends of pages; alike, so that three threads take two each; and uneven.
+    let alike = [61, 62, 63, 64, 60, 59];
+    for lengths in [&[1, 2, 5, 16, 17, 70, 200][..], &alike, &[1; 7], &[300, 3]] {
+        let parts: Vec<&[u32]> = lengths.iter().enumerate().map(|(i, n)| &tokens[250 + i..250 + i + n]).collect();
+        let want: Vec<Vec<f32>> = parts
+            .iter()
+            .map(|part| {
+                let (mut fork, mut rows) = (session.clone(), Vec::new());
+                let feed = Feed { session: &mut fork, tokens: part };
+                Batch::new().extend_each(model, &mut [feed], |_, _, row| rows.extend_from_slice(row)).unwrap();
+                rows
+            })
+            .collect();
+        for threads in [1, 3] {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let probes: Vec<Probe> = parts.iter().map(|part| Probe { session: &session, tokens: part }).collect();
+            let got: Vec<Mutex<Vec<f32>>> = parts.iter().map(|_| Mutex::default()).collect();
+            // All of the first, of the others the last two.
+            let first = |probe: usize| if probe == 0 { 0 } else { lengths[probe].saturating_sub(2) };
+            let visit = |probe: usize, index: usize, row: &[f32]| {
+                let mut rows = got[probe].lock().unwrap();
+                assert_eq!(index, first(probe) + rows.len() / c.vocab_size);
+                rows.extend_from_slice(row);
+            };
+            pool.install(|| Batch::new().probe(model, &probes, |probe| Output::From(first(probe)), visit)).unwrap();
+            for (probe, (got, want)) in got.into_iter().zip(&want).enumerate() {
+                assert!(
+                    got.into_inner().unwrap() == want[first(probe) * c.vocab_size..],
+                    "{lengths:?} {probe} {threads}"
+                );
+            }
+            assert!(session.to_bytes() == before);
+        }
     }
 }
 

@@ -11,7 +11,7 @@ use alloc::vec::Vec;
 use ndarray::s;
 use pulp::{Simd, WithSimd};
 
-use super::batch::{Pass, Scratch, Segment, grown};
+use super::pass::{Pass, Scratch, Segment, grown};
 use super::session::{LayerState, MlaCache, PAGE};
 use crate::config::ModelConfig;
 use crate::ops::activation::exp;
@@ -189,9 +189,15 @@ fn attend_block<S: Simd>(
         for (to, query) in group.chunks_exact_mut(padded).zip(queries.chunks_exact(width)) {
             to[..width].copy_from_slice(query);
         }
+        let heads = queries.len() / width;
         for (t, row) in latents.chunks_exact(padded).enumerate() {
-            let sums: [f32; HEADS] = dots(simd, &group, row);
-            for i in 0..queries.len() / width {
+            let mut sums = [0.0; HEADS];
+            if heads <= HEADS / 2 {
+                sums[..HEADS / 2].copy_from_slice(&dots::<S, { HEADS / 2 }>(simd, &group[..HEADS / 2 * padded], row));
+            } else {
+                sums = dots(simd, &group, row);
+            }
+            for i in 0..heads {
                 scores[(g * HEADS + i) * BLOCK + t] = sums[i];
             }
         }

@@ -1,24 +1,21 @@
-//! One pass of rows through the model, whatever sequences they belong to.
+//! Advancing sessions, one or several at once.
+//!
+//! The threads of a pool share the work in one of two ways. By outputs: all rows of a pass together, every product dealt to the threads, so
+//! that weights are read once; between the loops are barriers and short serial parts. Or by sequences, where the weights fit the caches: every
+//! thread takes some of the sequences through the model by itself, and waits for nobody. The bits are the same, as those of a row do not
+//! depend on its company.
 
 use alloc::vec;
 use alloc::vec::Vec;
-use core::ops::Range;
 
-use super::session::LayerState;
-use super::{InferenceError, Session, attention, mamba};
+use super::pass::{Call, Constants, Outputs, Scratch, Sessions, Visitor};
+use super::{InferenceError, Session};
 use crate::archive::PackedModel;
-use crate::layers::ffn::activate;
-use crate::ops::norm::{QuantizedRows, rmsnorm, rmsnorm_quantize};
-use crate::ops::rope::RopeTable;
-use crate::ops::rows::rows_per_task;
-use crate::ops::ssd::SsdScratch;
 use crate::par;
-use crate::params::{FfnIds, Id, MixerIds};
-use crate::ternary::packed::{self, PackedTernary, forward_all};
 
-/// Rows of a pass at most: working memory is bounded, however long a prompt is. A sequence is cut into runs of this many tokens
-/// from the start of a call, so that the cut, and with it the bits, do not depend on the company.
-pub(super) const ROWS: usize = 128;
+/// Bytes of a model whose sequences are dealt to the threads: every thread reads all of it in every pass, which the second and third
+/// level of the caches must allow.
+const BY_SEQUENCE: usize = 8 << 20;
 
 /// Tokens for one session.
 #[derive(Debug)]
@@ -26,6 +23,15 @@ pub struct Feed<'a> {
     /// The sequence.
     pub session: &'a mut Session,
     /// What comes next in it.
+    pub tokens: &'a [u32],
+}
+
+/// Tokens that a session would have next, without taking them.
+#[derive(Clone, Copy, Debug)]
+pub struct Probe<'a> {
+    /// The sequence, which stays as it is.
+    pub session: &'a Session,
+    /// What might come next in it.
     pub tokens: &'a [u32],
 }
 
@@ -38,66 +44,19 @@ pub enum Output {
     Last,
     /// The logits after every token.
     Each,
+    /// The logits after every token from the one with this index on.
+    From(usize),
     /// What the head would read at every token: the residual stream after the final norm, `[d_model]`.
     Hidden,
 }
 
-impl Output {
-    /// The rows that are wanted of a run of a feed.
-    fn rows(self, run: &Segment, feed_len: usize) -> Range<usize> {
-        match self {
-            Output::Each | Output::Hidden => 0..run.len,
-            Output::Last if run.start + run.len == feed_len => run.len - 1..run.len,
-            Output::Last | Output::Nothing => 0..0,
-        }
-    }
-}
-
-/// Which outputs are wanted of a feed, by its index.
-type Outputs<'a> = dyn Fn(usize) -> Output + Sync + 'a;
-/// Takes a feed's index, the index of a token in it, and the output there.
-type Visit<'a> = dyn FnMut(usize, usize, &[f32]) + 'a;
-
 /// Working memory for advancing sessions, one or several at once. It holds no state between calls.
 #[derive(Debug, Default)]
 pub struct Batch {
-    pub(super) scratch: Scratch,
+    /// One a group of sequences that has a thread to itself
+    scratch: Vec<Scratch>,
+    constants: Option<Constants>,
     logits: Vec<f32>,
-}
-
-/// Activations of a pass, `[rows, ..]` each, kept for the next.
-#[derive(Debug, Default)]
-pub(super) struct Scratch {
-    /// Residual stream, output of a block, output of a norm: `[rows, d_model]`
-    h: Vec<f32>,
-    pub y: Vec<f32>,
-    pub normed: Vec<f32>,
-    pub norm: QuantizedRows,
-    pub quantized: QuantizedRows,
-    /// The widest activations of mixers and feed-forward
-    pub a: Vec<f32>,
-    pub b: Vec<f32>,
-    pub c: Vec<f32>,
-    pub d: Vec<f32>,
-    pub ssd: Vec<SsdScratch>,
-}
-
-/// Rows `row .. row + len` of a pass: a run of tokens of one feed.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Segment {
-    pub feed: usize,
-    /// First token of the run, counted from the start of the feed
-    pub start: usize,
-    pub row: usize,
-    pub len: usize,
-}
-
-/// `buffer` with at least `len` elements, as a slice of `len`.
-pub(super) fn grown(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
-    if buffer.len() < len {
-        buffer.resize(len, 0.0);
-    }
-    &mut buffer[..len]
 }
 
 impl Batch {
@@ -119,15 +78,16 @@ impl Batch {
         let vocab = model.config().vocab_size;
         let mut logits = core::mem::take(&mut self.logits);
         logits.resize(feeds.len() * vocab, 0.0);
-        let done = self.run(model, feeds, &|_| Output::Last, &mut |feed, _, row| {
+        let mut visit = |feed: usize, _: usize, row: &[f32]| {
             logits[feed * vocab..(feed + 1) * vocab].copy_from_slice(row);
-        });
+        };
+        let done = self.run(model, feeds, Sessions::Advance, &|_| Output::Last, Visitor::InTurn(&mut visit));
         self.logits = logits;
         done.map(|()| &self.logits[..])
     }
 
     /// As [`Batch::extend`], with the logits after every token: `visit(feed, index, logits)` is called once for each, in order
-    /// within a feed.
+    /// within a feed, from any thread but never twice at a time.
     ///
     /// # Errors
     /// As [`Batch::extend`].
@@ -135,9 +95,9 @@ impl Batch {
         &mut self,
         model: PackedModel<'_>,
         feeds: &mut [Feed<'_>],
-        mut visit: impl FnMut(usize, usize, &[f32]),
+        mut visit: impl FnMut(usize, usize, &[f32]) + Send,
     ) -> Result<(), InferenceError> {
-        self.run(model, feeds, &|_| Output::Each, &mut visit)
+        self.run(model, feeds, Sessions::Advance, &|_| Output::Each, Visitor::InTurn(&mut visit))
     }
 
     /// As [`Batch::extend_each`], with an output of its own for every feed: `outputs(feed)` says which, and `visit` gets those
@@ -150,154 +110,83 @@ impl Batch {
         model: PackedModel<'_>,
         feeds: &mut [Feed<'_>],
         outputs: impl Fn(usize) -> Output + Sync,
-        mut visit: impl FnMut(usize, usize, &[f32]),
+        mut visit: impl FnMut(usize, usize, &[f32]) + Send,
     ) -> Result<(), InferenceError> {
-        self.run(model, feeds, &outputs, &mut visit)
+        self.run(model, feeds, Sessions::Advance, &outputs, Visitor::InTurn(&mut visit))
+    }
+
+    /// The outputs that [`Batch::extend_with`] would give, with sessions that stay as they are: for scoring what may follow. Their states
+    /// are neither forked nor written. `visit` is called by several threads at a time, for one probe in order.
+    ///
+    /// # Errors
+    /// As [`Batch::extend`].
+    pub fn probe(
+        &mut self,
+        model: PackedModel<'_>,
+        probes: &[Probe<'_>],
+        outputs: impl Fn(usize) -> Output + Sync,
+        visit: impl Fn(usize, usize, &[f32]) + Sync,
+    ) -> Result<(), InferenceError> {
+        let mut sessions: Vec<Session> = probes.iter().map(|p| p.session.clone()).collect();
+        let feeds = sessions.iter_mut().zip(probes);
+        let mut feeds: Vec<Feed<'_>> = feeds.map(|(session, p)| Feed { session, tokens: p.tokens }).collect();
+        self.run(model, &mut feeds, Sessions::Pass, &outputs, Visitor::AtOnce(&visit))
     }
 
     fn run(
         &mut self,
         model: PackedModel<'_>,
         feeds: &mut [Feed<'_>],
+        sessions: Sessions,
         outputs: &Outputs<'_>,
-        visit: &mut Visit<'_>,
+        visitor: Visitor<'_>,
     ) -> Result<(), InferenceError> {
         check(model, feeds)?;
-        par::together(|| self.passes(model, feeds, outputs, visit));
-        Ok(())
-    }
-
-    /// Cuts the feeds into passes and runs them.
-    fn passes(&mut self, model: PackedModel<'_>, feeds: &mut [Feed<'_>], outputs: &Outputs<'_>, visit: &mut Visit<'_>) {
-        let mut segments = Vec::new();
-        let mut rows = 0;
-        for feed in 0..feeds.len() {
-            let len = feeds[feed].tokens.len();
-            for start in (0..len).step_by(ROWS) {
-                let run = (len - start).min(ROWS);
-                if rows + run > ROWS {
-                    self.pass(model, feeds, &segments, outputs, visit);
-                    segments.clear();
-                    rows = 0;
-                }
-                segments.push(Segment { feed, start, row: rows, len: run });
-                rows += run;
-            }
-        }
-        self.pass(model, feeds, &segments, outputs, visit);
-    }
-
-    fn pass(
-        &mut self,
-        model: PackedModel<'_>,
-        feeds: &mut [Feed<'_>],
-        segments: &[Segment],
-        outputs: &Outputs<'_>,
-        visit: &mut Visit<'_>,
-    ) {
-        let Some(rows) = segments.last().map(|s| s.row + s.len) else { return };
-        let c = model.config();
-        let (d, layout) = (c.d_model, model.layout());
-        let positions = segments.iter().flat_map(|s| {
-            let first = feeds[s.feed].session.position();
-            first..first + s.len
-        });
-        let rope = RopeTable::of_positions(c.d_rope, c.rope_base, positions);
-
-        let mut h = core::mem::take(&mut self.scratch.h);
-        let stream = grown(&mut h, rows * d);
-        let mut row = Vec::new();
-        for s in segments {
-            for (i, token) in feeds[s.feed].tokens[s.start..][..s.len].iter().enumerate() {
-                let to = &mut stream[(s.row + i) * d..][..d];
-                model.stored_row(layout.tok_emb(), *token as usize, &mut row).row(0, to);
-            }
-        }
-        for (layer, ids) in layout.layers().iter().enumerate() {
-            let pass = Pass { model, segments, rows, rope: &rope };
-            let wants_floats = matches!(ids.mixer, MixerIds::Mamba(_));
-            match &ids.mixer {
-                MixerIds::Mamba(m) => pass.expect(&[m.input]),
-                MixerIds::Mla(m) => pass.expect(&[m.q, m.kv_down]),
-            }
-            pass.norm(ids.mixer_norm, stream, &mut self.scratch, wants_floats);
-            let states = feeds.iter_mut().map(|f| &mut f.session.layers[layer]).collect();
-            match &ids.mixer {
-                MixerIds::Mamba(m) => mamba::forward(&pass, m, states, &mut self.scratch),
-                MixerIds::Mla(m) => attention::forward(&pass, m, states, &mut self.scratch),
-            }
-            pass.expect(&[ids.ffn.gate, ids.ffn.up]);
-            add(stream, &self.scratch.y[..rows * d]);
-            pass.norm(ids.ffn_norm, stream, &mut self.scratch, false);
-            pass.ffn(&ids.ffn, &mut self.scratch);
-            add(stream, &self.scratch.y[..rows * d]);
-        }
-        for s in segments {
-            let feed = &mut feeds[s.feed];
-            feed.session.tokens.extend_from_slice(&feed.tokens[s.start..s.start + s.len]);
-        }
-
-        self.outputs(model, feeds, segments, outputs, stream, visit);
-        self.scratch.h = h;
-    }
-
-    /// Final norm, and the head where logits are wanted, for the rows of which something is wanted.
-    fn outputs(
-        &mut self,
-        model: PackedModel<'_>,
-        feeds: &[Feed<'_>],
-        segments: &[Segment],
-        outputs: &Outputs<'_>,
-        stream: &[f32],
-        visit: &mut Visit<'_>,
-    ) {
-        let c = model.config();
-        let (d, vocab) = (c.d_model, c.vocab_size);
-        let rows_of = |s: &Segment| {
-            let (s, output) = (*s, outputs(s.feed));
-            let rows = output.rows(&s, feeds[s.feed].tokens.len());
-            rows.map(move |i| Wanted { feed: s.feed, index: s.start + i, row: s.row + i, output })
+        let Batch { scratch, constants, .. } = self;
+        let constants = match constants {
+            Some(known) if known.fingerprint == model.fingerprint() => known,
+            _ => constants.insert(Constants::new(model)),
         };
-        let mut wanted: Vec<Wanted> = segments.iter().flat_map(rows_of).collect();
-        // Those that need the head come first; the order within a feed stays.
-        wanted.sort_by_key(|w| w.output == Output::Hidden);
-        let heads = wanted.partition_point(|w| w.output != Output::Hidden);
-        let gain = model.floats(model.layout().final_norm());
-        let head = model.dense(model.layout().lm_head());
-        if heads > 0 {
-            head.expect();
+        let call = Call { model, constants, sessions };
+        let groups = groups(model, feeds);
+        if scratch.len() < groups.len() {
+            scratch.resize_with(groups.len(), Scratch::default);
         }
-        let (logits_of, hidden_of) = wanted.split_at(heads);
-        for wanted in logits_of.chunks(16).chain(hidden_of.chunks(16)) {
-            let n = wanted.len();
-            let picked = grown(&mut self.scratch.normed, n * d);
-            for (wanted, to) in wanted.iter().zip(picked.chunks_exact_mut(d)) {
-                to.copy_from_slice(&stream[wanted.row * d..(wanted.row + 1) * d]);
+        par::together(|| {
+            #[cfg(feature = "std")]
+            if groups.len() > 1 {
+                return call.by_sequence(&groups, scratch, feeds, outputs, visitor);
             }
-            let y = grown(&mut self.scratch.y, n * d);
-            rmsnorm(picked, gain, c.norm_eps, y, &mut vec![0.0; n]);
-            let (values, width): (&[f32], usize) = if wanted[0].output == Output::Hidden {
-                (y, d)
-            } else {
-                let logits = grown(&mut self.scratch.a, n * vocab);
-                head.forward(y, n, logits);
-                (logits, vocab)
-            };
-            for (wanted, values) in wanted.iter().zip(values.chunks_exact(width)) {
-                visit(wanted.feed, wanted.index, values);
+            match visitor {
+                Visitor::InTurn(visit) => call.passes(&mut scratch[0], feeds, outputs, visit),
+                Visitor::AtOnce(visit) => call.passes(&mut scratch[0], feeds, outputs, &mut |f, i, v| visit(f, i, v)),
             }
-        }
+        });
+        Ok(())
     }
 }
 
-/// A row of a pass whose output is wanted.
-struct Wanted {
-    feed: usize,
-    /// Of its token in the feed
-    index: usize,
-    /// In the pass
-    row: usize,
-    output: Output,
+/// How many of the feeds each thread takes through the model by itself; one group if the threads share all work.
+fn groups(model: PackedModel<'_>, feeds: &[Feed<'_>]) -> Vec<usize> {
+    let threads = par::threads().min(feeds.len());
+    let whole = vec![feeds.len()];
+    if threads < 2 || model.archive_bytes() > BY_SEQUENCE {
+        return whole;
+    }
+    let total: usize = feeds.iter().map(|f| f.tokens.len()).sum();
+    let (mut groups, mut rows, mut before, mut largest) = (vec![0], 0, 0, 0);
+    for feed in feeds {
+        // The middle of a feed decides whose it is.
+        if groups.len() < threads && (2 * rows + feed.tokens.len()) * threads > 2 * total * groups.len() {
+            groups.push(0);
+            before = rows;
+        }
+        rows += feed.tokens.len();
+        *groups.last_mut().expect("there is one from the start") += 1;
+        largest = largest.max(rows - before);
+    }
+    // Threads that wait for one with much more than its share would have been of more use to it.
+    if largest * threads * 4 <= total * 5 { groups } else { whole }
 }
 
 /// Everything that can go wrong, before anything changes.
@@ -319,102 +208,4 @@ fn check(model: PackedModel<'_>, feeds: &[Feed<'_>]) -> Result<(), InferenceErro
         }
     }
     Ok(())
-}
-
-/// What every layer of a pass reads.
-#[derive(Clone, Copy)]
-pub(super) struct Pass<'a> {
-    pub model: PackedModel<'a>,
-    pub segments: &'a [Segment],
-    pub rows: usize,
-    /// The rotation of every row
-    pub rope: &'a RopeTable,
-}
-
-impl Pass<'_> {
-    /// Norm and quantiser of the residual stream, into `scratch.norm` and, if wanted, `scratch.normed`.
-    fn norm(&self, gain: Id, h: &[f32], scratch: &mut Scratch, floats: bool) {
-        let c = self.model.config();
-        let d = c.d_model;
-        scratch.norm.resize(self.rows, d);
-        let normed = floats.then(|| grown(&mut scratch.normed, self.rows * d));
-        rmsnorm_quantize(
-            #[inline(always)]
-            |t, row| row.copy_from_slice(&h[t * d..(t + 1) * d]),
-            self.model.floats(gain),
-            c.norm_eps,
-            &mut scratch.norm,
-            normed,
-        );
-    }
-
-    /// `y` `[rows, out]`: the projection of quantised rows.
-    pub fn project(&self, id: Id, rows: &QuantizedRows, y: &mut [f32]) {
-        self.model.ternary(id).forward(&rows.codes, &rows.scales, y);
-    }
-
-    /// Projections of the same rows.
-    pub fn project_all<const N: usize>(&self, ids: [Id; N], rows: &QuantizedRows, outs: [&mut [f32]; N]) {
-        let parts = ids.into_iter().map(|id| self.model.ternary(id)).zip(outs);
-        if self.rows == 1 {
-            forward_all(parts.collect(), &rows.codes, rows.scales[0]);
-        } else {
-            parts.for_each(|(matrix, out)| matrix.forward(&rows.codes, &rows.scales, out));
-        }
-    }
-
-    /// What the next projection will read, said before the serial work that leads to it.
-    pub fn expect(&self, ids: &[Id]) {
-        if self.rows == 1 {
-            let matrices: Vec<PackedTernary> = ids.iter().map(|id| self.model.ternary(*id)).collect();
-            packed::expect(&matrices);
-        }
-    }
-
-    fn ffn(&self, ids: &FfnIds, scratch: &mut Scratch) {
-        let c = self.model.config();
-        let f = c.ffn_hidden;
-        // The buffers that the mixers make nearly as large.
-        let gate = grown(&mut scratch.a, self.rows * f);
-        let up = grown(&mut scratch.c, self.rows * f);
-        self.project_all([ids.gate, ids.up], &scratch.norm, [&mut *gate, &mut *up]);
-        self.expect(&[ids.down]);
-        scratch.quantized.resize(self.rows, f);
-        let (gate, up): (&[f32], &[f32]) = (gate, up);
-        rmsnorm_quantize(
-            #[inline(always)]
-            |t, row| activate(&gate[t * f..(t + 1) * f], &up[t * f..(t + 1) * f], row),
-            self.model.floats(ids.sub_norm),
-            c.norm_eps,
-            &mut scratch.quantized,
-            None,
-        );
-        let y = grown(&mut scratch.y, self.rows * c.d_model);
-        self.project(ids.down, &scratch.quantized, y);
-    }
-
-    /// The states of this pass's segments, in order: a feed has one segment a pass at most.
-    pub fn states<'s, T>(
-        &self,
-        all: Vec<&'s mut LayerState>,
-        pick: impl Fn(&'s mut LayerState) -> T,
-    ) -> Vec<(Segment, T)> {
-        let mut segments = self.segments.iter().peekable();
-        let mut states = Vec::with_capacity(self.segments.len());
-        for (feed, state) in all.into_iter().enumerate() {
-            if let Some(segment) = segments.next_if(|s| s.feed == feed) {
-                states.push((*segment, pick(state)));
-            }
-        }
-        states
-    }
-}
-
-/// `h += y`
-fn add(h: &mut [f32], y: &[f32]) {
-    let n = rows_per_task(h.len() / 64) * 64;
-    let items = h.chunks_mut(n).zip(y.chunks(n)).collect();
-    par::for_each(items, |(h, y): (&mut [f32], &[f32])| {
-        h.iter_mut().zip(y).for_each(|(h, y)| *h += y);
-    });
 }

@@ -12,21 +12,23 @@
 //! ```
 //!
 //! A [`Session`] is the state of one sequence; a [`Batch`] advances several at once, whatever each of them is fed: one token or a
-//! whole prompt. All rows of a batch share the products with the weights; the mixers run a sequence at a time. What a session
+//! whole prompt. Rows of a batch share the products with the weights; the mixers run a sequence at a time. What a session
 //! computes does not depend on its company: the same tokens in the same calls give the same bits.
 //!
 //! Feeding a prompt takes the matrix forms (chunked scan, expanded attention) and feeding one token the recurrent ones (scan step,
-//! absorbed attention over the int8 latents). Their ternary integers are equal and their floats differ by rounding.
+//! absorbed attention over the int8 latents); a run of a few tokens is scanned step by step too. Their ternary integers are equal and their
+//! floats differ by rounding.
 
 mod attention;
 mod batch;
 mod mamba;
+mod pass;
 mod save;
 mod session;
 
 use core::fmt;
 
-pub use batch::{Batch, Feed, Output};
+pub use batch::{Batch, Feed, Output, Probe};
 pub use session::Session;
 
 use crate::archive::ArchiveError;

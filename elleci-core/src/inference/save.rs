@@ -31,11 +31,9 @@ impl Session {
                     bytes.extend(floats.flat_map(|v| v.to_le_bytes()));
                 }
                 LayerState::Mla(cache) => {
-                    for (p, page) in cache.pages.iter().enumerate() {
-                        let n = cache.page_len(p);
-                        let share = |len: usize| len / PAGE * n;
-                        bytes.extend(page.codes[..share(page.codes.len())].iter().map(|c| *c as u8));
-                        let floats = page.scales[..n].iter().chain(&page.keys[..share(page.keys.len())]);
+                    for page in &cache.pages {
+                        bytes.extend(page.codes.iter().map(|c| *c as u8));
+                        let floats = page.scales.iter().chain(&page.keys);
                         bytes.extend(floats.flat_map(|v| v.to_le_bytes()));
                     }
                 }
@@ -127,9 +125,11 @@ impl<'a> Reader<'a> {
             let n = cache.page_len(p);
             let codes = self.take(n * c.kv_rank)?;
             let mut page = Page::new(c);
-            page.codes.iter_mut().zip(codes).for_each(|(to, byte)| *to = *byte as i8);
-            self.floats(&mut page.scales[..n])?;
-            self.floats(&mut page.keys[..n * c.d_rope])?;
+            page.codes.extend(codes.iter().map(|byte| *byte as i8));
+            page.scales.resize(n, 0.0);
+            page.keys.resize(n * c.d_rope, 0.0);
+            self.floats(&mut page.scales)?;
+            self.floats(&mut page.keys)?;
             cache.pages.push(Arc::new(page));
         }
         Ok(cache)

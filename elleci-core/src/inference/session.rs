@@ -2,7 +2,6 @@
 
 use alloc::boxed::Box;
 use alloc::sync::Arc;
-use alloc::vec;
 use alloc::vec::Vec;
 
 use super::{Batch, Feed, InferenceError};
@@ -31,9 +30,9 @@ pub(super) enum LayerState {
     Mla(MlaCache),
 }
 
-/// `scan`, the state as [`ssd_step`](crate::ops::ssd::ssd_step) keeps it, and the last inputs of the convolution
+/// `scan`, the state as [`ssd_steps`](crate::ops::ssd::ssd_steps) keeps it, and the last inputs of the convolution
 /// `[d_conv - 1, channels]`, oldest first.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct MambaState {
     pub scan: Vec<f32>,
     pub conv: Vec<f32>,
@@ -46,34 +45,39 @@ pub(super) struct MlaCache {
     pub len: usize,
 }
 
-/// [`PAGE`] tokens; those past the cache's length are zeros.
+/// Up to [`PAGE`] tokens. It grows with them: a short sequence takes little, and what a fork copies is what there is.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Page {
-    /// `[PAGE, kv_rank]`
+    /// `[tokens, kv_rank]`
     pub codes: Vec<i8>,
-    /// `[PAGE]`
+    /// `[tokens]`
     pub scales: Vec<f32>,
-    /// `[PAGE, d_rope]`
+    /// `[tokens, d_rope]`
     pub keys: Vec<f32>,
 }
 
 impl Page {
+    /// An empty page. Its memory doubles from here to a whole page.
     pub fn new(c: &ModelConfig) -> Page {
-        Page { codes: vec![0; PAGE * c.kv_rank], scales: vec![0.0; PAGE], keys: vec![0.0; PAGE * c.d_rope] }
+        const FIRST: usize = PAGE / 16;
+        Page {
+            codes: Vec::with_capacity(FIRST * c.kv_rank),
+            scales: Vec::with_capacity(FIRST),
+            keys: Vec::with_capacity(FIRST * c.d_rope),
+        }
     }
 }
 
 impl MlaCache {
     /// Appends one token.
     pub fn push(&mut self, c: &ModelConfig, codes: &[i8], scale: f32, key: &[f32]) {
-        let at = self.len % PAGE;
-        if at == 0 {
+        if self.len.is_multiple_of(PAGE) {
             self.pages.push(Arc::new(Page::new(c)));
         }
         let page = Arc::make_mut(self.pages.last_mut().expect("a page was just pushed, or is not full"));
-        page.codes[at * c.kv_rank..(at + 1) * c.kv_rank].copy_from_slice(codes);
-        page.scales[at] = scale;
-        page.keys[at * c.d_rope..(at + 1) * c.d_rope].copy_from_slice(key);
+        page.codes.extend_from_slice(codes);
+        page.scales.push(scale);
+        page.keys.extend_from_slice(key);
         self.len += 1;
     }
 
@@ -156,7 +160,7 @@ impl Session {
         let layer = |layer: &LayerState| match layer {
             LayerState::Mamba(state) => 4 * (state.scan.len() + state.conv.len()),
             LayerState::Mla(cache) => {
-                cache.pages.iter().map(|p| p.codes.len() + 4 * (p.scales.len() + p.keys.len())).sum()
+                cache.pages.iter().map(|p| p.codes.capacity() + 4 * (p.scales.capacity() + p.keys.capacity())).sum()
             }
         };
         self.layers.iter().map(layer).sum::<usize>() + 4 * self.tokens.len()

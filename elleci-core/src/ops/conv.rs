@@ -306,30 +306,33 @@ fn row_mut<'a>(view: &'a mut ArrayViewMut2<f32>, row: usize) -> &'a mut [f32] {
     view.row_mut(row).into_slice().expect("columns are contiguous")
 }
 
+/// The taps `[K, channels]` of `weight` `[channels, K]`, as [`conv_silu_step`] reads them.
+pub fn conv_taps(weight: &[f32], channels: usize) -> Vec<f32> {
+    let taps = weight.len() / channels.max(1);
+    (0..taps).flat_map(|k| weight.iter().skip(k).step_by(taps).copied()).collect()
+}
+
 /// One token of one sequence: `input` `[channels]` joins `state` `[K - 1, channels]` (the last inputs, oldest first,
-/// zeros at the start of a sequence), `out` `[channels]` is written. The same bits as [`conv_silu_forward`].
+/// zeros at the start of a sequence), `out` `[channels]` is written. `taps` are [`conv_taps`]. The same bits as
+/// [`conv_silu_forward`].
 ///
 /// # Panics
-/// When a slice does not have the size that `weight` and `bias` give it.
-pub fn conv_silu_step(state: &mut [f32], input: &[f32], weight: &[f32], bias: &[f32], out: &mut [f32]) {
+/// When a slice does not have the size that `taps` and `bias` give it.
+pub fn conv_silu_step(state: &mut [f32], input: &[f32], taps: &[f32], bias: &[f32], out: &mut [f32]) {
     let channels = bias.len();
-    let taps = weight.len() / channels.max(1);
-    assert!(taps >= 1, "conv step: no taps");
-    let sizes = (weight.len(), state.len(), input.len(), out.len());
-    assert_eq!(sizes, (channels * taps, channels * (taps - 1), channels, channels), "conv step");
-    dispatch(Step { state, input, weight, bias, taps, out });
-    if taps > 1 {
-        state.copy_within(channels.., 0);
-        state[(taps - 2) * channels..].copy_from_slice(input);
-    }
+    let count = taps.len() / channels.max(1);
+    assert!(count >= 1, "conv step: no taps");
+    let sizes = (taps.len(), state.len(), input.len(), out.len());
+    assert_eq!(sizes, (channels * count, channels * (count - 1), channels, channels), "conv step");
+    dispatch(Step { state, input, taps, bias, count, out });
 }
 
 struct Step<'a> {
-    state: &'a [f32],
+    state: &'a mut [f32],
     input: &'a [f32],
-    weight: &'a [f32],
+    taps: &'a [f32],
     bias: &'a [f32],
-    taps: usize,
+    count: usize,
     out: &'a mut [f32],
 }
 
@@ -338,15 +341,17 @@ impl WithSimd for Step<'_> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         let channels = self.bias.len();
+        let at = |k: usize| k * channels..(k + 1) * channels;
         for v in 0..channels.div_ceil(S::F32_LANES) {
             let mut pre = load(simd, self.bias, v);
-            let (first, mut w) = (v * S::F32_LANES, [0.0; 16]);
-            for k in 0..self.taps {
-                for (c, w) in (first..channels).zip(&mut w[..S::F32_LANES]) {
-                    *w = self.weight[c * self.taps + k];
+            for k in 0..self.count {
+                let row = if k + 1 < self.count { &self.state[at(k)] } else { self.input };
+                let x = load(simd, row, v);
+                pre = simd.mul_add_e_f32s(load(simd, &self.taps[at(k)], v), x, pre);
+                // What was an input k steps ago will have been one k + 1 steps ago.
+                if k > 0 {
+                    store(simd, &mut self.state[at(k - 1)], v, x);
                 }
-                let row = if k + 1 < self.taps { &self.state[k * channels..][..channels] } else { self.input };
-                pre = simd.mul_add_e_f32s(load(simd, &w, 0), load(simd, row, v), pre);
             }
             store(simd, self.out, v, silu(simd, pre));
         }
@@ -493,6 +498,7 @@ mod tests {
             let mut y = vec![f32::NAN; x.len()];
             conv_silu_forward(shape, &x, &w, &b, &mut y);
             let mut state = vec![0.0; (taps - 1) * channels];
+            let w = conv_taps(&w, channels);
             for (x, y) in x.chunks(channels).zip(y.chunks(channels)) {
                 let mut out = vec![f32::NAN; channels];
                 conv_silu_step(&mut state, x, &w, &b, &mut out);

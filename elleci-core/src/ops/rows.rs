@@ -1,5 +1,8 @@
 //! Row-wise helpers shared by the operations: sums in a fixed order that vectorise, and the cut of rows into tasks.
 
+use super::activation::exp;
+use crate::simd::vectorize;
+
 /// Independent partial sums of a row reduction, kept in memory. So many that the compiler leaves the loop over them a loop
 /// and vectorises it (sixteen, one vector, it unrolls and packs two by two at an eighth of the speed); the order of the
 /// additions is the same on every machine.
@@ -79,6 +82,17 @@ pub fn max(x: &[f32]) -> f32 {
     halve(&mut lanes, |a, b| if b > a { b } else { a })
 }
 
+/// The largest element m of a row, and `Σ exp(x - m)`. Not to be called inside of [`vectorize`]: it is compiled here, for whoever calls.
+pub fn max_and_exp_sum(x: &[f32]) -> (f32, f32) {
+    vectorize(
+        #[inline(always)]
+        || {
+            let max = max(x);
+            (max, reduce([x], |[x]| exp(x - max)))
+        },
+    )
+}
+
 /// `y += a · x`
 #[inline(always)]
 pub fn add_scaled(y: &mut [f32], a: f32, x: &[f32]) {
@@ -111,7 +125,12 @@ mod tests {
             assert!((dot(&x, &y) as f64 - want(|a, b| a * b)).abs() <= bound);
             assert!((dot3(&x, &y, &y) as f64 - want(|a, b| a * b * b)).abs() <= bound);
             assert!((sum_squares(&x) as f64 - want(|a, _| a * a)).abs() <= bound);
-            assert_eq!(max(&x), x.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+            let largest = x.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            assert_eq!(max(&x), largest);
+            let (found, sum) = max_and_exp_sum(&x);
+            let exact: f64 = x.iter().map(|x| f64::from(x - largest).exp()).sum();
+            // The same, with 1.5 ulp of each term on top.
+            assert!(found == largest && (f64::from(sum) - exact).abs() <= bound + n as f64 * 2f64.powi(-22), "{n}");
         }
     }
 }

@@ -2,17 +2,19 @@
 //!
 //! Text becomes tokens as lm-evaluation-harness does it: a context and its continuation are encoded as one text, white space at
 //! the end of the context counts as the continuation's, and the continuation's tokens are those past the length of the context
-//! encoded alone. A context that several requests share is evaluated once and its session forked for each continuation; the
+//! encoded alone. A context that several requests share is evaluated once, and each continuation is scored on its session, which stays as
+//! it is; the
 //! beginning that all contexts of a task share (examples, instructions) is evaluated once for the whole task (the [`Stem`]).
 //! What a request is given does not depend on the others: a session computes the same bits in every company. But it does not compute
 //! the same bits in one run of tokens as in two: where a sum is rounded over a boundary of the int8 quantiser, a log-likelihood moves by some
 //! thousandths. [`Sharing::Nothing`] has every request in one run, as a server computes it for the harness.
 
 use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, bail, ensure};
 use elleci_core::archive::PackedModel;
-use elleci_core::inference::{Batch, Feed, Session};
+use elleci_core::inference::{Batch, Feed, Output, Probe, Session};
 use elleci_core::sampler::{Sampler, SamplerOptions};
 
 use crate::data::tokenizer::{Cache, END_OF_TEXT_ID, IM_END_ID, Tokenizer};
@@ -20,7 +22,7 @@ use crate::run::logprob::LogRow;
 use crate::run::model::OpenModel;
 use crate::run::text::TextStream;
 
-/// Tokens of a call at least, where there are so many: four passes of the model.
+/// Tokens of a call at least, where there are so many: some passes of the model for each of a few threads.
 const CALL_TOKENS: usize = 1024;
 /// Memory that the sessions of a call may take.
 const CALL_BYTES: usize = 256 << 20;
@@ -47,6 +49,18 @@ pub struct Score {
     pub logprob: f64,
     /// Whether every token is the likeliest at its place.
     pub greedy: bool,
+}
+
+/// The score of no tokens.
+const NOTHING: Score = Score { logprob: 0.0, greedy: true };
+
+/// Tokens to be scored.
+struct Asked<'a> {
+    /// The token of the probe after which the first of them would come
+    from: usize,
+    tokens: &'a [u32],
+    /// The score of those before them
+    before: Score,
 }
 
 /// The beginning that the contexts of a task share, evaluated once.
@@ -221,7 +235,7 @@ impl<'a> Engine<'a> {
             });
             groups[place].1.push(i);
         }
-        let mut scores = vec![Score { logprob: 0.0, greedy: true }; pairs.len()];
+        let mut scores = vec![NOTHING; pairs.len()];
         let mut rest = groups.as_slice();
         while !rest.is_empty() {
             let taken = calls(rest.iter().map(|g| g.0.len()), self.sessions);
@@ -234,29 +248,40 @@ impl<'a> Engine<'a> {
 
     /// Every pair in a session of its own and in one run.
     fn score_alone(&mut self, pairs: &[Pair]) -> anyhow::Result<Vec<Score>> {
-        let mut scores = Vec::with_capacity(pairs.len());
-        let mut rest = pairs;
+        let fresh = Session::new(self.model)?;
+        let mut scores = vec![NOTHING; pairs.len()];
+        let (mut rest, mut first) = (pairs, 0);
         while !rest.is_empty() {
-            let taken = calls(rest.iter().map(|p| p.context.len() + p.continuation.len()), self.sessions);
+            let taken = calls(rest.iter().map(|p| p.context.len() + p.continuation.len()), usize::MAX);
             let (call, after) = rest.split_at(taken);
-            rest = after;
-            let first = scores.len();
-            scores.resize(first + taken, Score { logprob: 0.0, greedy: true });
             // The last token is predicted, not read; it is fed all the same, so that the run is as long as the server's.
             let texts: Vec<Vec<u32>> = call.iter().map(|p| [&p.context[..], &p.continuation].concat()).collect();
-            let sessions = call.iter().map(|_| Session::new(self.model)).collect::<Result<Vec<_>, _>>();
-            let mut sessions = sessions?;
-            let feeds = sessions.iter_mut().zip(&texts);
-            let mut feeds: Vec<Feed<'_>> = feeds.map(|(session, tokens)| Feed { session, tokens }).collect();
-            self.fed += texts.iter().map(|t| t.len() as u64).sum::<u64>();
-            self.batch.extend_each(self.model, &mut feeds, |feed, index, logits| {
-                let continuation = (index + 1).checked_sub(call[feed].context.len());
-                if let Some(&token) = continuation.and_then(|i| call[feed].continuation.get(i)) {
-                    add(&mut scores[first + feed], &LogRow::new(logits), logits, token);
-                }
-            })?;
+            let probes: Vec<Probe<'_>> = texts.iter().map(|tokens| Probe { session: &fresh, tokens }).collect();
+            let asked: Vec<Asked<'_>> = call
+                .iter()
+                .map(|p| Asked { from: p.context.len() - 1, tokens: &p.continuation, before: NOTHING })
+                .collect();
+            let found = self.probe(&probes, &asked)?;
+            scores[first..first + taken].copy_from_slice(&found);
+            (rest, first) = (after, first + taken);
         }
         Ok(scores)
+    }
+
+    /// The scores of tokens that follow `probes`.
+    fn probe(&mut self, probes: &[Probe<'_>], asked: &[Asked<'_>]) -> anyhow::Result<Vec<Score>> {
+        self.fed += probes.iter().map(|p| p.tokens.len() as u64).sum::<u64>();
+        let scores: Vec<Mutex<Score>> = asked.iter().map(|a| Mutex::new(a.before)).collect();
+        let outputs = |probe: usize| Output::From(asked[probe].from);
+        self.batch.probe(self.model, probes, outputs, |probe, index, logits| {
+            let Asked { from, tokens, .. } = &asked[probe];
+            if let Some(&token) = tokens.get(index - from) {
+                // Nobody else wants it: a probe's outputs come one after the other.
+                let mut score = scores[probe].lock().unwrap_or_else(PoisonError::into_inner);
+                add(&mut score, &LogRow::new(logits), logits, token);
+            }
+        })?;
+        Ok(scores.into_iter().map(|s| s.into_inner().unwrap_or_else(PoisonError::into_inner)).collect())
     }
 
     /// One call for the contexts of `groups`, then as many as are needed for their continuations.
@@ -303,19 +328,19 @@ impl<'a> Engine<'a> {
         }
         let mut rest = forks.as_slice();
         while !rest.is_empty() {
-            let taken = calls(rest.iter().map(|(_, i)| pairs[*i].continuation.len() - 1), self.sessions);
+            let taken = calls(rest.iter().map(|(_, i)| pairs[*i].continuation.len() - 1), usize::MAX);
             let (call, after) = rest.split_at(taken);
-            let mut forked: Vec<Session> = call.iter().map(|(g, _)| sessions[*g].clone()).collect();
-            let feed = |(session, (_, i)): (_, &(usize, usize))| {
+            let probe = |(g, i): &(usize, usize)| {
                 let continuation = &pairs[*i].continuation;
-                Feed { session, tokens: &continuation[..continuation.len() - 1] }
+                Probe { session: &sessions[*g], tokens: &continuation[..continuation.len() - 1] }
             };
-            let mut feeds: Vec<Feed<'_>> = forked.iter_mut().zip(call).map(feed).collect();
-            self.fed += feeds.iter().map(|f| f.tokens.len() as u64).sum::<u64>();
-            self.batch.extend_each(self.model, &mut feeds, |feed, index, logits| {
-                let i = call[feed].1;
-                add(&mut scores[i], &LogRow::new(logits), logits, pairs[i].continuation[index + 1]);
-            })?;
+            let probes: Vec<Probe<'_>> = call.iter().map(probe).collect();
+            let asked =
+                |(_, i): &(usize, usize)| Asked { from: 0, tokens: &pairs[*i].continuation[1..], before: scores[*i] };
+            let asked: Vec<Asked<'_>> = call.iter().map(asked).collect();
+            for ((_, i), score) in call.iter().zip(self.probe(&probes, &asked)?) {
+                scores[*i] = score;
+            }
             rest = after;
         }
         Ok(())

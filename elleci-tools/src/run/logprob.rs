@@ -1,8 +1,6 @@
 //! From logits to log-probabilities.
 
-use elleci_core::ops::activation::exp;
 use elleci_core::ops::rows;
-use elleci_core::simd::vectorize;
 
 /// What turns a row of logits into log-probabilities.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -16,22 +14,10 @@ pub struct LogRow {
 impl LogRow {
     /// Of the logits `[vocab_size]` at one position.
     pub fn new(row: &[f32]) -> LogRow {
-        vectorize(
-            #[inline(always)]
-            || {
-                let max = rows::max(row);
-                // Sixteen partial sums of at most 32,128 / 16 terms in [0, 1]: their relative error stays below 2,008 · 2⁻²⁴,
-                // and in practice near its square root.
-                let mut lanes = [0.0f32; 16];
-                for block in row.chunks(16) {
-                    for (lane, x) in lanes.iter_mut().zip(block) {
-                        *lane += exp(x - max);
-                    }
-                }
-                let total: f64 = lanes.iter().map(|x| f64::from(*x)).sum();
-                LogRow { max, normaliser: f64::from(max) + total.ln() }
-            },
-        )
+        // 128 partial sums of terms in [0, 1]: for a vocabulary of 32,128 their relative error stays below 251 · 2⁻²⁴, and in practice
+        // near its square root.
+        let (max, total) = rows::max_and_exp_sum(row);
+        LogRow { max, normaliser: f64::from(max) + f64::from(total).ln() }
     }
 
     /// The natural logarithm of the probability of a token that has this logit.

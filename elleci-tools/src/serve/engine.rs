@@ -142,18 +142,34 @@ impl<'a> Engine<'a> {
 
     /// Works until every handle is gone.
     pub fn run(&mut self, inbox: &Inbox) {
-        while self.take_in(inbox) {
+        // Threads stay awake from pass to pass: between two of them they would just have fallen asleep.
+        while self.take_in(inbox) && par::together(|| self.work(inbox)) {}
+    }
+
+    /// Passes until there is nothing to do. False when nothing will come any more.
+    fn work(&mut self, inbox: &Inbox) -> bool {
+        loop {
             self.drop_over();
             self.start();
             let began = Instant::now();
-            if !self.writing.is_empty() || !self.reading.is_empty() {
+            if !self.is_idle() {
                 self.pass();
                 self.metrics.passes.inc();
                 self.metrics.busy_seconds.inc_by(began.elapsed().as_secs_f64());
             }
             self.metrics.tick(began);
             self.report();
+            if self.is_idle() {
+                return true;
+            }
+            if !self.take_in(inbox) {
+                return false;
+            }
         }
+    }
+
+    fn is_idle(&self) -> bool {
+        self.writing.is_empty() && self.reading.is_empty()
     }
 
     fn report(&self) {
@@ -164,7 +180,7 @@ impl<'a> Engine<'a> {
 
     /// Takes in what has come; without work waits for some. False when nothing will come any more.
     fn take_in(&mut self, inbox: &Inbox) -> bool {
-        let idle = self.writing.is_empty() && self.reading.is_empty() && self.waiting.is_empty();
+        let idle = self.is_idle() && self.waiting.is_empty();
         let mut message =
             if idle { inbox.0.recv().map_err(|_| TryRecvError::Disconnected) } else { inbox.0.try_recv() };
         loop {

@@ -46,7 +46,7 @@ pub fn ssd_forward(
 }
 
 /// As [`ssd_forward`] without a backward pass: every sequence starts from its `state` (see
-/// [`SsdShape::state_len`]) and leaves its final state there, from which [`ssd_step`](super::ssd_step) goes on.
+/// [`SsdShape::state_len`]) and leaves its final state there, from which [`ssd_steps`](super::ssd_steps) goes on.
 ///
 /// # Panics
 /// When a slice does not have the size that the shape gives it.

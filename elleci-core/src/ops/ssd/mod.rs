@@ -5,7 +5,7 @@
 //! S_t = exp(dt_t a) S_{t-1} + dt_t x_t (x) B_t          y_t = S_t C_t + d x_t
 //! ```
 //! [`mod@reference`] is that definition, step by step. Training computes the same in chunks of [`CHUNK`] steps, nearly all
-//! of it as matrix products (`chunked.rs`); decoding takes one step at a time ([`ssd_step`]).
+//! of it as matrix products (`chunked.rs`); decoding and short runs take one step after the other ([`ssd_steps`]).
 //!
 //! Buffers: `xbc` `[tokens, d_inner + 2 d_state]` holds x, B and C side by side, as the convolution leaves them;
 //! `dt` `[tokens, heads]` is positive (after softplus); `a` and `d` are `[heads]`; `y` is `[tokens, d_inner]`.
@@ -27,7 +27,7 @@ use alloc::vec::Vec;
 
 pub use backward::ssd_backward;
 pub use forward::{ssd_forward, ssd_prefill};
-pub use step::{ssd_step, ssd_step_expect};
+pub use step::{ssd_steps, ssd_steps_expect};
 
 /// Steps of a chunk. The matrices inside a chunk are `[CHUNK, CHUNK]` a head.
 pub const CHUNK: usize = 64;

@@ -140,6 +140,7 @@ proptest! {
         let units = 2.0 * case.units(whole.seq + CHUNK + d_state) + (whole.seq * 3) as f64 * 2f64.powi(-24);
         let mut state = vec![0.0; batch * whole.state_len()];
         let mut steps = vec![0.0; batch * whole.state_len()];
+        let mut run = steps.clone();
         let parts = [(0, first)].into_iter().chain([(first, second)]);
         for (start, seq) in parts {
             let shape = SsdShape { seq, ..whole };
@@ -153,14 +154,19 @@ proptest! {
             let part = wide(&cut(&want, whole.d_inner(), start, seq));
             let size: Vec<f32> = sizes.iter().map(|v| *v as f32).collect();
             close("prefill", &y, &part, &wide(&cut(&size, whole.d_inner(), start, seq)), units);
+            let mut run_y = vec![f32::NAN; batch * seq * whole.d_inner()];
+            ssd_steps(shape, &xbc, &dt, &case.a, &case.d, &mut run, &mut run_y);
             for t in start..start + seq {
                 let shape = SsdShape { seq: 1, ..whole };
                 let (xbc, dt) = (cut(&case.xbc, whole.width(), t, 1), cut(&case.dt, heads, t, 1));
                 let mut y = vec![f32::NAN; batch * whole.d_inner()];
-                ssd_step(shape, &xbc, &dt, &case.a, &case.d, &mut steps, &mut y);
+                ssd_steps(shape, &xbc, &dt, &case.a, &case.d, &mut steps, &mut y);
+                let of_run = run_y.chunks(seq * whole.d_inner()).flat_map(|s| &s[(t - start) * whole.d_inner()..][..whole.d_inner()]);
+                prop_assert!(of_run.eq(&y), "a run's bits are those of its steps");
                 let part = wide(&cut(&want, whole.d_inner(), t, 1));
                 close("step", &y, &part, &wide(&cut(&size, whole.d_inner(), t, 1)), units);
             }
+            prop_assert!(run == steps, "and so is the state");
         }
     }
 }

@@ -1,0 +1,387 @@
+//! One pass of rows through the model, whatever sequences they belong to.
+
+use alloc::vec;
+use alloc::vec::Vec;
+use core::ops::Range;
+
+use super::batch::{Feed, Output};
+use super::session::LayerState;
+use super::{attention, mamba};
+use crate::archive::PackedModel;
+use crate::layers::ffn::activate;
+use crate::ops::norm::{QuantizedRows, rmsnorm, rmsnorm_quantize};
+use crate::ops::rope::RopeTable;
+use crate::ops::rows::rows_per_task;
+use crate::par;
+use crate::params::{FfnIds, Id, MixerIds};
+use crate::ternary::packed::{self, PackedTernary, forward_all};
+
+/// Rows of a pass at most: working memory is bounded, however long a prompt is. A sequence is cut into runs of this many tokens
+/// from the start of a call, so that the cut, and with it the bits, do not depend on the company.
+const ROWS: usize = 128;
+
+impl Output {
+    /// The rows that are wanted of a run of a feed.
+    fn rows(self, run: &Segment, feed_len: usize) -> Range<usize> {
+        match self {
+            Output::Each | Output::Hidden => 0..run.len,
+            Output::From(first) => first.saturating_sub(run.start).min(run.len)..run.len,
+            Output::Last if run.start + run.len == feed_len => run.len - 1..run.len,
+            Output::Last | Output::Nothing => 0..0,
+        }
+    }
+}
+
+/// Which outputs are wanted of a feed, by its index.
+pub(super) type Outputs<'a> = dyn Fn(usize) -> Output + Sync + 'a;
+/// Takes a feed's index, the index of a token in it, and the output there.
+pub(super) type Visit<'a> = dyn FnMut(usize, usize, &[f32]) + 'a;
+
+/// The same for the threads that deal with feeds.
+pub(super) enum Visitor<'a> {
+    /// One call after the other
+    InTurn(&'a mut (dyn FnMut(usize, usize, &[f32]) + Send)),
+    /// As they come; for one feed, one after the other
+    AtOnce(&'a (dyn Fn(usize, usize, &[f32]) + Sync)),
+}
+
+/// What becomes of the sessions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Sessions {
+    /// They have taken the tokens.
+    Advance,
+    /// They are dropped after the call: their last states are of no use.
+    Pass,
+}
+
+/// Activations of a pass, `[rows, ..]` each, kept for the next.
+#[derive(Debug, Default)]
+pub(super) struct Scratch {
+    /// Residual stream, output of a block, output of a norm: `[rows, d_model]`
+    h: Vec<f32>,
+    pub y: Vec<f32>,
+    pub normed: Vec<f32>,
+    pub norm: QuantizedRows,
+    pub quantized: QuantizedRows,
+    /// The widest activations of mixers and feed-forward
+    pub a: Vec<f32>,
+    pub b: Vec<f32>,
+    pub c: Vec<f32>,
+    pub mix: Vec<mamba::MixScratch>,
+}
+
+/// Rows `row .. row + len` of a pass: a run of tokens of one feed.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Segment {
+    pub feed: usize,
+    /// First token of the run, counted from the start of the feed
+    pub start: usize,
+    pub row: usize,
+    pub len: usize,
+    /// Whether nothing will ever follow these tokens, so that the state after them need not be kept
+    pub last: bool,
+}
+
+/// `buffer` with at least `len` elements, as a slice of `len`.
+pub(super) fn grown(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
+    if buffer.len() < len {
+        buffer.resize(len, 0.0);
+    }
+    &mut buffer[..len]
+}
+
+/// What the small parameters of a model are turned into once.
+#[derive(Debug)]
+pub(super) struct Constants {
+    pub fingerprint: u64,
+    /// One a Mamba layer, in order
+    mamba: Vec<mamba::Constants>,
+}
+
+impl Constants {
+    pub fn new(model: PackedModel<'_>) -> Constants {
+        let layers = model.layout().layers().iter();
+        let mamba = layers.filter_map(|ids| match &ids.mixer {
+            MixerIds::Mamba(ids) => Some(mamba::Constants::new(model, ids)),
+            MixerIds::Mla(_) => None,
+        });
+        Constants { fingerprint: model.fingerprint(), mamba: mamba.collect() }
+    }
+}
+
+/// What all passes of a call read.
+#[derive(Clone, Copy)]
+pub(super) struct Call<'a> {
+    pub model: PackedModel<'a>,
+    pub constants: &'a Constants,
+    pub sessions: Sessions,
+}
+
+impl Call<'_> {
+    /// Runs groups of feeds, each on a thread.
+    #[cfg(feature = "std")]
+    pub fn by_sequence(
+        &self,
+        groups: &[usize],
+        scratch: &mut [Scratch],
+        feeds: &mut [Feed<'_>],
+        outputs: &Outputs<'_>,
+        visitor: Visitor<'_>,
+    ) {
+        let (mut rest, mut first) = (feeds, 0);
+        let mut items = Vec::with_capacity(groups.len());
+        for (len, scratch) in groups.iter().zip(scratch) {
+            let (own, later) = rest.split_at_mut(*len);
+            items.push((first, own, scratch));
+            (rest, first) = (later, first + len);
+        }
+        let run = |(first, feeds, scratch): (usize, &mut [Feed<'_>], &mut Scratch), visit: &mut Visit<'_>| {
+            self.passes(scratch, feeds, &|f| outputs(first + f), &mut |f, i, v| visit(first + f, i, v));
+        };
+        match visitor {
+            Visitor::AtOnce(visit) => par::for_each(items, |item| run(item, &mut |f, i, v| visit(f, i, v))),
+            Visitor::InTurn(visit) => {
+                let visit = std::sync::Mutex::new(visit);
+                let lock = || visit.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+                par::for_each(items, |item| run(item, &mut |f, i, v| lock()(f, i, v)));
+            }
+        }
+    }
+
+    /// Cuts the feeds into passes and runs them.
+    pub fn passes(&self, scratch: &mut Scratch, feeds: &mut [Feed<'_>], outputs: &Outputs<'_>, visit: &mut Visit<'_>) {
+        let mut segments = Vec::new();
+        let mut rows = 0;
+        for feed in 0..feeds.len() {
+            let len = feeds[feed].tokens.len();
+            for start in (0..len).step_by(ROWS) {
+                let run = (len - start).min(ROWS);
+                if rows + run > ROWS {
+                    self.pass(scratch, feeds, &segments, outputs, visit);
+                    segments.clear();
+                    rows = 0;
+                }
+                let last = self.sessions == Sessions::Pass && start + run == len;
+                segments.push(Segment { feed, start, row: rows, len: run, last });
+                rows += run;
+            }
+        }
+        self.pass(scratch, feeds, &segments, outputs, visit);
+    }
+
+    fn pass(
+        &self,
+        scratch: &mut Scratch,
+        feeds: &mut [Feed<'_>],
+        segments: &[Segment],
+        outputs: &Outputs<'_>,
+        visit: &mut Visit<'_>,
+    ) {
+        let Some(rows) = segments.last().map(|s| s.row + s.len) else { return };
+        let model = self.model;
+        let c = model.config();
+        let (d, layout) = (c.d_model, model.layout());
+        let positions = segments.iter().flat_map(|s| {
+            let first = feeds[s.feed].session.position();
+            first..first + s.len
+        });
+        let rope = RopeTable::of_positions(c.d_rope, c.rope_base, positions);
+
+        let mut h = core::mem::take(&mut scratch.h);
+        let stream = grown(&mut h, rows * d);
+        let mut row = Vec::new();
+        for s in segments {
+            for (i, token) in feeds[s.feed].tokens[s.start..][..s.len].iter().enumerate() {
+                let to = &mut stream[(s.row + i) * d..][..d];
+                model.stored_row(layout.tok_emb(), *token as usize, &mut row).row(0, to);
+            }
+        }
+        let mut constants = self.constants.mamba.iter();
+        for (layer, ids) in layout.layers().iter().enumerate() {
+            let pass = Pass { model, segments, rows, rope: &rope };
+            let wants_floats = matches!(ids.mixer, MixerIds::Mamba(_));
+            match &ids.mixer {
+                MixerIds::Mamba(m) => pass.expect(&[m.input]),
+                MixerIds::Mla(m) => pass.expect(&[m.q, m.kv_down]),
+            }
+            pass.norm(ids.mixer_norm, stream, scratch, wants_floats);
+            let states = feeds.iter_mut().map(|f| &mut f.session.layers[layer]).collect();
+            match &ids.mixer {
+                MixerIds::Mamba(m) => {
+                    let constants = constants.next().expect("one a Mamba layer");
+                    mamba::forward(&pass, m, constants, states, scratch);
+                }
+                MixerIds::Mla(m) => attention::forward(&pass, m, states, scratch),
+            }
+            pass.expect(&[ids.ffn.gate, ids.ffn.up]);
+            add(stream, &scratch.y[..rows * d]);
+            pass.norm(ids.ffn_norm, stream, scratch, false);
+            pass.ffn(&ids.ffn, scratch);
+            add(stream, &scratch.y[..rows * d]);
+        }
+        for s in segments {
+            let feed = &mut feeds[s.feed];
+            feed.session.tokens.extend_from_slice(&feed.tokens[s.start..s.start + s.len]);
+        }
+
+        self.outputs(scratch, feeds, segments, outputs, stream, visit);
+        scratch.h = h;
+    }
+
+    /// Final norm, and the head where logits are wanted, for the rows of which something is wanted.
+    fn outputs(
+        &self,
+        scratch: &mut Scratch,
+        feeds: &[Feed<'_>],
+        segments: &[Segment],
+        outputs: &Outputs<'_>,
+        stream: &[f32],
+        visit: &mut Visit<'_>,
+    ) {
+        let model = self.model;
+        let c = model.config();
+        let (d, vocab) = (c.d_model, c.vocab_size);
+        let rows_of = |s: &Segment| {
+            let (s, output) = (*s, outputs(s.feed));
+            let rows = output.rows(&s, feeds[s.feed].tokens.len());
+            rows.map(move |i| Wanted { feed: s.feed, index: s.start + i, row: s.row + i, output })
+        };
+        let mut wanted: Vec<Wanted> = segments.iter().flat_map(rows_of).collect();
+        // Those that need the head come first; the order within a feed stays.
+        wanted.sort_by_key(|w| w.output == Output::Hidden);
+        let heads = wanted.partition_point(|w| w.output != Output::Hidden);
+        let gain = model.floats(model.layout().final_norm());
+        let head = model.dense(model.layout().lm_head());
+        if heads > 0 {
+            head.expect();
+        }
+        let (logits_of, hidden_of) = wanted.split_at(heads);
+        for wanted in logits_of.chunks(16).chain(hidden_of.chunks(16)) {
+            let n = wanted.len();
+            let picked = grown(&mut scratch.normed, n * d);
+            for (wanted, to) in wanted.iter().zip(picked.chunks_exact_mut(d)) {
+                to.copy_from_slice(&stream[wanted.row * d..(wanted.row + 1) * d]);
+            }
+            let y = grown(&mut scratch.y, n * d);
+            rmsnorm(picked, gain, c.norm_eps, y, &mut vec![0.0; n]);
+            let (values, width): (&[f32], usize) = if wanted[0].output == Output::Hidden {
+                (y, d)
+            } else {
+                let logits = grown(&mut scratch.a, n * vocab);
+                head.forward(y, n, logits);
+                (logits, vocab)
+            };
+            for (wanted, values) in wanted.iter().zip(values.chunks_exact(width)) {
+                visit(wanted.feed, wanted.index, values);
+            }
+        }
+    }
+}
+
+/// A row of a pass whose output is wanted.
+struct Wanted {
+    feed: usize,
+    /// Of its token in the feed
+    index: usize,
+    /// In the pass
+    row: usize,
+    output: Output,
+}
+
+/// What every layer of a pass reads.
+#[derive(Clone, Copy)]
+pub(super) struct Pass<'a> {
+    pub model: PackedModel<'a>,
+    pub segments: &'a [Segment],
+    pub rows: usize,
+    /// The rotation of every row
+    pub rope: &'a RopeTable,
+}
+
+impl Pass<'_> {
+    /// Norm and quantiser of the residual stream, into `scratch.norm` and, if wanted, `scratch.normed`.
+    fn norm(&self, gain: Id, h: &[f32], scratch: &mut Scratch, floats: bool) {
+        let c = self.model.config();
+        let d = c.d_model;
+        scratch.norm.resize(self.rows, d);
+        let normed = floats.then(|| grown(&mut scratch.normed, self.rows * d));
+        rmsnorm_quantize(
+            #[inline(always)]
+            |t, row| row.copy_from_slice(&h[t * d..(t + 1) * d]),
+            self.model.floats(gain),
+            c.norm_eps,
+            &mut scratch.norm,
+            normed,
+        );
+    }
+
+    /// `y` `[rows, out]`: the projection of quantised rows.
+    pub fn project(&self, id: Id, rows: &QuantizedRows, y: &mut [f32]) {
+        self.model.ternary(id).forward(&rows.codes, &rows.scales, y);
+    }
+
+    /// Projections of the same rows.
+    pub fn project_all<const N: usize>(&self, ids: [Id; N], rows: &QuantizedRows, outs: [&mut [f32]; N]) {
+        let parts = ids.into_iter().map(|id| self.model.ternary(id)).zip(outs);
+        if self.rows == 1 {
+            forward_all(parts.collect(), &rows.codes, rows.scales[0]);
+        } else {
+            parts.for_each(|(matrix, out)| matrix.forward(&rows.codes, &rows.scales, out));
+        }
+    }
+
+    /// What the next projection will read, said before the serial work that leads to it.
+    pub fn expect(&self, ids: &[Id]) {
+        if self.rows == 1 {
+            let matrices: Vec<PackedTernary> = ids.iter().map(|id| self.model.ternary(*id)).collect();
+            packed::expect(&matrices);
+        }
+    }
+
+    fn ffn(&self, ids: &FfnIds, scratch: &mut Scratch) {
+        let c = self.model.config();
+        let f = c.ffn_hidden;
+        // The buffers that the mixers make nearly as large.
+        let gate = grown(&mut scratch.a, self.rows * f);
+        let up = grown(&mut scratch.c, self.rows * f);
+        self.project_all([ids.gate, ids.up], &scratch.norm, [&mut *gate, &mut *up]);
+        self.expect(&[ids.down]);
+        scratch.quantized.resize(self.rows, f);
+        let (gate, up): (&[f32], &[f32]) = (gate, up);
+        rmsnorm_quantize(
+            #[inline(always)]
+            |t, row| activate(&gate[t * f..(t + 1) * f], &up[t * f..(t + 1) * f], row),
+            self.model.floats(ids.sub_norm),
+            c.norm_eps,
+            &mut scratch.quantized,
+            None,
+        );
+        let y = grown(&mut scratch.y, self.rows * c.d_model);
+        self.project(ids.down, &scratch.quantized, y);
+    }
+
+    /// The states of this pass's segments, in order: a feed has one segment a pass at most.
+    pub fn states<'s, T>(
+        &self,
+        all: Vec<&'s mut LayerState>,
+        pick: impl Fn(&'s mut LayerState) -> T,
+    ) -> Vec<(Segment, T)> {
+        let mut segments = self.segments.iter().peekable();
+        let mut states = Vec::with_capacity(self.segments.len());
+        for (feed, state) in all.into_iter().enumerate() {
+            if let Some(segment) = segments.next_if(|s| s.feed == feed) {
+                states.push((*segment, pick(state)));
+            }
+        }
+        states
+    }
+}
+
+/// `h += y`
+fn add(h: &mut [f32], y: &[f32]) {
+    let n = rows_per_task(h.len() / 64) * 64;
+    let items = h.chunks_mut(n).zip(y.chunks(n)).collect();
+    par::for_each(items, |(h, y): (&mut [f32], &[f32])| {
+        h.iter_mut().zip(y).for_each(|(h, y)| *h += y);
+    });
+}
