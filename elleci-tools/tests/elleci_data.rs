@@ -374,6 +374,6 @@ fn test_sets_come_from_their_parquet_form_and_what_is_absent_is_named() {
     assert!(stderr(&output).contains("no file of the split validation of it"), "{}", stderr(&output));
     assert!(tmp.path().join("got/cambridgeltl/xcopa/it/test/test.jsonl").exists());
 
-    fails(tmp.path(), &["fetch", "--eval", "--tasks", "xcopa_ti"], 1, &["is it `xcopa_it`?"]);
+    fails(tmp.path(), &["fetch", "--eval", "--tasks", "xcopa_ti"], 2, &["is it `xcopa_it`?"]);
     fails(tmp.path(), &["fetch", "--tasks", "xcopa_it"], 2, &["--eval"]);
 }
