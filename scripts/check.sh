@@ -201,7 +201,7 @@ bundle_refuses() {
     mkdir -p "$dir/lib"
     cp scripts/gpu-bundle/run.sh "$dir/"
     cp "$target/release/examples/bench" "$dir/cuda-bench"
-    ! "$dir/run.sh" 2>"$dir/said" || { echo "check.sh: run.sh succeeds without a card" >&2; return 1; }
+    ! sh "$dir/run.sh" 2>"$dir/said" || { echo "check.sh: run.sh succeeds without a card" >&2; return 1; }
     grep -q 'no card can be used: .*libcuda\|no card can be used: .*driver' "$dir/said" || { cat "$dir/said" >&2; return 1; }
 }
 
