@@ -320,7 +320,8 @@ await step("Shift+Enter breaks the line; the box grows", async () => {
 
 await step("the language follows the browser, and the switch", async () => {
   assert.equal(await page.$eval("html", (e) => e.lang), "it");
-  await watched(5);
+  // Long enough that it cannot have come all at once, which has no rate.
+  await watched(60);
   await page.keyboard.press("Escape");
   await idle();
   await page.click("#lang");
