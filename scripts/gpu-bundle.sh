@@ -17,7 +17,7 @@ mkdir -p "$dir/lib"
 
 # As scripts/check.sh builds, so that nothing is built twice.
 cargo() {
-    command cargo --config 'profile.release.package.elleci-tools.opt-level=1' "$@"
+    command cargo --config scripts/check.toml "$@"
 }
 
 # The path of a program that cargo builds with these arguments.

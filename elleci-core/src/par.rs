@@ -70,23 +70,7 @@ pub fn for_each_init<T: Send, S: Send>(
     init: impl Fn() -> S + Sync + Send,
     f: impl Fn(&mut S, T) + Sync + Send,
 ) {
-    #[cfg(feature = "std")]
-    {
-        use std::sync::{Mutex, PoisonError};
-        let spare = Mutex::new(Vec::new());
-        let lock = || spare.lock().unwrap_or_else(PoisonError::into_inner);
-        for_each(items, |item| {
-            let taken = lock().pop();
-            let mut state = taken.unwrap_or_else(&init);
-            f(&mut state, item);
-            lock().push(state);
-        });
-    }
-    #[cfg(not(feature = "std"))]
-    {
-        let mut state = init();
-        items.into_iter().for_each(|item| f(&mut state, item));
-    }
+    for_each_with(items, &mut Vec::new(), init, f);
 }
 
 /// As [`for_each_init`], with working memory that the caller keeps: `spare` is taken from and given back to, and has as many in the end
@@ -96,6 +80,15 @@ pub fn for_each_kept<T: Send, S: Send + Default>(
     spare: &mut Vec<S>,
     f: impl Fn(&mut S, T) + Sync + Send,
 ) {
+    for_each_with(items, spare, S::default, f);
+}
+
+fn for_each_with<T: Send, S: Send>(
+    items: Vec<T>,
+    spare: &mut Vec<S>,
+    init: impl Fn() -> S + Sync + Send,
+    f: impl Fn(&mut S, T) + Sync + Send,
+) {
     #[cfg(feature = "std")]
     {
         use std::sync::{Mutex, PoisonError};
@@ -103,7 +96,7 @@ pub fn for_each_kept<T: Send, S: Send + Default>(
         let lock = || shared.lock().unwrap_or_else(PoisonError::into_inner);
         for_each(items, |item| {
             let taken = lock().pop();
-            let mut state = taken.unwrap_or_default();
+            let mut state = taken.unwrap_or_else(&init);
             f(&mut state, item);
             lock().push(state);
         });
@@ -111,7 +104,7 @@ pub fn for_each_kept<T: Send, S: Send + Default>(
     }
     #[cfg(not(feature = "std"))]
     {
-        let mut state = spare.pop().unwrap_or_default();
+        let mut state = spare.pop().unwrap_or_else(init);
         items.into_iter().for_each(|item| f(&mut state, item));
         spare.push(state);
     }

@@ -55,6 +55,10 @@ pub fn args() -> Result<Args> {
             "fp8" => Ok(Products::Fp8),
             other => Err(format!("{name} {other}: bf16, float32 or fp8")),
         };
+        let bf16 = |p: &str| match product(p) {
+            Ok(Products::Fp8) | Err(_) => Err(format!("{name} {p}: bf16 or float32")),
+            Ok(p) => Ok(p == Products::Bf16),
+        };
         let gemm = |g: &str| match g {
             "own" => Ok(Gemm::Own),
             "cublaslt" => Ok(Gemm::Library),
@@ -66,14 +70,14 @@ pub fn args() -> Result<Args> {
             "--batch" => a.batches = value.split(',').map(str::parse).collect::<std::result::Result<_, _>>()?,
             "--products" => a.products = value.split(',').map(product).collect::<std::result::Result<_, _>>()?,
             "--gemm" => a.gemm = value.split(',').map(gemm).collect::<std::result::Result<_, _>>()?,
-            "--stream" => a.bf16_stream = product(&value)? == Products::Bf16,
-            "--masters" => a.masters = Some(product(&value)? == Products::Bf16),
+            "--stream" => a.bf16_stream = bf16(&value)?,
+            "--masters" => a.masters = Some(bf16(&value)?),
             "--steps" => a.steps = value.parse::<usize>()?.max(1),
             "--seconds" => a.seconds = value.parse()?,
             "--int8" => a.int8 = value.parse()?,
             "--bf16" => a.bf16 = value.parse()?,
             "--out" => a.out = Some(value),
-            other => return Err(format!("{other} is not known; see the head of examples/bench.rs").into()),
+            other => return Err(format!("{other} is not known; see the head of examples/bench/main.rs").into()),
         }
     }
     Ok(a)

@@ -3,8 +3,7 @@
 //! Text becomes tokens as lm-evaluation-harness does it: a context and its continuation are encoded as one text, white space at
 //! the end of the context counts as the continuation's, and the continuation's tokens are those past the length of the context
 //! encoded alone. A context that several requests share is evaluated once, and each continuation is scored on its session, which stays as
-//! it is; the
-//! beginning that all contexts of a task share (examples, instructions) is evaluated once for the whole task (the [`Stem`]).
+//! it is; the beginning that all contexts of a task share (examples, instructions) is evaluated once for the whole task (the [`Stem`]).
 //! What a request is given does not depend on the others: a session computes the same bits in every company. But it does not compute
 //! the same bits in one run of tokens as in two: where a sum is rounded over a boundary of the int8 quantiser, a log-likelihood moves by some
 //! thousandths. [`Sharing::Nothing`] has every request in one run, as a server computes it for the harness.
