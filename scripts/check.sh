@@ -79,12 +79,12 @@ tests() {
 stage_fmt() {
     cargo fmt --all --check
     cargo fmt --manifest-path tests/no-std/Cargo.toml --check
-    cargo fmt --manifest-path fuzz/Cargo.toml --check
 }
 
 # shellcheck disable=SC2046,SC2086  # lists
 stage_lint() {
-    [ "${everything:-}" != yes ] || libtorch
+    # If all is to be built, that comes first: LibTorch's wrapper is one long C++ file, and the tests are compiled beside it.
+    [ "${everything:-}" != yes ] || build
     cargo clippy --release --all-targets --locked $features $(selection) -- -D warnings
 }
 

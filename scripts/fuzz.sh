@@ -8,7 +8,7 @@
 # ELLECI_FUZZ_RUNS=1000           stop a target after that many inputs, should that come first
 #
 # The seeds (fuzz/corpus, fixtures, presets) are only read; what a run adds goes to TARGET_DIR/fuzz/corpus, and an input that fails
-# to TARGET_DIR/fuzz/artifacts. To run one again: TARGET_DIR/fuzz/HOST/release/NAME FILE.
+# to TARGET_DIR/fuzz/artifacts. To run one again: TARGET_DIR/fuzz/HOST/release/NAME FILE (TARGET_DIR/release after a short run).
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -23,7 +23,7 @@ for name in "$@"; do
 done
 targets=${*:-$all}
 
-target=${CARGO_TARGET_DIR:-target}/fuzz
+target=${CARGO_TARGET_DIR:-target}
 host=$(rustc -vV | sed -n 's/^host: //p')
 flags="--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4
     -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table
@@ -32,15 +32,21 @@ if [ -n "${ELLECI_FUZZ_SANITIZER:-}" ]; then
     export RUSTC_BOOTSTRAP=1
     flags="$flags -Zsanitizer=$ELLECI_FUZZ_SANITIZER"
 fi
-# For a short run, building is what takes time.
-quick=
-[ "$seconds" -gt 60 ] || quick="--config profile.release.opt-level=1"
 bins=
 for name in $targets; do bins="$bins --bin $name"; done
-# With --target the flags stay away from build scripts and procedural macros.
-# shellcheck disable=SC2086  # lists
-RUSTFLAGS=$(echo $flags) cargo $quick build --release --locked --manifest-path fuzz/Cargo.toml \
-    --target "$host" --target-dir "$target" $bins
+if [ "$seconds" -gt 60 ] || [ -n "${ELLECI_FUZZ_SANITIZER:-}" ]; then
+    # With --target the flags stay away from build scripts and procedural macros.
+    programs="$target/fuzz/$host/release"
+    # shellcheck disable=SC2086  # lists
+    RUSTFLAGS=$(echo $flags) cargo build --release --locked -p elleci-fuzz --target "$host" --target-dir "$target/fuzz" $bins
+else
+    # For a short run, building is what takes time: only our own crates have counters, and the others are those of the other checks.
+    programs="$target/release"
+    # shellcheck disable=SC2086  # lists
+    ELLECI_FUZZ_FLAGS=$(echo $flags) RUSTC_WORKSPACE_WRAPPER="$PWD/scripts/fuzz-rustc.sh" cargo --config scripts/check.toml \
+        --config profile.release.package.elleci-core.opt-level=1 build --release --locked --features elleci-core/capi --workspace $bins
+fi
+target="$target/fuzz"
 
 # Seeds that are kept elsewhere in this repository.
 seeds() {
@@ -57,7 +63,7 @@ for name in $targets; do
     log="$target/$name.log"
     status=0
     # shellcheck disable=SC2046  # a list
-    "$target/$host/release/$name" -max_total_time="$seconds" -runs="${ELLECI_FUZZ_RUNS:--1}" -timeout=20 -rss_limit_mb=2048 \
+    "$programs/$name" -max_total_time="$seconds" -runs="${ELLECI_FUZZ_RUNS:--1}" -timeout=20 -rss_limit_mb=2048 \
         -artifact_prefix="$target/artifacts/$name/" "$target/corpus/$name" $(seeds "$name") >"$log" 2>&1 || status=$?
     if [ $status -ne 0 ]; then
         tail -n 40 "$log" >&2

@@ -1,8 +1,9 @@
 //! The matrix-vector product over 1e9 ternary weights, far out of cache, in this project's packings and in the layout of
 //! bitnet.cpp's I2_S, which is written here from its published description (AVX2: blocks of 128 weights in 32 bytes, 2 bits each;
-//! the products of 32 blocks summed up in 16 bits, as the original does). Beside them, plain reading.
+//! the products of 32 blocks summed up in 16 bits, as the original does). Beside them, plain reading. With TOKENS, the same of so
+//! many rows of activations at once, as a batch of sessions makes them: Gweight/s then counts a weight once for each.
 //!
-//!     cargo bench -p elleci-core --bench matvec -- [THREADS]
+//!     cargo bench -p elleci-core --bench matvec -- [THREADS [TOKENS]]
 
 use std::hint::black_box;
 use std::time::Instant;
@@ -18,11 +19,13 @@ const WEIGHTS: usize = 1_000_000_000;
 const ROUNDS: usize = 7;
 
 fn main() {
-    let threads = std::env::args().skip(1).find_map(|a| a.parse().ok()).unwrap_or(2);
+    let numbers: Vec<usize> = std::env::args().skip(1).filter_map(|a| a.parse().ok()).collect();
+    let (threads, tokens) = (*numbers.first().unwrap_or(&2), *numbers.get(1).unwrap_or(&1));
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("threads");
     let matrices = WEIGHTS.div_ceil(ROWS * COLS);
     let weights = (matrices * ROWS * COLS) as f64;
-    println!("{threads} threads, {:?}, {matrices} matrices of {ROWS} x {COLS}, best of {ROUNDS}", Isa::detect());
+    let level = Isa::detect();
+    println!("{threads} threads, {level:?}, {matrices} matrices of {ROWS} x {COLS}, {tokens} tokens, best of {ROUNDS}");
 
     let words: Vec<u64> = (0..50_000_000).collect();
     let read = || words.par_chunks(1 << 15).map(|c| c.iter().fold(0, |a, b| a ^ b)).reduce(|| 0, |a: u64, b| a ^ b);
@@ -31,7 +34,8 @@ fn main() {
     drop(words);
     let report = |name: &str, seconds: f64, bytes: usize| {
         let rate = bytes as f64 / seconds / 1e9;
-        println!("| {name} | {:.1} | {rate:.1} | {:.0} % |", weights / seconds / 1e9, 100.0 * rate / reading);
+        let products = tokens as f64 * weights / seconds / 1e9;
+        println!("| {name} | {products:.1} | {rate:.1} | {:.0} % |", 100.0 * rate / reading);
     };
 
     for packing in Packing::ALL {
@@ -39,13 +43,14 @@ fn main() {
         let lines: Vec<Line> = (0..matrices * per).map(|i| Line([(i * 7 % 243) as u8; 64])).collect();
         let views = lines.chunks(per).map(|l| PackedTernary::new(packing, ROWS, COLS, 0.1, l).expect("it fits"));
         let views: Vec<PackedTernary> = views.collect();
-        let (q, mut y) = (vec![3i8; COLS], vec![0.0; ROWS]);
-        let mut all = || views.iter().for_each(|v| v.forward(&q, &[0.1], &mut y));
+        let (q, mut y) = (vec![3i8; tokens * COLS], vec![0.0; tokens * ROWS]);
+        let scales = vec![0.1; tokens];
+        let mut all = || views.iter().for_each(|v| v.forward(&q, &scales, &mut y));
         let seconds = best(|| pool.install(|| elleci_core::par::together(&mut all)));
         report(packing.name(), seconds, lines.len() * 64);
     }
     #[cfg(target_arch = "x86_64")]
-    if Isa::detect() >= Isa::Avx2 {
+    if level >= Isa::Avx2 && tokens == 1 {
         let lines: Vec<u8> = (0..matrices * ROWS * COLS / 4).map(|i| (i * 7 % 171) as u8 & 0b1010_1010).collect();
         let (q, mut y) = (vec![3i8; COLS], vec![0.0f32; ROWS]);
         let seconds = best(|| {

@@ -21,11 +21,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let options = Options {
             batch,
             seq,
+            whole_step: true,
             checkpointing: Checkpointing::EveryLayer,
             bf16_masters,
             bf16_gradients: true,
             states: StatePrecision::Block8,
             products: Products::Bf16,
+            unpacked: false,
             gemm: Gemm::Library,
             bf16_stream: false,
             average: false,

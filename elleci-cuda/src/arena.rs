@@ -1,5 +1,7 @@
 //! One block of device memory, cut before anything is allocated: the plan and the allocation are the same list.
 
+use std::ops::Range;
+
 /// Buffers begin at multiples of this.
 const ALIGN: u64 = 256;
 
@@ -93,6 +95,8 @@ pub struct Region {
     pub purpose: Use,
     /// Where it is.
     pub buf: Buf,
+    /// Whether it lies in memory that is counted for what else lies there; see [`Arena::borrow`].
+    pub lent: bool,
 }
 
 /// The plan of a device's memory.
@@ -117,7 +121,26 @@ impl Arena {
         let buf = Buf { at: self.cursor, len, dtype };
         self.cursor = (self.cursor + buf.bytes() + self.guard).next_multiple_of(ALIGN);
         self.peak = self.peak.max(self.cursor);
-        self.regions.push(Region { name: name.into(), purpose, buf });
+        self.regions.push(Region { name: name.into(), purpose, buf, lent: false });
+        buf
+    }
+
+    /// As [`Arena::buffer`], but in `free`, which is what is left of memory whose owner has no use for it meanwhile; in memory of its
+    /// own where it does not fit there, or where a guard shall keep buffers apart.
+    pub fn borrow(
+        &mut self,
+        free: &mut Range<u64>,
+        purpose: Use,
+        name: impl Into<String>,
+        dtype: Dtype,
+        len: usize,
+    ) -> Buf {
+        let buf = Buf { at: free.start.next_multiple_of(ALIGN), len, dtype };
+        if self.guard > 0 || buf.at + buf.bytes() > free.end {
+            return self.buffer(purpose, name, dtype, len);
+        }
+        free.start = buf.at + buf.bytes();
+        self.regions.push(Region { name: name.into(), purpose, buf, lent: true });
         buf
     }
 
@@ -155,10 +178,15 @@ impl Arena {
         &self.regions
     }
 
-    /// Bytes of a purpose. Scratch shares memory, so its share is what is left beside all others.
+    /// Bytes of a purpose that lie in memory of another.
+    pub fn lent_to(&self, purpose: Use) -> u64 {
+        self.regions.iter().filter(|r| r.purpose == purpose && r.lent).map(|r| r.buf.bytes()).sum()
+    }
+
+    /// Bytes of a purpose, without those in memory of another. Scratch shares memory, so its share is what is left beside all others.
     pub fn bytes_of(&self, purpose: Use) -> u64 {
         let sum = |p: Use| -> u64 {
-            let own = self.regions.iter().filter(|r| r.purpose == p);
+            let own = self.regions.iter().filter(|r| r.purpose == p && !r.lent);
             own.map(|r| (r.buf.bytes() + self.guard).next_multiple_of(ALIGN)).sum()
         };
         match purpose {
@@ -192,6 +220,21 @@ mod tests {
             assert!(d.at >= b.at + b.bytes() && d.at >= c.at + c.bytes() + guard);
             assert_eq!(arena.bytes_of(Use::Weights) + arena.bytes_of(Use::Activations), 512);
             assert_eq!(arena.bytes_of(Use::Scratch), arena.bytes() - 512);
+        }
+    }
+
+    #[test]
+    fn lent_memory_is_counted_once() {
+        for guard in [0, 64] {
+            let mut arena = Arena::new(guard);
+            let owner = arena.buffer(Use::Gradients, "owner", Dtype::F32, 300);
+            let mut free = owner.at..owner.at + owner.bytes();
+            let mut take = |name: &str| arena.borrow(&mut free, Use::Activations, name, Dtype::F32, 100);
+            let (a, b, c) = (take("a"), take("b"), take("c"));
+            assert_eq!((a.at == owner.at, b.at == 512), (guard == 0, guard == 0));
+            assert!(c.at >= owner.at + owner.bytes(), "only two begin at whole multiples and end within 1200 bytes");
+            assert_eq!(arena.lent_to(Use::Activations), if guard == 0 { 800 } else { 0 });
+            assert_eq!(arena.bytes_of(Use::Gradients) + arena.bytes_of(Use::Activations), arena.bytes());
         }
     }
 

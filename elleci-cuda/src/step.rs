@@ -40,7 +40,9 @@ impl<'a> Step<'a> {
     /// Adds the gradient of `scale · Σ w·CE` to the gradients, leaves `Σ w·CE` in `plan.losses.1`, and adds it to that of the step.
     pub fn loss_and_grad(&mut self) -> Result<()> {
         let plan = self.plan;
+        let layout = &plan.layout;
         self.forward()?;
+        self.claim([layout.lm_head(), layout.final_norm()])?;
         self.head(true)?;
         self.final_norm_backward()?;
         let segments = plan.starts.len() - 1;
@@ -48,13 +50,28 @@ impl<'a> Step<'a> {
             if s + 1 < segments {
                 self.segment_forward(s)?;
             }
+            let layers = s * plan.segment()..(s + 1) * plan.segment();
+            let of_segment = |id: &Id| layout.param(*id).layer.is_some_and(|l| layers.contains(&l));
+            self.claim((0..layout.params().len()).map(Id).filter(of_segment))?;
             for layer in self.layers(s).into_iter().rev() {
                 self.layer_backward(layer)?;
             }
         }
-        let d = plan.config.d_model;
-        let grad = self.grad(plan.layout.tok_emb());
+        if !plan.config.tie_embeddings {
+            self.claim([layout.tok_emb()])?;
+        }
+        let (d, grad) = (plan.config.d_model, self.grad(layout.tok_emb()));
         loss::embed_backward(self.dev, plan.inputs.tokens, plan.inputs.occurrences, plan.dh, d, grad)
+    }
+
+    /// Takes back the memory of gradients, which was lent in a step of one micro-batch: they begin at zero.
+    fn claim(&mut self, ids: impl IntoIterator<Item = Id>) -> Result<()> {
+        for id in ids {
+            if self.plan.options.whole_step {
+                self.dev.zero(self.grad(id))?;
+            }
+        }
+        Ok(())
     }
 
     /// Leaves `Σ w·CE` in `plan.losses.1`.

@@ -108,6 +108,8 @@ pub struct Trainer {
     ending: Option<Recording>,
     /// Whether a step has been ended whose outcome was not read yet
     pending: bool,
+    /// Whether gradients have been added since the last step
+    begun: bool,
 }
 
 impl Trainer {
@@ -154,6 +156,7 @@ impl Trainer {
             record: true,
             ending: None,
             pending: false,
+            begun: false,
         };
         trainer.enter()?;
         for (purpose, buf) in trainer.persistent() {
@@ -317,9 +320,14 @@ impl Trainer {
     /// Adds the gradient of `scale · Σ w·CE` of a micro-batch, and `Σ w·CE` to the loss of the step. Nothing is waited for.
     ///
     /// # Errors
-    /// A batch that does not fit the model, or a fault of the device, which may be that of an earlier launch.
+    /// A batch that does not fit the model, a second one where the options promise that one is the whole step, or a fault of the
+    /// device, which may be that of an earlier launch.
     pub fn accumulate(&mut self, batch: &Batch, scale: f32) -> Result<(), Error> {
+        if self.begun && self.options.whole_step {
+            return Err(Error::Batch("a second micro-batch, in a step that was planned to have one".into()));
+        }
         self.upload(batch, scale, self.options.checkpointing)?;
+        self.begun = true;
         let shape = self.shapes.get_mut(&self.current).expect("made by the line above");
         let dev = self.device.as_mut();
         match shape.recording {
@@ -343,8 +351,13 @@ impl Trainer {
     /// `Σ w·CE` of a batch.
     ///
     /// # Errors
-    /// A batch that does not fit the model, or a fault of the device.
+    /// A batch that does not fit the model, one in the middle of a step that was planned whole, or a fault of the device.
     pub fn evaluate(&mut self, batch: &Batch) -> Result<f64, Error> {
+        if self.begun && self.options.whole_step {
+            return Err(Error::Batch(
+                "an evaluation before the step has ended: its gradients lie where activations go".into(),
+            ));
+        }
         // Nothing is kept for a backward: the smallest plan does.
         self.upload(batch, 0.0, Checkpointing::EveryLayer)?;
         let plan = &self.shapes[&self.current].plan;
@@ -392,7 +405,7 @@ impl Trainer {
         let buf = self.table.buf();
         self.device.write(buf, self.table.with_rates(each))?;
         self.device.write(scalars.adam, &adam.bytes())?;
-        self.pending = true;
+        (self.pending, self.begun) = (true, false);
         match self.ending {
             Some(recording) => self.device.replay(recording)?,
             None if self.record => {
@@ -441,6 +454,7 @@ impl Trainer {
     /// # Errors
     /// A fault of the device.
     pub fn discard(&mut self) -> Result<(), Error> {
+        self.begun = false;
         for (purpose, buf) in self.persistent() {
             if purpose == Use::Gradients {
                 self.device.zero(buf)?;

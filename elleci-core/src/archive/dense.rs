@@ -271,7 +271,10 @@ impl<'a> DenseMatrix<'a> {
         let items: Vec<_> = y.axis_chunks_iter_mut(Axis(1), task).enumerate().collect();
         par::for_each(items, |(i, mut y)| {
             #[cfg(all(feature = "std", target_arch = "x86_64"))]
-            if tokens == 1 && self.one_token(i * task, x, y.as_slice_mut().expect("one row")) {
+            if match tokens {
+                1 => self.one_token(i * task, x, y.as_slice_mut().expect("one row")),
+                _ => self.many_tokens(i * task, padded, width, y.view_mut()),
+            } {
                 return;
             }
             let mut weights = vec![0.0f32; ROWS * width];
@@ -296,6 +299,34 @@ impl DenseMatrix<'_> {
         }
         let Some(simd) = avx2::Avx2::detect() else { return false };
         self.rows_with(first, x, y, |rows, x| avx2::dots(simd, rows, x), |rows, x| avx2::dots(simd, rows, x))
+    }
+
+    /// The products of rows `first ..` with several tokens `x` `[tokens, width]`, if there is a kernel for that.
+    fn many_tokens(&self, first: usize, x: &[f32], width: usize, mut y: ArrayViewMut2<f32>) -> bool {
+        use super::{dense_avx2 as avx2, dense_avx512 as avx512};
+        let Some(simd) = avx2::Avx2::detect().filter(|_| avx512::detect().is_none()) else { return false };
+        let (whole, mut room) = (y.ncols() / ROWS * ROWS, avx2::Room::new(simd));
+        for at in (0..whole).step_by(ROWS) {
+            let row = first + at;
+            let run = row * self.cols..(row + ROWS) * self.cols;
+            let scales: [f32; ROWS] = core::array::from_fn(|r| self.row_scale(row + r));
+            let emit = |t: usize, sums: [f32; ROWS]| {
+                let mut y = y.row_mut(t);
+                let y = &mut y.as_slice_mut().expect("rows of the output are contiguous")[at..at + ROWS];
+                y.iter_mut().zip(sums).zip(scales).for_each(|((y, sum), scale)| *y = sum * scale);
+            };
+            match self.values {
+                Values::Int8 { codes, .. } => avx2::many(simd, &codes[run], (self.cols, width), x, &mut room, emit),
+                Values::F16(v) => avx2::many(simd, &v[run], (self.cols, width), x, &mut room, emit),
+                Values::F32(_) | Values::Bf16(_) => return false,
+            }
+        }
+        if whole < y.ncols() {
+            let mut weights = vec![0.0f32; ROWS * width];
+            let rest = y.slice_axis_mut(Axis(1), (whole..).into());
+            dispatch(Tile { matrix: self, first: first + whole, x, width, y: rest, weights: &mut weights });
+        }
+        true
     }
 
     /// The same with a kernel's products of [`ROWS`] rows, of int8 and of binary16.
@@ -402,7 +433,9 @@ mod tests {
 
     #[test]
     fn products_in_every_format() {
-        for (rows, cols) in [(1, 1), (8, 16), (13, 37), (300, 100)] {
+        // Several strips of columns, and groups of tokens that are not whole.
+        const TOKENS: usize = 5;
+        for (rows, cols) in [(1, 1), (8, 16), (13, 37), (300, 100), (7, 530)] {
             let value = |i: usize| ((i * 37 % 101) as f32 - 50.0) / 50.0;
             let w: Vec<f32> = (0..rows * cols).map(value).collect();
             for format in DenseFormat::ALL {
@@ -422,10 +455,10 @@ mod tests {
                     matrix.row(r, &mut read);
                     assert!(read.iter().zip(row).all(|(a, b)| (a - b).abs() <= bound), "{format:?}");
                 }
-                let x: Vec<f32> = (0..3 * cols).map(|i| value(i * 7 + 3)).collect();
-                let (mut y, mut alone) = (vec![0.0; 3 * rows], vec![0.0; rows]);
-                matrix.forward(&x, 3, &mut y);
-                for t in 0..3 {
+                let x: Vec<f32> = (0..TOKENS * cols).map(|i| value(i * 7 + 3)).collect();
+                let (mut y, mut alone) = (vec![0.0; TOKENS * rows], vec![0.0; rows]);
+                matrix.forward(&x, TOKENS, &mut y);
+                for t in 0..TOKENS {
                     let x = &x[t * cols..(t + 1) * cols];
                     matrix.forward(x, 1, &mut alone);
                     assert_eq!(y[t * rows..(t + 1) * rows], alone, "a token's bits do not depend on its company");

@@ -1,5 +1,6 @@
-//! One token with int8 or binary16 rows on AVX2: as [`super::dense_avx512`] with vectors of half the width, and without masks: a
-//! row's last values are copied to where zeros follow them.
+//! Products with int8 or binary16 rows on AVX2. One token: as [`super::dense_avx512`] with vectors of half the width, and without masks: a
+//! row's last values are copied to where zeros follow them. Several: rows become floats once for all tokens, a strip of columns
+//! at a time that stays in the first cache, and the same numbers are added in the same order.
 
 use core::arch::x86_64::*;
 
@@ -11,6 +12,10 @@ use crate::simd::{Isa, prefetch_run};
 
 /// Values of a vector.
 const LANES: usize = 8;
+/// Columns of a strip.
+const STRIP: usize = 256;
+/// Tokens that meet a strip together: twelve chains of additions, and four vectors of weights.
+const TOKENS: usize = 3;
 
 /// Proof that the machine has AVX2, FMA and F16C, and is allowed to use them.
 #[derive(Clone, Copy)]
@@ -100,4 +105,135 @@ unsafe fn sums<T: Stored>(simd: Avx2, rows: &[T], x: &[f32]) -> [f32; ROWS] {
         *to = simd.0.reduce_sum_f32s(bytemuck::cast(sum));
     }
     sums
+}
+
+/// The sums of one token with [`ROWS`] rows before their lanes are added up.
+type Sums = [__m256; ROWS];
+/// Columns of [`ROWS`] rows as floats.
+type Strip = [[__m256; STRIP / LANES]; ROWS];
+
+/// What [`many`] works in, kept from call to call.
+pub(super) struct Room {
+    strip: Strip,
+    sums: Vec<Sums>,
+}
+
+impl Room {
+    /// For a machine that has what it takes.
+    pub(super) fn new(_: Avx2) -> Room {
+        // SAFETY: zeros are floats.
+        Room { strip: unsafe { core::mem::zeroed() }, sums: Vec::new() }
+    }
+}
+
+/// The products of [`ROWS`] rows of `cols` values with the tokens `x` `[tokens, width]`, zeros behind `cols`: `emit(token, products)`.
+///
+/// # Panics
+/// When a slice does not have its size.
+#[inline(always)]
+pub(super) fn many<T: Stored>(
+    simd: Avx2,
+    rows: &[T],
+    (cols, width): (usize, usize),
+    x: &[f32],
+    room: &mut Room,
+    emit: impl FnMut(usize, [f32; ROWS]),
+) {
+    assert!(
+        rows.len() == ROWS * cols && cols.next_multiple_of(LANES) <= width && x.len().is_multiple_of(width),
+        "rows"
+    );
+    let _ = simd;
+    // SAFETY: `simd` is proof of the features, and the lengths were checked.
+    unsafe { strips(rows, (cols, width), x, room, emit) }
+}
+
+/// # Safety
+/// As [`many`] has checked.
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn strips<T: Stored>(
+    rows: &[T],
+    (cols, width): (usize, usize),
+    x: &[f32],
+    Room { strip, sums: room }: &mut Room,
+    mut emit: impl FnMut(usize, [f32; ROWS]),
+) {
+    let tokens = x.len() / width;
+    room.clear();
+    room.resize(tokens, [_mm256_setzero_ps(); ROWS]);
+    for from in (0..cols).step_by(STRIP) {
+        let len = STRIP.min(cols - from);
+        for (r, strip) in strip.iter_mut().enumerate() {
+            let row = &rows[r * cols + from..][..len];
+            let (whole, last) = row.as_chunks::<LANES>();
+            for (k, (to, values)) in strip.iter_mut().zip(whole).enumerate() {
+                if (k * LANES).is_multiple_of(64 / size_of::<T>()) {
+                    prefetch_run(values.as_ptr().cast());
+                }
+                // SAFETY: eight values.
+                *to = unsafe { T::load(values.as_ptr()) };
+            }
+            if !last.is_empty() {
+                let mut values = [T::default(); LANES];
+                values[..last.len()].copy_from_slice(last);
+                // SAFETY: eight values.
+                strip[whole.len()] = unsafe { T::load(values.as_ptr()) };
+            }
+        }
+        let vectors = len.div_ceil(LANES);
+        for (sums, x) in room.chunks_mut(TOKENS).zip(x.chunks(TOKENS * width)) {
+            // SAFETY: `x` has a row for each of the sums, with `vectors` vectors from column `from` on.
+            unsafe {
+                match sums {
+                    [a, b, c] => add([a, b, c], strip, x.as_ptr().add(from), width, vectors),
+                    [a, b] => add([a, b], strip, x.as_ptr().add(from), width, vectors),
+                    [a] => add([a], strip, x.as_ptr().add(from), width, vectors),
+                    _ => unreachable!("chunks of TOKENS"),
+                }
+            }
+        }
+    }
+    for (t, sums) in room.iter().enumerate() {
+        emit(t, reduce(sums));
+    }
+}
+
+/// Adds a strip's products to the sums of `N` tokens.
+///
+/// # Safety
+/// `x` and the `N - 1` rows that follow at distances of `width` have `vectors` vectors.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn add<const N: usize>(sums: [&mut Sums; N], strip: &Strip, x: *const f32, width: usize, vectors: usize) {
+    let mut acc = [[_mm256_setzero_ps(); ROWS]; N];
+    for t in 0..N {
+        acc[t] = *sums[t];
+    }
+    for k in 0..vectors.min(STRIP / LANES) {
+        // Three of these, one vector of weights and twelve sums are the sixteen registers.
+        let mut values = [_mm256_setzero_ps(); N];
+        for t in 0..N {
+            // SAFETY: as the caller vouches.
+            values[t] = unsafe { _mm256_loadu_ps(x.add(t * width + k * LANES)) };
+        }
+        for r in 0..ROWS {
+            for t in 0..N {
+                acc[t][r] = _mm256_fmadd_ps(strip[r][k], values[t], acc[t][r]);
+            }
+        }
+    }
+    for (sums, acc) in sums.into_iter().zip(acc) {
+        *sums = acc;
+    }
+}
+
+/// The sum of the lanes of each, in the order of pulp's `reduce_sum_f32s`: halves, then halves of these, then the last two.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn reduce([a, b, c, d]: &Sums) -> [f32; ROWS] {
+    let half = |x: &__m256| _mm_add_ps(_mm256_castps256_ps128(*x), _mm256_extractf128_ps::<1>(*x));
+    let quarters = |a, b| _mm_add_ps(_mm_movelh_ps(a, b), _mm_movehl_ps(b, a));
+    let (ab, cd) = (quarters(half(a), half(b)), quarters(half(c), half(d)));
+    let sums = _mm_add_ps(_mm_shuffle_ps::<0b10_00_10_00>(ab, cd), _mm_shuffle_ps::<0b11_01_11_01>(ab, cd));
+    bytemuck::cast(sums)
 }

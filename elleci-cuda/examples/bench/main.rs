@@ -253,15 +253,18 @@ fn fitting(
 ) -> Result<Option<Options>> {
     let bf16 = a.masters;
     let n = config.n_layers;
-    for checkpointing in [Checkpointing::None, Checkpointing::EveryKth(n.div_ceil(2)), Checkpointing::EveryLayer] {
+    let kept = [Checkpointing::None, Checkpointing::EveryKth(n.div_ceil(2)), Checkpointing::EveryLayer];
+    for (checkpointing, unpacked) in kept.into_iter().flat_map(|k| [(k, true), (k, false)]) {
         let o = Options {
             batch,
             seq: a.seq,
+            whole_step: true,
             checkpointing,
             bf16_masters: bf16.unwrap_or(false),
             bf16_gradients: bf16.unwrap_or(true),
             states: StatePrecision::Block8,
             products,
+            unpacked,
             gemm,
             bf16_stream: a.bf16_stream,
             average: false,

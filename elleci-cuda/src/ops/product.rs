@@ -10,7 +10,7 @@ use crate::device::{Arg, Device, Matmul, Operand, Order, Result};
 mod operands;
 mod own;
 
-pub(crate) use operands::{Needs, library_bytes, scales_afterwards};
+pub(crate) use operands::{Needs, library_bytes, scales_afterwards, unpack, unpacked_len};
 pub use operands::{Room, Workspace};
 
 /// Who multiplies the large products on tensor cores.
@@ -40,10 +40,21 @@ pub struct Ternary {
     pub packed: Buf,
     /// γ, one float32
     pub gamma: Buf,
+    /// The operands of its products, where they are kept
+    pub unpacked: Option<Unpacked>,
     /// Rows
     pub out: usize,
     /// Columns
     pub input: usize,
+}
+
+/// Ternary codes as the products read them, `[out, padded(in)]` but where it says otherwise.
+#[derive(Clone, Copy, Debug)]
+pub struct Unpacked {
+    /// int8: of the forward product
+    pub bytes: Buf,
+    /// bf16, or e4m3 `[in, padded(out)]`: of the gradient's; none where that is float32
+    pub backward: Option<Buf>,
 }
 
 impl Ternary {

@@ -1,6 +1,6 @@
-//! Weights to their ternary forms, all tensors in three launches.
+//! Weights to their ternary forms: packed ones in three launches for all tensors, and from these the operands that are kept.
 
-use super::product::Ternary;
+use super::product::{Ternary, unpack};
 use super::{ROOM, THREADS, int};
 use crate::arena::{Buf, Dtype};
 use crate::device::{Arg, Device, Launch, Result};
@@ -21,7 +21,7 @@ pub fn partials(out: usize, input: usize) -> usize {
 #[derive(Clone, Debug)]
 pub struct Quantizer {
     table: Buf,
-    count: usize,
+    forms: Vec<Ternary>,
     sum_blocks: usize,
     pack_blocks: usize,
 }
@@ -30,7 +30,8 @@ impl Quantizer {
     /// The table's bytes for tensors of these weights and forms; `partial` has room for the [`partials`] of all. `base` is the
     /// address of the device's memory.
     pub fn new(tensors: &[(Buf, Ternary)], table: Buf, partial: Buf, base: u64) -> (Quantizer, Vec<u8>) {
-        let mut q = Quantizer { table, count: tensors.len(), sum_blocks: 0, pack_blocks: 0 };
+        let forms = tensors.iter().map(|(_, form)| *form).collect();
+        let mut q = Quantizer { table, forms, sum_blocks: 0, pack_blocks: 0 };
         let mut bytes = Vec::with_capacity(ENTRY * tensors.len());
         for (weights, form) in tensors {
             let sums = partials(form.out, form.input);
@@ -50,15 +51,22 @@ impl Quantizer {
         (q, bytes)
     }
 
-    /// Derives γ and codes of all tensors.
+    /// Derives γ, codes and kept operands of all tensors.
     ///
     /// # Errors
     /// A fault of the device.
     pub fn run(&self, dev: &mut dyn Device) -> Result<()> {
-        let table = Arg::Buf(self.table);
+        let (table, count) = (Arg::Buf(self.table), self.forms.len());
         let launch = |blocks: usize, threads, shared| Launch { grid: [blocks as u32, 1, 1], threads, shared };
-        dev.launch("ternary_sum", launch(self.sum_blocks, THREADS, ROOM), &[table, int(self.count)])?;
-        dev.launch("ternary_gamma", launch(self.count, 32, 0), &[table])?;
-        dev.launch("ternary_pack", launch(self.pack_blocks, THREADS, 0), &[table, int(self.count)])
+        dev.launch("ternary_sum", launch(self.sum_blocks, THREADS, ROOM), &[table, int(count)])?;
+        dev.launch("ternary_gamma", launch(count, 32, 0), &[table])?;
+        dev.launch("ternary_pack", launch(self.pack_blocks, THREADS, 0), &[table, int(count)])?;
+        for form in &self.forms {
+            let kept = form.unpacked.map(|u| [Some(u.bytes), u.backward]);
+            for operand in kept.into_iter().flatten().flatten() {
+                unpack(dev, *form, operand)?;
+            }
+        }
+        Ok(())
     }
 }

@@ -3,14 +3,14 @@
 use elleci_core::config::{LayerKind, ModelConfig};
 use elleci_core::optim::StatePrecision;
 use elleci_core::optim::adamw::MIN_8BIT_ELEMS;
-use elleci_core::params::{Param, ParamKind, ParamLayout};
+use elleci_core::params::{Id, Param, ParamKind, ParamLayout};
 
 use super::buffers::{
     FfnScratch, HeadScratch, LayerSaved, MambaSaved, MambaScratch, MlaSaved, MlaScratch, ParamBufs, Tables,
 };
 use super::{Options, conv, scan};
 use crate::arena::{Arena, Buf, Dtype, Use};
-use crate::ops::product::{Gemm, Needs, Ternary, Workspace, library_bytes, scales_afterwards};
+use crate::ops::product::{Gemm, Needs, Ternary, Unpacked, Workspace, library_bytes, scales_afterwards, unpacked_len};
 use crate::ops::{Products, Rows, norm, optim, padded, ssd, ternary};
 
 /// The head takes a batch's tokens in so many chunks, but no fewer than this at a time.
@@ -21,6 +21,10 @@ const LEAST_CHUNK: usize = 256;
 pub fn has_8bit_states(p: &Param, precision: StatePrecision) -> bool {
     let keeps_f32 = matches!(p.kind, ParamKind::Embedding | ParamKind::Norm) || p.len() < MIN_8BIT_ELEMS;
     precision == StatePrecision::Block8 && !keeps_f32
+}
+
+fn stream_dtype(o: &Options) -> Dtype {
+    if o.bf16_stream { Dtype::Bf16 } else { Dtype::F32 }
 }
 
 /// Names buffers and takes them from the arena.
@@ -68,8 +72,35 @@ impl Builder<'_> {
 
     /// `[tokens, width]` of the residual stream
     pub fn stream(&mut self, name: &str, c: &ModelConfig, o: &Options) -> Buf {
-        let dtype = if o.bf16_stream { Dtype::Bf16 } else { Dtype::F32 };
-        self.any(name, dtype, self.tokens * c.d_model)
+        self.any(name, stream_dtype(o), self.tokens * c.d_model)
+    }
+
+    /// The residual stream before every segment of layers, and after the last. That before a segment is read for the last time in the
+    /// backward of the segment, when the gradients of the embedding and of the layers in front are still to come: where this is the
+    /// step's only backward, it lies there.
+    pub fn starts(
+        &mut self,
+        c: &ModelConfig,
+        o: &Options,
+        layout: &ParamLayout,
+        params: &[ParamBufs],
+        (segments, segment): (usize, usize),
+    ) -> Vec<Buf> {
+        let grads_of = |id: Id| params[id.0].optim.grads.at;
+        // In this order in memory: embedding, layers, final norm, head.
+        let layers = layout.layers().iter().step_by(segment).map(|l| grads_of(l.mixer_norm));
+        let ends: Vec<u64> = layers.chain([grads_of(layout.final_norm())]).collect();
+        // A tied embedding has the head's gradient, which comes first of all.
+        let begin = if c.tie_embeddings { ends[0] } else { grads_of(layout.tok_emb()) };
+        let mut free = begin..begin;
+        let mut take = |s: usize| {
+            if o.whole_step {
+                free.end = ends[s];
+            }
+            let len = self.tokens * c.d_model;
+            self.arena.borrow(&mut free, self.purpose, format!("start.{s}"), stream_dtype(o), len)
+        };
+        (0..=segments).map(&mut take).collect()
     }
 
     pub fn quantized(&mut self, name: &str, width: usize) -> Rows {
@@ -105,6 +136,21 @@ pub(super) fn param_buffers(arena: &mut Arena, layout: &ParamLayout, o: &Options
         is_ternary(p).then(|| (Dtype::U8, Ternary::packed_bytes(p.shape[0], p.shape[1])))
     });
     let gamma = each(Use::Ternary, ".gamma", &|p| is_ternary(p).then_some((Dtype::F32, 1)));
+    let operand = |p: &Param, dtype: Option<Dtype>| {
+        let dtype = dtype.filter(|_| o.unpacked && is_ternary(p))?;
+        Some((dtype, unpacked_len(p.shape[0], p.shape[1], dtype)))
+    };
+    let bytes = each(Use::Ternary, ".int8", &|p| operand(p, Some(Dtype::I8)));
+    let backward = each(Use::Ternary, ".backward", &|p| {
+        operand(
+            p,
+            match o.products {
+                Products::F32 => None,
+                Products::Bf16 => Some(Dtype::Bf16),
+                Products::Fp8 => Some(Dtype::E4m3),
+            },
+        )
+    });
     let bufs = |i: usize, p: &Param| {
         let some = |buf: Option<Buf>| buf.expect("every parameter has one");
         let form = packed[i].zip(gamma[i]);
@@ -116,7 +162,10 @@ pub(super) fn param_buffers(arena: &mut Arena, layout: &ParamLayout, o: &Options
                 absmax: m_absmax[i].zip(v_absmax[i]),
                 mean: mean[i],
             },
-            ternary: form.map(|(packed, gamma)| Ternary { packed, gamma, out: p.shape[0], input: p.shape[1] }),
+            ternary: form.map(|(packed, gamma)| {
+                let unpacked = bytes[i].map(|bytes| Unpacked { bytes, backward: backward[i] });
+                Ternary { packed, gamma, unpacked, out: p.shape[0], input: p.shape[1] }
+            }),
         }
     };
     layout.params().iter().enumerate().map(|(i, p)| bufs(i, p)).collect()

@@ -233,6 +233,9 @@ pub struct CudaConfig {
     /// Operands of the products that are not exact anyway.
     #[serde(default)]
     pub products: CudaProducts,
+    /// What is kept of ternary weights.
+    #[serde(default)]
+    pub ternary: CudaTernary,
     /// Who multiplies the large products on tensor cores.
     #[serde(default)]
     pub gemm: CudaGemm,
@@ -261,6 +264,19 @@ pub enum CudaProducts {
     Bf16,
     /// As bf16, with the gradients of ternary projections' inputs in e4m3
     Fp8,
+}
+
+/// What a card keeps of ternary weights.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CudaTernary {
+    /// The operands of the products too where the memory allows
+    #[default]
+    Auto,
+    /// Two bits a weight, laid out anew for every product
+    Packed,
+    /// The operands of the products too
+    Unpacked,
 }
 
 /// Who multiplies on a card.

@@ -118,34 +118,31 @@ impl Workspace {
         Ok(Operand { buf, pitch, order: Order::K })
     }
 
-    /// Ternary codes, sixteen to a thread, as `[out, padded(input)]`.
-    fn unpacked(&self, dev: &mut dyn Device, kernel: &'static str, w: Ternary, dtype: Dtype) -> Result<Operand> {
-        let pitch = padded(w.input);
-        let buf = self.part(Room::Right, dtype, w.out * pitch);
-        let words = w.out * pitch / 16;
-        dev.launch(kernel, elementwise(words), &[w.packed_arg(), int(words), Arg::Buf(buf)])?;
-        Ok(Operand { buf, pitch, order: Order::K })
+    /// Ternary codes as an operand: as they are kept, or laid out here.
+    fn ternary(&self, dev: &mut dyn Device, w: Ternary, dtype: Dtype, kept: Option<Buf>) -> Result<Buf> {
+        let laid_out = match kept {
+            Some(buf) => return Ok(buf),
+            None => self.part(Room::Right, dtype, unpacked_len(w.out, w.input, dtype)),
+        };
+        unpack(dev, w, laid_out)?;
+        Ok(laid_out)
     }
 
     pub(super) fn ternary_bytes(&self, dev: &mut dyn Device, w: Ternary) -> Result<Operand> {
-        self.unpacked(dev, "ternary_to_bytes", w, Dtype::I8)
+        let buf = self.ternary(dev, w, Dtype::I8, w.unpacked.map(|u| u.bytes))?;
+        Ok(Operand { buf, pitch: padded(w.input), order: Order::K })
     }
 
     /// As the second operand of `dy · W₃`: rows are k.
     pub(super) fn ternary_halves(&self, dev: &mut dyn Device, w: Ternary) -> Result<Operand> {
-        let operand = self.unpacked(dev, "ternary_to_halves", w, Dtype::Bf16)?;
-        Ok(Operand { order: Order::Row, ..operand })
+        let buf = self.ternary(dev, w, Dtype::Bf16, w.unpacked.and_then(|u| u.backward))?;
+        Ok(Operand { buf, pitch: padded(w.input), order: Order::Row })
     }
 
-    /// The same in e4m3, turned: `[input, padded(out)]`.
+    /// The same in e4m3, turned.
     pub(super) fn ternary_e4m3(&self, dev: &mut dyn Device, w: Ternary) -> Result<Operand> {
-        let pitch = padded(w.out);
-        let buf = self.part(Room::Right, Dtype::E4m3, w.input * pitch);
-        let row_bytes = padded(w.input) / 4;
-        let args = [w.packed_arg(), int(w.out), int(w.input), int(row_bytes), int(pitch), Arg::Buf(buf)];
-        let grid = [(pitch / 64) as u32, w.input.div_ceil(64) as u32, 1];
-        dev.launch("ternary_to_e4m3_turned", Launch { grid, threads: THREADS, shared: 64 * (64 + 16) }, &args)?;
-        Ok(Operand { buf, pitch, order: Order::K })
+        let buf = self.ternary(dev, w, Dtype::E4m3, w.unpacked.and_then(|u| u.backward))?;
+        Ok(Operand { buf, pitch: padded(w.out), order: Order::K })
     }
 
     /// Rows in e4m3, and the scales of each.
@@ -157,6 +154,33 @@ impl Workspace {
         dev.launch("to_e4m3_rows", row_each(rows, ROOM), &args)?;
         Ok((Operand { buf, pitch, order: Order::K }, scales))
     }
+}
+
+/// Elements of the codes of an `[out, input]` matrix as an operand of this type.
+pub(crate) fn unpacked_len(out: usize, input: usize, dtype: Dtype) -> usize {
+    if dtype == Dtype::E4m3 { input * padded(out) } else { out * padded(input) }
+}
+
+/// Lays a matrix's codes out as an operand: int8 or bf16 `[out, padded(input)]`, or e4m3 `[input, padded(out)]`.
+///
+/// # Errors
+/// A fault of the device.
+pub(crate) fn unpack(dev: &mut dyn Device, w: Ternary, to: Buf) -> Result<()> {
+    let to_arg = exact(to, to.dtype, unpacked_len(w.out, w.input, to.dtype));
+    let kernel = match to.dtype {
+        Dtype::E4m3 => {
+            let (row_bytes, pitch) = (padded(w.input) / 4, padded(w.out));
+            let args = [w.packed_arg(), int(w.out), int(w.input), int(row_bytes), int(pitch), to_arg];
+            let grid = [(pitch / 64) as u32, w.input.div_ceil(64) as u32, 1];
+            let launch = Launch { grid, threads: THREADS, shared: 64 * (64 + 16) };
+            return dev.launch("ternary_to_e4m3_turned", launch, &args);
+        }
+        Dtype::Bf16 => "ternary_to_halves",
+        Dtype::I8 => "ternary_to_bytes",
+        other => unreachable!("{other:?} is no type of codes"),
+    };
+    let words = to.len / 16; // a thread each
+    dev.launch(kernel, elementwise(words), &[w.packed_arg(), int(words), to_arg])
 }
 
 /// Bytes of the library's own workspace: 32 MiB are NVIDIA's advice for a Hopper card, and few tokens have small products.

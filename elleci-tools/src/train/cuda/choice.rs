@@ -1,7 +1,7 @@
 //! How a run uses a card's memory: how many sequences at once, which activations are kept, where the running mean lives.
 //!
 //! None of it changes what is computed, but the order in which gradients are added. What is not set is chosen: passes of at least
-//! `SATURATED` tokens, then the fewest layers computed twice, then the most sequences. (That so many tokens keep a card busy is an
+//! `SATURATED` tokens, then the fewest layers computed twice, then the most sequences, then operands that are kept. (That so many tokens keep a card busy is an
 //! estimate; no card has measured it yet.)
 
 use std::fmt::Write;
@@ -14,7 +14,7 @@ use elleci_cuda::ops::product::Gemm;
 use elleci_cuda::plan::{Options, Plan as DevicePlan};
 
 use super::super::backend::pass_rows;
-use super::super::config::{CudaFloat, CudaGemm, CudaProducts, RunConfig};
+use super::super::config::{CudaFloat, CudaGemm, CudaProducts, CudaTernary, RunConfig};
 use super::super::plan::{Plan, checkpointing, largest_micro_batch, precision};
 
 /// Tokens from which on more at once are taken to be no faster.
@@ -77,6 +77,7 @@ pub fn forms(n: usize) -> Vec<Checkpointing> {
 struct Candidate {
     rows: usize,
     segment: usize,
+    unpacked: bool,
     mean: Mean,
 }
 
@@ -94,10 +95,16 @@ fn candidates(config: &RunConfig, schedule: &Plan) -> Vec<Candidate> {
     let fast = segments.iter().flat_map(|s| many.iter().map(move |r| (*r, *s)));
     let small = few.iter().flat_map(|r| segments.iter().map(move |s| (*r, *s)));
     let shapes: Vec<_> = fast.chain(small).collect();
+    let forms: &[bool] = match config.cuda.ternary {
+        CudaTernary::Auto => &[true, false],
+        CudaTernary::Packed => &[false],
+        CudaTernary::Unpacked => &[true],
+    };
+    let shapes: Vec<_> = shapes.iter().flat_map(|s| forms.iter().map(move |form| (*s, *form))).collect();
     let places: &[Mean] = if config.swa.start < 1.0 { &[Mean::Device, Mean::Host] } else { &[Mean::Device] };
     places
         .iter()
-        .flat_map(|m| shapes.iter().map(|(rows, segment)| Candidate { rows: *rows, segment: *segment, mean: *m }))
+        .flat_map(|m| shapes.iter().map(|((r, s), u)| Candidate { rows: *r, segment: *s, unpacked: *u, mean: *m }))
         .collect()
 }
 
@@ -106,6 +113,7 @@ fn options(config: &RunConfig, candidate: &Candidate, seq: usize) -> Options {
     Options {
         batch: candidate.rows,
         seq,
+        whole_step: false,
         checkpointing: kept(config.model.n_layers, candidate.segment),
         bf16_masters: is_bf16(config.cuda.masters),
         bf16_gradients: is_bf16(config.cuda.gradients),
@@ -115,6 +123,7 @@ fn options(config: &RunConfig, candidate: &Candidate, seq: usize) -> Options {
             CudaProducts::Bf16 => Products::Bf16,
             CudaProducts::Fp8 => Products::Fp8,
         },
+        unpacked: candidate.unpacked,
         // Where it is not known yet, the one that takes more memory.
         gemm: if config.cuda.gemm == CudaGemm::Own { Gemm::Own } else { Gemm::Library },
         bf16_stream: is_bf16(config.cuda.stream),
@@ -126,8 +135,11 @@ fn options(config: &RunConfig, candidate: &Candidate, seq: usize) -> Options {
 /// A candidate with its memory: the largest of all passes that the run makes, evaluation included.
 fn plan(config: &RunConfig, schedule: &Plan, candidate: &Candidate) -> Result<Choice, DeviceError> {
     let (_, seq) = largest_micro_batch(config, schedule);
-    let options = options(config, candidate, seq);
     let tokens = candidate.rows * seq;
+    let whole_step = schedule.stages().iter().all(|(shape, _)| {
+        shape.micro_batches == 1 && pass_rows(shape.sequences, shape.seq_len, tokens) == shape.sequences
+    });
+    let options = Options { whole_step, ..options(config, candidate, seq) };
     let arena = DevicePlan::new(&config.model, options)?.arena;
     let mut bytes = arena.bytes();
     for (shape, _) in schedule.stages() {
@@ -206,7 +218,8 @@ struct Remedy {
 }
 
 /// In the order in which they cost least.
-const REMEDIES: [Remedy; 6] = [
+const REMEDIES: [Remedy; 7] = [
+    Remedy { text: "cuda.ternary=auto", apply: |c| c.cuda.ternary = CudaTernary::Auto },
     Remedy { text: "cuda.rows=0", apply: |c| c.cuda.rows = 0 },
     Remedy { text: "training.checkpointing=auto", apply: |c| c.training.checkpointing = "auto".into() },
     Remedy { text: "cuda.gradients=bf16", apply: |c| c.cuda.gradients = CudaFloat::Bf16 },
@@ -262,9 +275,17 @@ pub fn describe(config: &RunConfig, choice: &Choice) -> String {
     let float = |f: CudaFloat| if f == CudaFloat::Bf16 { "bf16" } else { "float32" };
     let masters = format!("matrices {}", float(config.cuda.masters));
     let gradients = format!("of matrices {}", float(config.cuda.gradients));
+    let lent = match choice.arena.lent_to(Use::Activations) {
+        0 => String::new(),
+        bytes => format!("beside {:.3} GiB in the memory of gradients, which come later in the step", gib(bytes)),
+    };
     let rows = [
         ("weights", Use::Weights, masters.as_str()),
-        ("ternary forms", Use::Ternary, "2 bits a weight"),
+        (
+            "ternary forms",
+            Use::Ternary,
+            if choice.options.unpacked { "2 bits a weight, and operands of products" } else { "2 bits a weight" },
+        ),
         ("gradients", Use::Gradients, gradients.as_str()),
         ("optimizer states", Use::Optimizer, ""),
         (
@@ -272,7 +293,7 @@ pub fn describe(config: &RunConfig, choice: &Choice) -> String {
             Use::Average,
             if choice.mean == Mean::Host { "in the host's memory" } else { "" },
         ),
-        ("activations", Use::Activations, ""),
+        ("activations", Use::Activations, lent.as_str()),
         ("scratch", Use::Scratch, "logits in chunks, the batch, tables"),
     ];
     for (what, purpose, note) in rows {

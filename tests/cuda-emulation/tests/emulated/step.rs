@@ -7,6 +7,7 @@ use elleci_core::optim::norm::{clip_factor, global_norm};
 use elleci_core::optim::swa::Swa;
 use elleci_core::optim::{AdamW, AdamWConfig, StatePrecision, StepRates};
 use elleci_core::params::{Id, Params};
+use elleci_cuda::arena::Use;
 use elleci_cuda::ops::product::Gemm;
 use elleci_cuda::ops::{Products, Rows, padded};
 use elleci_cuda::plan::{Options, Plan};
@@ -75,11 +76,13 @@ pub fn options(products: Products, checkpointing: Checkpointing, batch: usize, s
     Options {
         batch,
         seq,
+        whole_step: false,
         checkpointing,
         bf16_masters: false,
         bf16_gradients: false,
         states: StatePrecision::F32,
         products,
+        unpacked: false,
         gemm: Gemm::Own,
         bf16_stream: false,
         average: true,
@@ -223,6 +226,48 @@ fn checkpointing_and_replay_keep_every_bit() {
         assert!(distance <= 1e-6, "{name}: {distance:e} when accumulated");
         // Scored with another plan, that of an evaluation.
         assert!((t.evaluate(&data.batch()).unwrap() - loss).abs() <= 1e-12 * loss.abs());
+    }
+}
+
+/// A step of one micro-batch, whose activations lie in the memory of gradients: the same bits, steps and evaluations of other shapes
+/// between them; and what would destroy gradients is refused.
+#[test]
+fn activations_in_the_memory_of_gradients_change_no_bit() {
+    let c = config();
+    let w = weights(&c);
+    // Gradients are larger than the streams of so few tokens, so that all of these lie there.
+    let shapes = [(1, 12), (1, 9), (1, 12)];
+    let steps = |o: Options, tied: bool| {
+        let c = ModelConfig { tie_embeddings: tied, ..c.clone() };
+        let w = if tied { weights(&c) } else { w.clone() };
+        let mut t = trainer(&c, &w, o, 0);
+        let mut seen = Vec::new();
+        for (seed, (batch, seq)) in shapes.into_iter().enumerate() {
+            let data = Data::new(seed as u64, batch, seq);
+            seen.push(t.evaluate(&data.batch()).unwrap());
+            t.accumulate(&data.batch(), 0.02).unwrap();
+            seen.extend(t.gradients().unwrap().data().iter().map(|g| *g as f64));
+            if o.whole_step {
+                let text = t.accumulate(&data.batch(), 0.02).unwrap_err().to_string();
+                assert!(text.contains("a second micro-batch"), "{text}");
+                assert!(t.evaluate(&data.batch()).unwrap_err().to_string().contains("before the step has ended"));
+            }
+            t.update(&Rates { lr_of: &|_| 1e-3, weight_decay: 0.1, clip: 0.05, weight: 50.0 }).unwrap();
+            seen.push(t.outcome().unwrap().unwrap().norm);
+        }
+        // What is dropped leaves nothing behind.
+        t.accumulate(&Data::new(9, 1, 12).batch(), 0.02).unwrap();
+        t.discard().unwrap();
+        t.accumulate(&Data::new(0, 1, 12).batch(), 0.02).unwrap();
+        seen.extend(t.gradients().unwrap().data().iter().map(|g| *g as f64));
+        (seen, t.plan().arena.lent_to(Use::Activations))
+    };
+    for (checkpointing, tied) in [(Checkpointing::EveryLayer, false), (Checkpointing::EveryKth(2), true)] {
+        let apart = Options { guard: 0, ..options(Products::F32, checkpointing, 1, 12) };
+        let (want, none) = steps(apart, tied);
+        let (got, lent) = steps(Options { whole_step: true, ..apart }, tied);
+        assert!(none == 0 && lent > 0, "{lent}");
+        assert!(want == got, "{checkpointing:?}");
     }
 }
 

@@ -52,7 +52,7 @@ fn ternary_forms_equal_the_core() {
                 bench.floats(&w)
             };
             let packed = bench.empty(Dtype::U8, Ternary::packed_bytes(out, input));
-            tensors.push((weights, Ternary { packed, gamma: bench.room(1), out, input }));
+            tensors.push((weights, Ternary { packed, gamma: bench.room(1), unpacked: None, out, input }));
             want.push(TernaryMatrix::from_weights(&w, out, input));
         }
         let table = bench.empty(Dtype::U8, tensors.len() * ENTRY);
