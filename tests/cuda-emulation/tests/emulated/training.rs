@@ -366,7 +366,8 @@ fn a_step_that_is_not_finite_is_skipped_on_the_device() {
 /// What is planned is what is asked for, once, evaluation and longer sequences included.
 #[test]
 fn the_device_is_asked_for_what_was_planned() {
-    let config = config(&["training.steps=2", "training.accumulation=1", "training.eval_interval=1"]);
+    let settings = ["training.steps=2", "training.accumulation=1", "training.eval_interval=1", "cuda.ternary=packed"];
+    let config = config(&settings);
     let choice = choose(&config, &schedule(&config), 1 << 30).unwrap();
     assert_eq!(choice.options.checkpointing, Checkpointing::None, "there is room");
     let dir = tempfile::tempdir().unwrap();
@@ -377,7 +378,11 @@ fn the_device_is_asked_for_what_was_planned() {
     assert_eq!(watch.asked.get(), choice.bytes);
     // With less memory, the layers are computed twice, or fewer sequences go through at once.
     let smaller = choose(&config, &schedule(&config), choice.bytes - 1).unwrap();
-    assert!(smaller.bytes < choice.bytes && smaller.options.checkpointing != Checkpointing::None, "{smaller:?}");
+    assert!(
+        smaller.bytes < choice.bytes && smaller.options.checkpointing != Checkpointing::None,
+        "{:?}",
+        smaller.options
+    );
 }
 
 /// Fewer sequences at once, other activations kept, the mean on the host: the same run but for the order of some additions.
