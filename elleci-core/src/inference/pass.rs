@@ -19,6 +19,8 @@ use crate::ternary::packed::{self, PackedTernary, forward_all};
 /// Rows of a pass at most: working memory is bounded, however long a prompt is. A sequence is cut into runs of this many tokens
 /// from the start of a call, so that the cut, and with it the bits, do not depend on the company.
 const ROWS: usize = 128;
+/// Rows whose outputs are made together: a head's weights become floats once for so many.
+const OUTPUTS: usize = 32;
 
 impl Output {
     /// The rows that are wanted of a run of a feed.
@@ -256,7 +258,7 @@ impl Call<'_> {
             head.expect();
         }
         let (logits_of, hidden_of) = wanted.split_at(heads);
-        for wanted in logits_of.chunks(16).chain(hidden_of.chunks(16)) {
+        for wanted in logits_of.chunks(OUTPUTS).chain(hidden_of.chunks(OUTPUTS)) {
             let n = wanted.len();
             let picked = grown(&mut scratch.normed, n * d);
             for (wanted, to) in wanted.iter().zip(picked.chunks_exact_mut(d)) {

@@ -264,7 +264,10 @@ impl<'a> Engine<'a> {
     /// One pass, and what follows from it.
     fn pass(&mut self) {
         let mut taken = self.turn();
-        if let Err(error) = self.compute(&mut taken) {
+        let began = Instant::now();
+        let computed = self.compute(&mut taken);
+        self.metrics.model_seconds.inc_by(began.elapsed().as_secs_f64());
+        if let Err(error) = computed {
             let error = ApiError::internal(format!("the model cannot go on: {error}"));
             let asks = taken.iter().map(|r| &r.ask).chain(self.writing.iter().map(|w| &w.ask));
             asks.for_each(|ask| ask.tell(Event::Failed(error.clone())));

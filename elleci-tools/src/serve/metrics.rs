@@ -36,6 +36,8 @@ pub struct Metrics {
     pub passes: Counter,
     /// Time that passes and choices took.
     pub busy_seconds: Counter<f64, AtomicU64>,
+    /// What the passes took of it.
+    pub model_seconds: Counter<f64, AtomicU64>,
     /// Requests that wait for their first sequence.
     pub queued: Gauge,
     /// Sequences that are being computed.
@@ -74,6 +76,7 @@ impl Metrics {
             generated_tokens: Counter::default(),
             passes: Counter::default(),
             busy_seconds: Counter::default(),
+            model_seconds: Counter::default(),
             queued: Gauge::default(),
             active: Gauge::default(),
             connections: Gauge::default(),
@@ -96,6 +99,7 @@ impl Metrics {
         add("generated_tokens", "Tokens chosen", boxed(&metrics.generated_tokens));
         add("passes", "Passes through the model", boxed(&metrics.passes));
         add("busy_seconds", "Time that the engine worked", boxed(&metrics.busy_seconds));
+        add("model_seconds", "Time that the engine worked in the model", boxed(&metrics.model_seconds));
         add("queued_requests", "Requests that wait for their first sequence", boxed(&metrics.queued));
         add("active_sequences", "Sequences that are being computed", boxed(&metrics.active));
         add("connections", "Open connections", boxed(&metrics.connections));
