@@ -271,11 +271,14 @@ impl<'a> DenseMatrix<'a> {
         let items: Vec<_> = y.axis_chunks_iter_mut(Axis(1), task).enumerate().collect();
         par::for_each(items, |(i, mut y)| {
             #[cfg(all(feature = "std", target_arch = "x86_64"))]
-            if match tokens {
-                1 => self.one_token(i * task, x, y.as_slice_mut().expect("one row")),
-                _ => self.many_tokens(i * task, padded, width, y.view_mut()),
-            } {
-                return;
+            {
+                let done = match tokens {
+                    1 => self.one_token(i * task, x, y.as_slice_mut().expect("one row")),
+                    _ => self.many_tokens(i * task, padded, width, y.view_mut()),
+                };
+                if done {
+                    return;
+                }
             }
             let mut weights = vec![0.0f32; ROWS * width];
             dispatch(Tile { matrix: self, first: i * task, x: padded, width, y: y.view_mut(), weights: &mut weights });

@@ -14,7 +14,7 @@ use crate::simd::{Isa, prefetch_run};
 const LANES: usize = 8;
 /// Columns of a strip.
 const STRIP: usize = 256;
-/// Tokens that meet a strip together: twelve chains of additions, and four vectors of weights.
+/// Tokens that meet a strip together: with [`ROWS`] rows, twelve chains of additions.
 const TOKENS: usize = 3;
 
 /// Proof that the machine has AVX2, FMA and F16C, and is allowed to use them.
