@@ -85,7 +85,8 @@ stage_fmt() {
 stage_lint() {
     # If all is to be built, that comes first: LibTorch's wrapper is one long C++ file, and the tests are compiled beside it.
     [ "${everything:-}" != yes ] || build
-    cargo clippy --release --all-targets --locked $features $(selection) -- -D warnings
+    # Clippy starts a cargo of its own, which is to be told the profile too: it would build LibTorch's wrapper again.
+    command cargo clippy --config scripts/check.toml --release --all-targets --locked $features $(selection) -- -D warnings
 }
 
 # A static library without the standard library, linked into a C program that runs it against the ordinary build; and a
