@@ -240,6 +240,10 @@ fn train(
     run.log = Log::open(out, Some(goal), run.progress.step)?;
     announce(&run);
     run.train(run.plan.steps()).map_err(|e| after_a_fault(e, &run))?;
+    if let Some(store) = &run.store {
+        // One too many is left where a process was killed right after its last checkpoint.
+        store.prune(run.config.training.keep_last)?;
+    }
     finish(&mut run, out, tokenizer.as_deref())
 }
 
