@@ -396,6 +396,7 @@ fn the_form_of_a_pass_changes_no_result() {
             let backend = on_device(&config, &watch, |c| {
                 (c.options.batch, c.options.checkpointing, c.mean) = (rows, kept, mean);
                 c.options.average = mean == Mean::Device;
+                c.options.whole_step = rows == 2;
             });
             let mut run = run(&config, backend, dir.path());
             let losses = run.train(2).unwrap().losses;
