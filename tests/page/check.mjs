@@ -320,17 +320,19 @@ await step("Shift+Enter breaks the line; the box grows", async () => {
 
 await step("the language follows the browser, and the switch", async () => {
   assert.equal(await page.$eval("html", (e) => e.lang), "it");
-  await watched(60);
-  await page.keyboard.press("Escape");
-  await idle();
+  // What comes all at once has no rate; a server beside other work may send even a long answer so.
+  for (let attempt = 1; ; attempt++) {
+    await watched(60);
+    await page.keyboard.press("Escape");
+    await idle();
+    if (!given || attempt === 6 || (await text(".model .facts")).includes("token/s")) break;
+    await page.click("#fresh");
+  }
   await page.click("#lang");
   assert.equal(await page.$eval("html", (e) => e.lang), "en");
   assert.equal(await text("#send"), "Send");
   assert.equal(await text("#fresh"), "New chat");
-  // What came at once has no rate.
-  const facts = await text(".model .facts");
-  assert.match(facts, /\d+ tokens.*seed \d+.*stopped/);
-  assert.doesNotMatch(facts, /token\/s/);
+  assert.match(await text(".model .facts"), /\d+ tokens.*[\d.]+ tokens\/s.*seed \d+.*stopped/);
   await page.reload();
   assert.equal(await text("#send"), "Send");
   await open({ language: "de-DE" });

@@ -132,7 +132,7 @@ impl Room {
 /// When a slice does not have its size.
 #[inline(always)]
 pub(super) fn many<T: Stored>(
-    simd: Avx2,
+    _: Avx2,
     rows: &[T],
     (cols, width): (usize, usize),
     x: &[f32],
@@ -143,8 +143,7 @@ pub(super) fn many<T: Stored>(
         rows.len() == ROWS * cols && cols.next_multiple_of(LANES) <= width && x.len().is_multiple_of(width),
         "rows"
     );
-    let _ = simd;
-    // SAFETY: `simd` is proof of the features, and the lengths were checked.
+    // SAFETY: the token is proof of the features, and the lengths were checked.
     unsafe { strips(rows, (cols, width), x, room, emit) }
 }
 

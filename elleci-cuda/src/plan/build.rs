@@ -136,21 +136,16 @@ pub(super) fn param_buffers(arena: &mut Arena, layout: &ParamLayout, o: &Options
         is_ternary(p).then(|| (Dtype::U8, Ternary::packed_bytes(p.shape[0], p.shape[1])))
     });
     let gamma = each(Use::Ternary, ".gamma", &|p| is_ternary(p).then_some((Dtype::F32, 1)));
-    let operand = |p: &Param, dtype: Option<Dtype>| {
-        let dtype = dtype.filter(|_| o.unpacked && is_ternary(p))?;
-        Some((dtype, unpacked_len(p.shape[0], p.shape[1], dtype)))
+    let operand = |p: &Param, dtype: Dtype| {
+        (o.unpacked && is_ternary(p)).then(|| (dtype, unpacked_len(p.shape[0], p.shape[1], dtype)))
     };
-    let bytes = each(Use::Ternary, ".int8", &|p| operand(p, Some(Dtype::I8)));
-    let backward = each(Use::Ternary, ".backward", &|p| {
-        operand(
-            p,
-            match o.products {
-                Products::F32 => None,
-                Products::Bf16 => Some(Dtype::Bf16),
-                Products::Fp8 => Some(Dtype::E4m3),
-            },
-        )
-    });
+    let of_backward = match o.products {
+        Products::F32 => None,
+        Products::Bf16 => Some(Dtype::Bf16),
+        Products::Fp8 => Some(Dtype::E4m3),
+    };
+    let bytes = each(Use::Ternary, ".int8", &|p| operand(p, Dtype::I8));
+    let backward = each(Use::Ternary, ".backward", &|p| operand(p, of_backward?));
     let bufs = |i: usize, p: &Param| {
         let some = |buf: Option<Buf>| buf.expect("every parameter has one");
         let form = packed[i].zip(gamma[i]);

@@ -94,9 +94,9 @@ fn projection(bench: &mut Bench, numbers: &mut Numbers, rows: usize, out: usize,
         Rows { codes: bench.bytes(Dtype::I8, wide.len(), wide), scales: bench.floats(&scales), rstd: bench.room(1) };
     let bytes = packed(&matrix);
     let w = Ternary {
-        unpacked: None,
         packed: bench.bytes(Dtype::U8, bytes.len(), bytes),
         gamma: bench.floats(&[matrix.gamma()]),
+        unpacked: None,
         out,
         input,
     };
