@@ -75,6 +75,41 @@ fn every_way_of_feeding_equals_the_sequence_forward() {
     }
 }
 
+/// The bits of a sequence do not depend on how it is cut into calls: of several tokens each, or of any if there is one form of attention.
+#[test]
+fn cuts_change_nothing() {
+    let nano = ModelConfig { vocab_size: 300, ..ModelConfig::preset("nano").unwrap() };
+    for (c, n) in [(odd_config(), 300), (nano, 150)] {
+        let archive = archive(&c);
+        let model = archive.model();
+        let tokens = tokens(&c, n);
+        let logits = |mut batch: Batch, runs: &[usize]| {
+            let mut session = Session::new(model).unwrap();
+            let mut all = Vec::new();
+            for run in runs {
+                let start = session.position();
+                let feed = Feed { session: &mut session, tokens: &tokens[start..start + run] };
+                batch.extend_each(model, &mut [feed], |_, _, row| all.extend_from_slice(row)).unwrap();
+            }
+            assert_eq!(session.position(), n);
+            (all, session.to_bytes())
+        };
+        let whole = logits(Batch::new(), &[n]);
+        let several = [2, 3, 4, 7, 8, 9, 31, 33, n - 97];
+        for (batch, runs) in [
+            (Batch::new(), &several[..]),
+            (Batch::new(), &[n - 2, 2]),
+            (Batch::new(), &[129, n - 129]),
+            (Batch::new().with_one_form(), &several),
+            (Batch::new().with_one_form(), &[1, 1, 38, 1, 2, 86, 1, n - 130]),
+            (Batch::new().with_one_form(), &vec![1; n]),
+        ] {
+            assert!(logits(batch, runs) == whole, "{runs:?}");
+        }
+        assert!(logits(Batch::new(), &vec![1; n]) != whole, "decoding has a form of its own");
+    }
+}
+
 /// The same calls give the same bits: alone or in company, on one thread or several, with either packing.
 #[test]
 fn company_threads_and_packing_change_nothing() {

@@ -5,7 +5,7 @@
 
 `elleci-run serve` answers the real harness (`local-completions`, with token ids, echo and log-probabilities) on this machine only;
 `elleci-eval` scores the same rows by itself. Both write their items in the harness's layout, and these are compared: the question, every
-log-likelihood (within 1e-3; `--no-sharing` has elleci-eval cut a text into runs as the server does), which continuations are greedy, and the metrics. The rows are small sets of our own in the columns of
+log-likelihood (within 1e-3), which continuations are greedy, and the metrics. The rows are small sets of our own in the columns of
 public ones (rows.py); the tasks are the harness's own files with nothing changed but where the rows come from. Exit code 1 if one
 item differs.
 """
@@ -129,7 +129,7 @@ def main(work):
     names = rows.write(data)
     write_tasks(names, data, work / "tasks")
     shared = ["--max-length", str(args.max_length)]
-    run([f"{args.bin}/elleci-eval", "-m", args.model, "--data", str(data), "--tasks", ",".join(names), "--shots", "0", "--no-cache", "--no-sharing",
+    run([f"{args.bin}/elleci-eval", "-m", args.model, "--data", str(data), "--tasks", ",".join(names), "--shots", "0", "--no-cache",
          "--log", str(ours), *shared])
     with Server() as address:
         with urllib.request.urlopen(f"{address}/v1/models", timeout=60) as reply:

@@ -29,6 +29,9 @@ const BLOCK: usize = 64;
 
 /// Cached tokens whose latents are expanded together: bounds the memory for it. Divides [`PAGE`].
 const EXPAND: usize = 128;
+/// Rows and tokens of the expanded attention's products at least, which are filled up to them: `gemm` adds up products of at most 256
+/// elements in another order, and the bits of a row are not to depend on how many others there are.
+const LEAST: [usize; 2] = [8, 40];
 
 /// Reads `scratch.norm`, writes `scratch.y`.
 pub(super) fn forward(pass: &Pass, ids: &MlaIds, states: Vec<&mut LayerState>, scratch: &mut Scratch) {
@@ -70,10 +73,7 @@ pub(super) fn forward(pass: &Pass, ids: &MlaIds, states: Vec<&mut LayerState>, s
     let kv_up = pass.model.ternary(ids.kv_up);
     par::for_each(items, |(segment, cache, o)| {
         let q = &q[segment.row * q_row..(segment.row + segment.len) * q_row];
-        match segment.len {
-            1 => absorbed(c, &kv_up, cache, q, o),
-            _ => expanded(c, &kv_up, cache, q, o),
-        }
+        if segment.absorb { absorbed(c, &kv_up, cache, q, o) } else { expanded(c, &kv_up, cache, q, o) }
     });
     let o: &[f32] = &o[..n * o_row];
     pass.expect(&[ids.out]);
@@ -221,26 +221,30 @@ fn attend_block<S: Simd>(
     }
 }
 
-/// The newest tokens: `q` `[len, heads, d_nope + d_rope]`, `o` `[len, heads, d_v]`.
+/// The newest tokens: `q` `[len, heads, d_nope + d_rope]`, `o` `[len, heads, d_v]`. A row's bits depend on its own context alone.
 fn expanded(c: &ModelConfig, kv_up: &PackedTernary, cache: &MlaCache, q: &[f32], o: &mut [f32]) {
     let (rank, heads, qk, dn, dv) = (c.kv_rank, c.n_heads, c.d_qk(), c.d_nope, c.d_v);
-    let len = q.len() / (heads * qk);
-    let (past, kv_row) = (cache.len - len, heads * (dn + dv));
-    let mut kv = vec![0.0f32; EXPAND.min(cache.len) * kv_row];
-    let mut states: Vec<HeadState> = (0..heads).map(|_| HeadState::new(len, dv)).collect();
+    let (len, q_row, kv_row) = (q.len() / (heads * qk), heads * qk, heads * (dn + dv));
+    let (past, rows) = (cache.len - len, len.max(LEAST[0]));
+    let (mut filled_q, mut filled_keys) = (Vec::new(), Vec::new());
+    let q = mat(filled(q, rows * q_row, &mut filled_q), rows, q_row);
+    let mut kv = vec![0.0f32; EXPAND.min(cache.len).max(LEAST[1]) * kv_row];
+    let mut states: Vec<HeadState> = (0..heads).map(|_| HeadState::new(rows, dv)).collect();
     for first in (0..cache.len).step_by(EXPAND) {
-        let n = EXPAND.min(cache.len - first);
+        let seen_by_any = EXPAND.min(cache.len - first);
+        let n = seen_by_any.max(LEAST[1]);
         let (page, at) = (&cache.pages[first / PAGE], first % PAGE);
-        let kv = &mut kv[..n * kv_row];
-        kv_up.forward(&page.codes[at * rank..(at + n) * rank], &page.scales[at..at + n], kv);
-        let keys = &page.keys[at * c.d_rope..(at + n) * c.d_rope];
-        let (kv, keys) = (mat(kv, n, kv_row), mat(keys, n, c.d_rope));
-        let q = mat(q, len, heads * qk);
+        let own = at..at + seen_by_any;
+        let codes = &page.codes[own.start * rank..own.end * rank];
+        kv_up.forward(codes, &page.scales[own.clone()], &mut kv[..seen_by_any * kv_row]);
+        let keys = &page.keys[own.start * c.d_rope..own.end * c.d_rope];
+        let keys = mat(filled(keys, n * c.d_rope, &mut filled_keys), n, c.d_rope);
+        let kv = mat(&kv[..n * kv_row], n, kv_row);
         par::for_each(states.iter_mut().enumerate().collect(), |(h, state)| {
-            let mut scores = vec![0.0f32; len * n];
+            let mut scores = vec![0.0f32; rows * n];
             let q = q.slice(s![.., h * qk..(h + 1) * qk]);
             let kv = kv.slice(s![.., h * (dn + dv)..(h + 1) * (dn + dv)]);
-            let mut view = mat_mut(&mut scores, len, n);
+            let mut view = mat_mut(&mut scores, rows, n);
             let nope = kv.slice(s![.., ..dn]).reversed_axes();
             matmul_serial(q.slice(s![.., ..dn]), nope, view.view_mut(), Out::Store);
             matmul_serial(q.slice(s![.., dn..]), keys.reversed_axes(), view, Out::Add);
@@ -249,13 +253,13 @@ fn expanded(c: &ModelConfig, kv_up: &PackedTernary, cache: &MlaCache, q: &[f32],
                 || {
                     for (i, scores) in scores.chunks_exact_mut(n).enumerate() {
                         // The tokens of these that row i may see.
-                        let seen = (past + i + 1).saturating_sub(first).min(n);
+                        let seen = (past + i + 1).saturating_sub(first).min(seen_by_any);
                         state.weigh(i, softmax_scale(c), scores, seen);
                     }
                 },
             );
-            let mixed = mat_mut(&mut state.mixed, len, dv);
-            matmul_serial(mat(&scores, len, n), kv.slice(s![.., dn..]), mixed, Out::Add);
+            let mixed = mat_mut(&mut state.mixed, rows, dv);
+            matmul_serial(mat(&scores, rows, n), kv.slice(s![.., dn..]), mixed, Out::Add);
         });
     }
     for (h, state) in states.iter().enumerate() {
@@ -266,6 +270,17 @@ fn expanded(c: &ModelConfig, kv_up: &PackedTernary, cache: &MlaCache, q: &[f32],
             }
         }
     }
+}
+
+/// `values` with zeros up to `len`: itself where it has them, else in `buffer`.
+fn filled<'a>(values: &'a [f32], len: usize, buffer: &'a mut Vec<f32>) -> &'a [f32] {
+    if values.len() == len {
+        return values;
+    }
+    buffer.clear();
+    buffer.extend_from_slice(values);
+    buffer.resize(len, 0.0);
+    buffer
 }
 
 /// A softmax that goes along with the context, for the rows of one head.

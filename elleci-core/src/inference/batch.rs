@@ -57,12 +57,19 @@ pub struct Batch {
     scratch: Vec<Scratch>,
     constants: Option<Constants>,
     logits: Vec<f32>,
+    one_form: bool,
 }
 
 impl Batch {
     /// Empty; memory is taken as it is needed.
     pub fn new() -> Batch {
         Batch::default()
+    }
+
+    /// The same, with one form of attention for everything: the bits of a sequence do not depend on how it is cut into calls. For
+    /// scoring: a call with a single token for a sequence costs as much attention as one with eight.
+    pub fn with_one_form(self) -> Batch {
+        Batch { one_form: true, ..self }
     }
 
     /// The logits of the last call to [`Batch::extend`], `[feeds, vocab_size]`.
@@ -142,12 +149,12 @@ impl Batch {
         visitor: Visitor<'_>,
     ) -> Result<(), InferenceError> {
         check(model, feeds)?;
-        let Batch { scratch, constants, .. } = self;
+        let Batch { scratch, constants, one_form, .. } = self;
         let constants = match constants {
             Some(known) if known.fingerprint == model.fingerprint() => known,
             _ => constants.insert(Constants::new(model)),
         };
-        let call = Call { model, constants, sessions };
+        let call = Call { model, constants, sessions, one_form: *one_form };
         let groups = groups(model, feeds);
         if scratch.len() < groups.len() {
             scratch.resize_with(groups.len(), Scratch::default);

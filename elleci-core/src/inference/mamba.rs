@@ -11,12 +11,14 @@ use crate::layers::mamba::{decay_rates, gate, ssd_shape};
 use crate::ops::activation::softplus;
 use crate::ops::conv::{ConvShape, conv_silu_forward, conv_silu_step, conv_taps};
 use crate::ops::norm::rmsnorm_quantize;
-use crate::ops::ssd::{CHUNK, SsdScratch, ssd_prefill, ssd_steps, ssd_steps_expect};
+use crate::ops::ssd::{ssd_steps, ssd_steps_expect};
 use crate::par;
 use crate::params::MambaIds;
 
-/// Tokens of a run that are taken step by step; longer ones take the chunked form, which moves the whole state twice before it is ahead.
-const STEPS: usize = 16;
+/// Tokens of a run that are convolved one by one; for more the convolution of a sequence is faster. The bits are the same.
+const FEW: usize = 16;
+/// Tokens of a sequence that go through convolution and scan at once.
+const RUN: usize = 64;
 
 /// What a layer's small parameters are turned into once, for all passes.
 #[derive(Debug)]
@@ -38,7 +40,7 @@ impl Constants {
 /// Working memory of a thread.
 #[derive(Debug, Default)]
 pub(super) struct MixScratch {
-    ssd: SsdScratch,
+    /// Inputs and outputs of the convolution, and dt
     buffer: Vec<f32>,
     /// The state of a sequence that keeps none
     passing: Option<MambaState>,
@@ -73,7 +75,7 @@ pub(super) fn forward(
         items.push((segment, state, own_y));
     }
     let (zx, bcdt): (&[f32], &[f32]) = (zx, bcdt);
-    par::for_each_kept(items, mix, |MixScratch { ssd, buffer, passing }, (segment, state, y)| {
+    par::for_each_kept(items, mix, |MixScratch { buffer, passing }, (segment, state, y)| {
         let zx = &zx[segment.row * 2 * di..(segment.row + segment.len) * 2 * di];
         let bcdt = &bcdt[segment.row * (bc + heads)..(segment.row + segment.len) * (bc + heads)];
         let state = if segment.last {
@@ -84,10 +86,10 @@ pub(super) fn forward(
         } else {
             Arc::make_mut(state)
         };
-        // The chunks that the scan would cut the segment into: the same bits with less memory.
-        let runs = zx.chunks(CHUNK * 2 * di).zip(bcdt.chunks(CHUNK * (bc + heads)));
-        for ((zx, bcdt), y) in runs.zip(y.chunks_mut(CHUNK * di)) {
-            layer.mix(zx, bcdt, state, ssd, buffer, y);
+        // In parts, so that what goes from step to step stays in the caches.
+        let runs = zx.chunks(RUN * 2 * di).zip(bcdt.chunks(RUN * (bc + heads)));
+        for ((zx, bcdt), y) in runs.zip(y.chunks_mut(RUN * di)) {
+            layer.mix(zx, bcdt, state, buffer, y);
         }
     });
 
@@ -130,16 +132,8 @@ impl<'a> Layer<'a> {
         }
     }
 
-    /// Convolution and scan of at most [`CHUNK`] tokens of one sequence: `y` `[len, d_inner]`.
-    fn mix(
-        &self,
-        zx: &[f32],
-        bcdt: &[f32],
-        state: &mut MambaState,
-        ssd: &mut SsdScratch,
-        buffer: &mut Vec<f32>,
-        y: &mut [f32],
-    ) {
+    /// Convolution and scan of some tokens of one sequence: `y` `[len, d_inner]`.
+    fn mix(&self, zx: &[f32], bcdt: &[f32], state: &mut MambaState, buffer: &mut Vec<f32>, y: &mut [f32]) {
         let c = self.pass.model.config();
         let (di, heads, bc, channels, before) =
             (c.d_inner, c.mamba_heads(), 2 * c.d_state, self.channels, c.d_conv - 1);
@@ -160,19 +154,18 @@ impl<'a> Layer<'a> {
         let shape = ssd_shape(c, 1, len);
         let MambaState { scan, conv } = state;
         let Constants { taps, a } = self.constants;
-        if len <= STEPS {
-            ssd_steps_expect(shape, scan);
-            let xbc = &mut xbc[..len * channels];
+        ssd_steps_expect(shape, scan);
+        if len <= FEW {
             let inputs = input[before * channels..].chunks_exact(channels);
-            for (input, xbc) in inputs.zip(xbc.chunks_exact_mut(channels)) {
+            for (input, xbc) in inputs.zip(xbc[before * channels..].chunks_exact_mut(channels)) {
                 conv_silu_step(conv, input, taps, self.conv_bias, xbc);
             }
-            return ssd_steps(shape, xbc, dt, a, self.d, scan, y);
+        } else {
+            input[..before * channels].copy_from_slice(conv);
+            let shape = ConvShape { batch: 1, seq: len + before, channels, taps: c.d_conv };
+            conv_silu_forward(shape, input, self.conv_weight, self.conv_bias, xbc);
+            conv.copy_from_slice(&input[len * channels..]);
         }
-        input[..before * channels].copy_from_slice(conv);
-        let conv_shape = ConvShape { batch: 1, seq: len + before, channels, taps: c.d_conv };
-        conv_silu_forward(conv_shape, input, self.conv_weight, self.conv_bias, xbc);
-        conv.copy_from_slice(&input[len * channels..]);
-        ssd_prefill(shape, &xbc[before * channels..], dt, a, self.d, y, scan, ssd);
+        ssd_steps(shape, &xbc[before * channels..], dt, a, self.d, scan, y);
     }
 }

@@ -15,9 +15,9 @@
 //! whole prompt. Rows of a batch share the products with the weights; the mixers run a sequence at a time. What a session
 //! computes does not depend on its company: the same tokens in the same calls give the same bits.
 //!
-//! Feeding a prompt takes the matrix forms (chunked scan, expanded attention) and feeding one token the recurrent ones (scan step,
-//! absorbed attention over the int8 latents); a run of a few tokens is scanned step by step too. Their ternary integers are equal and their
-//! floats differ by rounding.
+//! Nor does it depend on how tokens are cut into calls, but for one thing: several tokens of a sequence expand the cached latents into keys
+//! and values, and the only token of a call reads the latents themselves (absorbed attention). The ternary integers are equal and the
+//! floats differ by rounding. [`Batch::with_one_form`] leaves the absorbed form out.
 
 mod attention;
 mod batch;

@@ -16,8 +16,7 @@ use crate::par;
 use crate::params::{FfnIds, Id, MixerIds};
 use crate::ternary::packed::{self, PackedTernary, forward_all};
 
-/// Rows of a pass at most: working memory is bounded, however long a prompt is. A sequence is cut into runs of this many tokens
-/// from the start of a call, so that the cut, and with it the bits, do not depend on the company.
+/// Rows of a pass at most: working memory is bounded, however long a prompt is.
 const ROWS: usize = 128;
 /// Rows whose outputs are made together: a head's weights become floats once for so many.
 const OUTPUTS: usize = 32;
@@ -82,6 +81,8 @@ pub(super) struct Segment {
     pub len: usize,
     /// Whether nothing will ever follow these tokens, so that the state after them need not be kept
     pub last: bool,
+    /// Whether it is one token, whose attention reads the latents themselves
+    pub absorb: bool,
 }
 
 /// `buffer` with at least `len` elements, as a slice of `len`.
@@ -117,6 +118,8 @@ pub(super) struct Call<'a> {
     pub model: PackedModel<'a>,
     pub constants: &'a Constants,
     pub sessions: Sessions,
+    /// Whether a call's only token is computed as one of several
+    pub one_form: bool,
 }
 
 impl Call<'_> {
@@ -164,7 +167,8 @@ impl Call<'_> {
                     rows = 0;
                 }
                 let last = self.sessions == Sessions::Pass && start + run == len;
-                segments.push(Segment { feed, start, row: rows, len: run, last });
+                let absorb = len == 1 && !self.one_form;
+                segments.push(Segment { feed, start, row: rows, len: run, last, absorb });
                 rows += run;
             }
         }

@@ -78,10 +78,6 @@ pub struct RunArgs {
     /// Tokens of a window; longer contexts lose their beginning, and are counted [default: what the model was trained on]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(2..=1 << 20))]
     pub max_length: Option<u64>,
-    /// Computes a context anew for each of its continuations, in one run with it: the bits that `elleci-run serve` gives the harness,
-    /// in several times as long
-    #[arg(long)]
-    pub no_sharing: bool,
     /// Writes the results as lm-evaluation-harness lays them out; - is standard output, in place of the table
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,

@@ -4,9 +4,8 @@
 //! the end of the context counts as the continuation's, and the continuation's tokens are those past the length of the context
 //! encoded alone. A context that several requests share is evaluated once, and each continuation is scored on its session, which stays as
 //! it is; the beginning that all contexts of a task share (examples, instructions) is evaluated once for the whole task (the [`Stem`]).
-//! What a request is given does not depend on the others: a session computes the same bits in every company. But it does not compute
-//! the same bits in one run of tokens as in two: where a sum is rounded over a boundary of the int8 quantiser, a log-likelihood moves by some
-//! thousandths. [`Sharing::Nothing`] has every request in one run, as a server computes it for the harness.
+//! What a request is given does not depend on the others, nor on what is shared: a session computes the same bits in every company and,
+//! in the one form of attention that scoring has it use, however its tokens are cut into calls.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
@@ -55,8 +54,7 @@ const NOTHING: Score = Score { logprob: 0.0, greedy: true };
 
 /// Tokens to be scored.
 struct Asked<'a> {
-    /// The token of the probe after which the first of them would come
-    from: usize,
+    /// What would come after the first token of the probe, and so on
     tokens: &'a [u32],
     /// The score of those before them
     before: Score,
@@ -93,26 +91,19 @@ pub struct Continuation {
     pub truncated: usize,
 }
 
-/// What requests have in common is computed ..
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Sharing {
-    /// .. once.
-    Contexts,
-    /// .. for each of them.
-    Nothing,
-}
-
 /// A model that answers requests.
 pub struct Engine<'a> {
     model: PackedModel<'a>,
     tokenizer: &'a Tokenizer,
     banned: Vec<u32>,
+    /// For scores
     batch: Batch,
+    /// For texts, which are written a token at a time
+    writing: Batch,
     words: Cache,
     max_length: usize,
     /// Sessions that may exist together in a call.
     sessions: usize,
-    sharing: Sharing,
     /// Tokens fed so far.
     pub fed: u64,
 }
@@ -130,14 +121,9 @@ impl<'a> Engine<'a> {
         let bytes = Session::new(model)?.bytes().max(1);
         let sessions = (CALL_BYTES / bytes).clamp(1, CALL_SESSIONS);
         let banned = open.banned(false);
-        let batch = Batch::new();
-        let (words, sharing) = (Cache::default(), Sharing::Contexts);
-        Ok(Engine { model, tokenizer, banned, batch, words, max_length, sessions, sharing, fed: 0 })
-    }
-
-    /// The same engine with another sharing than [`Sharing::Contexts`].
-    pub fn with_sharing(self, sharing: Sharing) -> Engine<'a> {
-        Engine { sharing, ..self }
+        let (batch, writing) = (Batch::new().with_one_form(), Batch::new());
+        let words = Cache::default();
+        Ok(Engine { model, tokenizer, banned, batch, writing, words, max_length, sessions, fed: 0 })
     }
 
     /// Length of a window in tokens.
@@ -204,10 +190,7 @@ impl<'a> Engine<'a> {
     /// What the model reports.
     pub fn stem(&mut self, a: &Pair, b: &Pair) -> anyhow::Result<Option<Stem>> {
         let common = a.context.iter().zip(&b.context).take_while(|(a, b)| a == b).count();
-        if self.sharing == Sharing::Nothing
-            || a.truncated + b.truncated > 0
-            || (common < MIN_STEM && !(a.context == b.context && common > 0))
-        {
+        if a.truncated + b.truncated > 0 || (common < MIN_STEM && !(a.context == b.context && common > 0)) {
             return Ok(None);
         }
         let mut session = Session::new(self.model)?;
@@ -222,9 +205,6 @@ impl<'a> Engine<'a> {
     /// # Errors
     /// What the model reports.
     pub fn score(&mut self, pairs: &[Pair], stem: Option<&Stem>) -> anyhow::Result<Vec<Score>> {
-        if self.sharing == Sharing::Nothing {
-            return self.score_alone(pairs);
-        }
         let mut places: HashMap<&[u32], usize> = HashMap::new();
         let mut groups: Vec<(&[u32], Vec<usize>)> = Vec::new();
         for (i, pair) in pairs.iter().enumerate() {
@@ -245,41 +225,20 @@ impl<'a> Engine<'a> {
         Ok(scores)
     }
 
-    /// Every pair in a session of its own and in one run.
-    fn score_alone(&mut self, pairs: &[Pair]) -> anyhow::Result<Vec<Score>> {
-        let fresh = Session::new(self.model)?;
-        let mut scores = vec![NOTHING; pairs.len()];
-        let (mut rest, mut first) = (pairs, 0);
-        while !rest.is_empty() {
-            let taken = calls(rest.iter().map(|p| p.context.len() + p.continuation.len()), usize::MAX);
-            let (call, after) = rest.split_at(taken);
-            // The last token is predicted, not read; it is fed all the same, so that the run is as long as the server's.
-            let texts: Vec<Vec<u32>> = call.iter().map(|p| [&p.context[..], &p.continuation].concat()).collect();
-            let probes: Vec<Probe<'_>> = texts.iter().map(|tokens| Probe { session: &fresh, tokens }).collect();
-            let asked: Vec<Asked<'_>> = call
-                .iter()
-                .map(|p| Asked { from: p.context.len() - 1, tokens: &p.continuation, before: NOTHING })
-                .collect();
-            let found = self.probe(&probes, &asked)?;
-            scores[first..first + taken].copy_from_slice(&found);
-            (rest, first) = (after, first + taken);
-        }
-        Ok(scores)
-    }
-
     /// The scores of tokens that follow `probes`.
     fn probe(&mut self, probes: &[Probe<'_>], asked: &[Asked<'_>]) -> anyhow::Result<Vec<Score>> {
         self.fed += probes.iter().map(|p| p.tokens.len() as u64).sum::<u64>();
         let scores: Vec<Mutex<Score>> = asked.iter().map(|a| Mutex::new(a.before)).collect();
-        let outputs = |probe: usize| Output::From(asked[probe].from);
-        self.batch.probe(self.model, probes, outputs, |probe, index, logits| {
-            let Asked { from, tokens, .. } = &asked[probe];
-            if let Some(&token) = tokens.get(index - from) {
+        self.batch.probe(
+            self.model,
+            probes,
+            |_| Output::Each,
+            |probe, index, logits| {
                 // Nobody else wants it: a probe's outputs come one after the other.
                 let mut score = scores[probe].lock().unwrap_or_else(PoisonError::into_inner);
-                add(&mut score, &LogRow::new(logits), logits, token);
-            }
-        })?;
+                add(&mut score, &LogRow::new(logits), logits, asked[probe].tokens[index]);
+            },
+        )?;
         Ok(scores.into_iter().map(|s| s.into_inner().unwrap_or_else(PoisonError::into_inner)).collect())
     }
 
@@ -334,8 +293,7 @@ impl<'a> Engine<'a> {
                 Probe { session: &sessions[*g], tokens: &continuation[..continuation.len() - 1] }
             };
             let probes: Vec<Probe<'_>> = call.iter().map(probe).collect();
-            let asked =
-                |(_, i): &(usize, usize)| Asked { from: 0, tokens: &pairs[*i].continuation[1..], before: scores[*i] };
+            let asked = |(_, i): &(usize, usize)| Asked { tokens: &pairs[*i].continuation[1..], before: scores[*i] };
             let asked: Vec<Asked<'_>> = call.iter().map(asked).collect();
             for ((_, i), score) in call.iter().zip(self.probe(&probes, &asked)?) {
                 scores[*i] = score;
@@ -405,7 +363,7 @@ impl<'a> Engine<'a> {
         self.fed += active.iter().map(|w| w.next.len() as u64).sum::<u64>();
         let mut feeds: Vec<Feed<'_>> =
             active.iter_mut().map(|w| Feed { session: &mut w.session, tokens: &w.next }).collect();
-        let mut logits = self.batch.extend(self.model, &mut feeds)?.to_vec();
+        let mut logits = self.writing.extend(self.model, &mut feeds)?.to_vec();
         for (writing, row) in active.iter_mut().zip(logits.chunks_exact_mut(vocab)) {
             if how.max_tokens == 0 {
                 writing.done.ended = true;

@@ -27,7 +27,7 @@ use serde_json::json;
 
 use self::cache::{Answers, Cache, Kept};
 use self::cli::{Cli, Command, ListArgs, RunArgs, Suite};
-use self::engine::{Continuation, Continue, Engine, Pair, Sharing, Stem};
+use self::engine::{Continuation, Continue, Engine, Pair, Stem};
 use self::item::Item;
 use self::metrics::{Answer, item_values};
 use self::progress::Progress;
@@ -44,6 +44,8 @@ use crate::train::device::Device;
 const WAVE: usize = 128;
 /// Texts that are generated together.
 const GENERATE_WAVE: usize = 32;
+/// Part of the name that answers are kept under: another number wherever the same question gets other bits.
+const ANSWERS: u32 = 2;
 
 /// Runs what the command line asks for.
 ///
@@ -109,8 +111,7 @@ fn evaluate(args: &RunArgs) -> anyhow::Result<()> {
         let open = OpenModel::chosen(args.model.as_deref())?;
         eprintln!("{}", open.announcement());
         let max_length = args.max_length.map_or(open.config().max_seq_len, |n| n as usize);
-        let sharing = if args.no_sharing { Sharing::Nothing } else { Sharing::Contexts };
-        let mut engine = Engine::new(&open, max_length)?.with_sharing(sharing);
+        let mut engine = Engine::new(&open, max_length)?;
         let model_hash = format!("{:016x}-{}", open.packed().fingerprint(), &open.need_tokenizer()?.sha256()[..16]);
         let (mut prepared, mut absent) = prepare_all(args, tasks, &model_hash, max_length)?;
         let finished = answer_all(args, &mut engine, &mut prepared, &mut absent)?;
@@ -219,7 +220,7 @@ fn prepare(
     let mut hash = blake3::Hasher::new();
     // Only a generated text depends on the seed.
     let seed = if task.kind == Kind::Generate { args.seed } else { 0 };
-    serde_json::to_writer(&mut hash, &json!([task, shots, max_length, seed, model_hash, args.no_sharing]))?;
+    serde_json::to_writer(&mut hash, &json!([task, shots, max_length, seed, model_hash, ANSWERS]))?;
     serde_json::to_writer(&mut hash, &items)?;
     let key = hash.finalize().to_hex().to_string();
     let answers = cache.open(model_hash, &task.name, &key)?;

@@ -89,7 +89,7 @@ pub struct Piece<'a> {
 }
 
 /// A long prompt is fed in parts of this many tokens, so that Ctrl-C does not have to wait for all of it. A multiple of the
-/// runs that a session cuts its input into anyway: the parts change no bit.
+/// runs that a session cuts its input into anyway, so that no pass is wasted.
 const PART: usize = 1024;
 
 /// Continues `prompt`, which must fit the context. `show` gets text as it becomes certain.

@@ -1,10 +1,10 @@
 //! Sessions kept for prompts that begin alike.
 //!
-//! A session's floats depend on how its tokens were cut into calls (see `elleci_core::inference`), and an answer must not depend on
-//! what the server happens to remember. So a prompt is cut at places that follow from its tokens alone, and in the same way whatever
-//! comes after them: [`cuts`]. A session is kept only at such a place; going on from it is bit for bit what computing everything
-//! would have been. For the same reason the end of a prompt and of an answer are no places: the one is a cut only when the text ends
-//! there, and the other was reached token by token. A dialogue goes on from the beginning of its last assistant turn.
+//! An answer must not depend on what the server happens to remember. A session's floats do not depend on how its tokens were cut into calls
+//! of several (see `elleci_core::inference`), but those of tokens that came one by one are rounded otherwise. So a prompt is cut at
+//! places that follow from its tokens, no run has a single one, and a session is kept only at such a place; going on from it is bit for
+//! bit what computing everything would have been. The end of an answer is no place: it was reached token by token. A
+//! dialogue goes on from the beginning of its last assistant turn.
 
 use std::collections::{HashMap, HashSet};
 
@@ -14,7 +14,7 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use crate::data::tokenizer::IM_START_ID;
 
-/// Tokens of a run at most: those of a pass of the model.
+/// Tokens of a run, those of a pass of the model; one more at the end of a prompt that would leave one over.
 pub const RUN: usize = 128;
 /// A turn begins a new run only when the one before it has so many tokens: short runs waste a pass.
 const TURN: usize = 16;
@@ -35,7 +35,8 @@ pub fn cuts(tokens: &[u32]) -> Vec<Cut> {
     let (mut cuts, mut start, mut hash) = (Vec::new(), 0, 0);
     for end in 1..=tokens.len() {
         let turn = tokens.get(end) == Some(&IM_START_ID) && end - start >= TURN;
-        if end == tokens.len() || end - start == RUN || turn {
+        let full = end - start == RUN;
+        if end == tokens.len() || (turn || full) && end + 1 < tokens.len() {
             hash = xxh3_64_with_seed(cast_slice(&tokens[start..end]), hash);
             cuts.push(Cut { end, hash });
             start = end;
@@ -160,6 +161,9 @@ mod tests {
         assert_eq!(ends(&tokens), [128, 256, 384, 400]);
         assert_eq!(ends(&tokens[..1]), [1]);
         assert_eq!(ends(&tokens[..128]), [128]);
+        // No run has a single token.
+        assert_eq!(ends(&tokens[..129]), [129]);
+        assert_eq!(ends(&tokens[..130]), [128, 130]);
         for at in [0, 5, 40, 300] {
             tokens[at] = IM_START_ID;
         }

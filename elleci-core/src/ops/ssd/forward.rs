@@ -13,14 +13,6 @@ use crate::ops::matmul::{Out, mat, mat_mut};
 use crate::par;
 use crate::simd::vectorize;
 
-/// Where the states of a group go.
-enum States<'a> {
-    /// One slot for every chunk entry but the first, for the backward pass.
-    Save(&'a mut [f32]),
-    /// One slot `[d_state, channels]` a group, advanced in place: entry state in, final state out.
-    Carry(&'a mut [f32]),
-}
-
 /// Writes `y`, and saves in `states` (of `shape.states_len()`) what [`ssd_backward`](super::ssd_backward) needs. Sequences start from a
 /// zero state.
 ///
@@ -41,35 +33,12 @@ pub fn ssd_forward(
     assert_eq!(states.len(), shape.states_len(), "ssd: states");
     let saved = shape.chunks().saturating_sub(1) * shape.d_state * shape.head_dim;
     let mut rest = states;
-    let states = tasks(&shape).map(|(_, _, heads)| States::Save(take(&mut rest, heads * saved))).collect();
+    let states = tasks(&shape).map(|(_, _, heads)| take(&mut rest, heads * saved)).collect();
     forward(Inputs { shape, xbc, dt, a, d }, y, states, scratch);
 }
 
-/// As [`ssd_forward`] without a backward pass: every sequence starts from its `state` (see
-/// [`SsdShape::state_len`]) and leaves its final state there, from which [`ssd_steps`](super::ssd_steps) goes on.
-///
-/// # Panics
-/// When a slice does not have the size that the shape gives it.
-#[expect(clippy::too_many_arguments, reason = "the tensors of the op, each once")]
-pub fn ssd_prefill(
-    shape: SsdShape,
-    xbc: &[f32],
-    dt: &[f32],
-    a: &[f32],
-    d: &[f32],
-    y: &mut [f32],
-    state: &mut [f32],
-    scratch: &mut SsdScratch,
-) {
-    shape.check(xbc, dt, a, d, y);
-    assert_eq!(state.len(), shape.batch * shape.state_len(), "ssd: state");
-    let mut rest = state;
-    let slot = shape.d_state * shape.head_dim;
-    let states = tasks(&shape).map(|(_, _, heads)| States::Carry(take(&mut rest, heads * slot))).collect();
-    forward(Inputs { shape, xbc, dt, a, d }, y, states, scratch);
-}
-
-fn forward(inputs: Inputs, y: &mut [f32], states: Vec<States>, scratch: &mut SsdScratch) {
+/// `states`: a slot for every chunk entry but the first, task by task.
+fn forward(inputs: Inputs, y: &mut [f32], states: Vec<&mut [f32]>, scratch: &mut SsdScratch) {
     let shape = inputs.shape;
     if shape.tokens() == 0 || shape.d_inner() == 0 {
         return;
@@ -90,7 +59,7 @@ fn forward_group(
     inputs: &Inputs,
     span: impl Fn(usize) -> Span,
     y: &mut ArrayViewMut2<f32>,
-    states: &mut States,
+    states: &mut &mut [f32],
     mut scratch: &mut [f32],
 ) {
     let shape = inputs.shape;
@@ -103,15 +72,12 @@ fn forward_group(
     g.fill(0.0);
     let first = span(0).task_head * p_dim;
     let columns = s![.., first..first + channels];
-    let mut states = match states {
-        States::Save(rest) => States::Save(take(rest, (shape.chunks() - 1) * shape.d_state * channels)),
-        States::Carry(rest) => States::Carry(take(rest, shape.d_state * channels)),
-    };
+    let saved = take(states, (shape.chunks() - 1) * shape.d_state * channels);
     let mut y = y.slice_mut(columns);
     for chunk in 0..shape.chunks() {
         let span = span(chunk);
         let mut y = y.slice_mut(s![span.step..span.step + span.len, ..]);
-        let entry = states.entry(chunk, shape.d_state, channels);
+        let entry = saved_entry(saved, chunk, shape.d_state, channels);
         let carried = entry.is_some();
         if let Some(entry) = entry {
             let a = inputs.c_left(span, false);
@@ -135,66 +101,45 @@ fn forward_group(
             dispatch(Product { a, b: inputs.x_head(span, h), c: y, out: Out::Add, panel });
         }
         let weighted = mat(&weighted[..span.len * channels], span.len, channels);
-        states.advance(inputs, span, &decays, weighted, panel);
+        advance(inputs, span, &decays, saved, weighted, panel);
     }
 }
 
-impl States<'_> {
-    /// The state that enters a chunk; none where it is zero.
-    fn entry(&self, chunk: usize, n_dim: usize, channels: usize) -> Option<ArrayView2<'_, f32>> {
-        match self {
-            States::Save(slots) => saved_entry(slots, chunk, n_dim, channels),
-            States::Carry(state) => Some(mat(state, n_dim, channels)),
-        }
+/// `next = exp(cum_last) entry + B^T weighted`, unless the chunk is the last.
+fn advance(
+    inputs: &Inputs,
+    span: Span,
+    decays: &Decays,
+    saved: &mut [f32],
+    weighted: ArrayView2<f32>,
+    panel: &mut [f32],
+) {
+    let (n_dim, p_dim) = (inputs.shape.d_state, inputs.shape.head_dim);
+    let (channels, chunk) = (inputs.channels(span), span.step / CHUNK);
+    if chunk + 1 == inputs.shape.chunks() {
+        return;
     }
-
-    /// `next = exp(cum_last) entry + B^T weighted`.
-    fn advance(&mut self, inputs: &Inputs, span: Span, decays: &Decays, weighted: ArrayView2<f32>, panel: &mut [f32]) {
-        let (n_dim, p_dim) = (inputs.shape.d_state, inputs.shape.head_dim);
-        let (channels, chunk) = (inputs.channels(span), span.step / CHUNK);
-        let (next, out) = match self {
-            States::Save(slots) => {
-                if chunk + 1 == inputs.shape.chunks() {
-                    return;
+    let (before, after) = saved.split_at_mut(chunk * n_dim * channels);
+    let next = &mut after[..n_dim * channels];
+    let out = if chunk == 0 { Out::Store } else { Out::Add };
+    if chunk > 0 {
+        let entry = &before[(chunk - 1) * n_dim * channels..];
+        vectorize(
+            #[inline(always)]
+            || {
+                let rows = next.chunks_exact_mut(channels).zip(entry.chunks_exact(channels));
+                for (next, entry) in rows {
+                    let heads = next.chunks_exact_mut(p_dim).zip(entry.chunks_exact(p_dim));
+                    for (h, (next, entry)) in heads.enumerate() {
+                        let decay = decays.whole(span, h);
+                        next.iter_mut().zip(entry).for_each(|(next, entry)| *next = decay * entry);
+                    }
                 }
-                let (before, after) = slots.split_at_mut(chunk * n_dim * channels);
-                let next = &mut after[..n_dim * channels];
-                let out = if chunk == 0 { Out::Store } else { Out::Add };
-                if chunk > 0 {
-                    let entry = &before[(chunk - 1) * n_dim * channels..];
-                    vectorize(
-                        #[inline(always)]
-                        || {
-                            let rows = next.chunks_exact_mut(channels).zip(entry.chunks_exact(channels));
-                            for (next, entry) in rows {
-                                let heads = next.chunks_exact_mut(p_dim).zip(entry.chunks_exact(p_dim));
-                                for (h, (next, entry)) in heads.enumerate() {
-                                    let decay = decays.whole(span, h);
-                                    next.iter_mut().zip(entry).for_each(|(next, entry)| *next = decay * entry);
-                                }
-                            }
-                        },
-                    );
-                }
-                (mat_mut(next, n_dim, channels), out)
-            }
-            States::Carry(state) => {
-                vectorize(
-                    #[inline(always)]
-                    || {
-                        for row in state.chunks_exact_mut(channels) {
-                            for (h, state) in row.chunks_exact_mut(p_dim).enumerate() {
-                                let decay = decays.whole(span, h);
-                                state.iter_mut().for_each(|s| *s *= decay);
-                            }
-                        }
-                    },
-                );
-                (mat_mut(state, n_dim, channels), Out::Add)
-            }
-        };
-        dispatch(Product { a: inputs.b_left(span, true), b: weighted, c: next, out, panel });
+            },
+        );
     }
+    let next = mat_mut(next, n_dim, channels);
+    dispatch(Product { a: inputs.b_left(span, true), b: weighted, c: next, out, panel });
 }
 
 /// `y = e o y + d x`, where y is `C H` if the entry state is `carried`, and nothing yet if that is zero.

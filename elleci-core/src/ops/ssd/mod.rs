@@ -5,7 +5,7 @@
 //! S_t = exp(dt_t a) S_{t-1} + dt_t x_t (x) B_t          y_t = S_t C_t + d x_t
 //! ```
 //! [`mod@reference`] is that definition, step by step. Training computes the same in chunks of [`CHUNK`] steps, nearly all
-//! of it as matrix products (`chunked.rs`); decoding and short runs take one step after the other ([`ssd_steps`]).
+//! of it as matrix products (`chunked.rs`); inference takes one step after the other ([`ssd_steps`]).
 //!
 //! Buffers: `xbc` `[tokens, d_inner + 2 d_state]` holds x, B and C side by side, as the convolution leaves them;
 //! `dt` `[tokens, heads]` is positive (after softplus); `a` and `d` are `[heads]`; `y` is `[tokens, d_inner]`.
@@ -26,7 +26,7 @@ mod transpose;
 use alloc::vec::Vec;
 
 pub use backward::ssd_backward;
-pub use forward::{ssd_forward, ssd_prefill};
+pub use forward::ssd_forward;
 pub use step::{ssd_steps, ssd_steps_expect};
 
 /// Steps of a chunk. The matrices inside a chunk are `[CHUNK, CHUNK]` a head.

@@ -1,8 +1,9 @@
-//! The recurrence step by step: for decoding, and for runs too short for the chunked form.
+//! The recurrence step by step: for inference. The chunked form (`chunked.rs`) does fewer operations, but how it rounds depends on where the
+//! chunks begin, and it is no faster on prompts (docs/LOG.md).
 //!
-//! The chunked form multiplies with the whole state at a run's beginning and at its end, however short the run. Here a row of the state is
-//! read once and taken through up to [`STEPS`] steps before it is written; a single step takes [`ROWS`] rows at a time instead, so that what
-//! all rows share is loaded once for them. The order of all additions is that of the steps one by one.
+//! A single step takes [`ROWS`] rows of the state at a time, so that what all rows share is loaded once for them. Several steps take a
+//! column of the state, as wide as a vector, through all of them before the next: it stays in the first-level cache, and what a
+//! block of [`STEPS`] steps needs of its channels stays in registers. The order of all additions is that of the steps one by one.
 
 use alloc::vec;
 use alloc::vec::Vec;
@@ -19,7 +20,7 @@ use crate::ops::matmul::mat_mut;
 use crate::par;
 use crate::simd::{prefetch_run, vectorize};
 
-/// Steps that a row of the state takes while it is in registers.
+/// Steps that a column of the state takes together.
 const STEPS: usize = 4;
 /// Rows of the state that take a single step together.
 const ROWS: usize = 4;
@@ -47,15 +48,7 @@ pub fn ssd_steps(shape: SsdShape, xbc: &[f32], dt: &[f32], a: &[f32], d: &[f32],
         let items: Vec<_> = state.chunks_mut((shape.d_state * group).max(1)).zip(outputs).enumerate().collect();
         par::for_each(items, |(task, (state, mut y))| {
             let group = Group { shape, first_head: task * shape.group_heads(), xbc, dt, a, d };
-            let mut scratch = vec![0.0; 3 * STEPS.min(shape.seq) * y.ncols()];
-            for first in (0..shape.seq).step_by(STEPS) {
-                match shape.seq - first {
-                    1 => group.advance::<1>(first, state, &mut y, &mut scratch),
-                    2 => group.advance::<2>(first, state, &mut y, &mut scratch),
-                    3 => group.advance::<3>(first, state, &mut y, &mut scratch),
-                    _ => group.advance::<STEPS>(first, state, &mut y, &mut scratch),
-                }
-            }
+            group.advance(state, &mut y);
         });
     }
 }
@@ -78,26 +71,19 @@ struct Group<'a> {
 }
 
 impl Group<'_> {
-    /// Steps `first .. first + T`. `y` `[seq, channels]`, `scratch` at least three times `[T, channels]`.
-    fn advance<const T: usize>(
-        &self,
-        first: usize,
-        state: &mut [f32],
-        y: &mut ArrayViewMut2<f32>,
-        scratch: &mut [f32],
-    ) {
+    /// All steps. `y` `[seq, channels]`.
+    fn advance(&self, state: &mut [f32], y: &mut ArrayViewMut2<f32>) {
         let (shape, channels) = (self.shape, y.ncols());
-        let (decay, rest) = scratch.split_at_mut(T * channels);
-        let (u, rest) = rest.split_at_mut(T * channels);
-        let out = &mut rest[..T * channels];
-        let row = |t: usize| &self.xbc[(first + t) * shape.width()..][..shape.width()];
+        let mut scratch = vec![0.0; 3 * shape.seq * channels];
+        let (decay, rest) = scratch.split_at_mut(shape.seq * channels);
+        let (u, out) = rest.split_at_mut(shape.seq * channels);
+        let rows = || self.xbc.chunks_exact(shape.width()).zip(self.dt.chunks_exact(shape.heads));
         vectorize(
             #[inline(always)]
             || {
                 let steps = decay.chunks_exact_mut(channels).zip(u.chunks_exact_mut(channels));
-                for (t, ((decay, u), y)) in steps.zip(out.chunks_exact_mut(channels)).enumerate() {
-                    let x = &row(t)[self.first_head * shape.head_dim..][..channels];
-                    let dt = &self.dt[(first + t) * shape.heads..][..shape.heads];
+                for (((decay, u), y), (x, dt)) in steps.zip(out.chunks_exact_mut(channels)).zip(rows()) {
+                    let x = &x[self.first_head * shape.head_dim..][..channels];
                     let heads = decay.chunks_mut(shape.head_dim).zip(u.chunks_mut(shape.head_dim));
                     let outputs = y.chunks_mut(shape.head_dim).zip(x.chunks(shape.head_dim));
                     for (h, ((decay, u), (y, x))) in heads.zip(outputs).enumerate() {
@@ -111,35 +97,41 @@ impl Group<'_> {
                 }
             },
         );
-        let bc = |t: usize, at: usize| &row(t)[shape.d_inner() + at * shape.d_state..][..shape.d_state];
-        let (b, c) = (from_fn(|t| bc(t, 0)), from_fn(|t| bc(t, 1)));
-        dispatch(Advance::<T> { state, decay, u, b, c, y: out });
+        let bc: Vec<[&[f32]; 2]> = rows()
+            .map(|(x, _)| {
+                let (b, c) = x[shape.d_inner()..].split_at(shape.d_state);
+                [b, &c[..shape.d_state]]
+            })
+            .collect();
+        match bc[..] {
+            [[b, c]] => dispatch(Step { state, decay, u, b, c, y: out }),
+            _ => dispatch(Run { state, decay, u, bc: &bc, y: out }),
+        }
         for (t, out) in out.chunks_exact(channels).enumerate() {
-            row_mut(y, first + t).copy_from_slice(out);
+            row_mut(y, t).copy_from_slice(out);
         }
     }
 }
 
-/// `s = decay[t] ⊙ s + b[t][n] u[t]` and `y[t] += c[t][n] s` for every row n of the state, for the steps t one after the other.
-struct Advance<'a, const T: usize> {
+/// `s = decay ⊙ s + b[n] u` and `y += c[n] s` for every row n of the state.
+struct Step<'a> {
     /// `[d_state, channels]`
     state: &'a mut [f32],
-    /// `[T, channels]`
+    /// `[channels]`
     decay: &'a [f32],
     u: &'a [f32],
     /// `[d_state]` each
-    b: [&'a [f32]; T],
-    c: [&'a [f32]; T],
-    /// `[T, channels]`
+    b: &'a [f32],
+    c: &'a [f32],
+    /// `[channels]`
     y: &'a mut [f32],
 }
 
-impl<const T: usize> WithSimd for Advance<'_, T> {
+impl WithSimd for Step<'_> {
     type Output = ();
     #[inline(always)]
     fn with_simd<S: Simd>(mut self, simd: S) {
-        let rows = self.b[0].len();
-        let together = if T == 1 { rows / ROWS * ROWS } else { 0 };
+        let (rows, together) = (self.b.len(), self.b.len() / ROWS * ROWS);
         for row in (0..together).step_by(ROWS) {
             self.rows::<S, ROWS>(simd, row);
         }
@@ -149,62 +141,124 @@ impl<const T: usize> WithSimd for Advance<'_, T> {
     }
 }
 
-impl<const T: usize> Advance<'_, T> {
+impl Step<'_> {
     /// Rows `first .. first + R`.
     #[inline(always)]
     fn rows<S: Simd, const R: usize>(&mut self, simd: S, first: usize) {
-        let channels = self.decay.len() / T;
+        let channels = self.decay.len();
         let mut rest = &mut self.state[first * channels..(first + R) * channels];
         let rows: [(&mut [S::f32s], &mut [f32]); R] = from_fn(|_| {
             let (row, later) = core::mem::take(&mut rest).split_at_mut(channels);
             rest = later;
             S::as_mut_simd_f32s(row)
         });
-        let mut rest = &mut self.y[..];
-        let ys: [(&mut [S::f32s], &mut [f32]); T] = from_fn(|_| {
-            let (row, later) = core::mem::take(&mut rest).split_at_mut(channels);
-            rest = later;
-            S::as_mut_simd_f32s(row)
-        });
-        let decay: [(&[S::f32s], &[f32]); T] =
-            from_fn(|t| S::as_simd_f32s(&self.decay[t * channels..(t + 1) * channels]));
-        let u: [(&[S::f32s], &[f32]); T] = from_fn(|t| S::as_simd_f32s(&self.u[t * channels..(t + 1) * channels]));
-        let (mut b, mut c) = ([[simd.splat_f32s(0.0); R]; T], [[simd.splat_f32s(0.0); R]; T]);
-        for t in 0..T {
-            for r in 0..R {
-                b[t][r] = simd.splat_f32s(self.b[t][first + r]);
-                c[t][r] = simd.splat_f32s(self.c[t][first + r]);
-            }
+        let (ys, y_tail) = S::as_mut_simd_f32s(self.y);
+        let (decay, decay_tail) = S::as_simd_f32s(self.decay);
+        let (u, u_tail) = S::as_simd_f32s(self.u);
+        let (mut b, mut c) = ([simd.splat_f32s(0.0); R], [simd.splat_f32s(0.0); R]);
+        for r in 0..R {
+            b[r] = simd.splat_f32s(self.b[first + r]);
+            c[r] = simd.splat_f32s(self.c[first + r]);
         }
-        let vectors = channels / S::F32_LANES;
-        for v in 0..vectors {
-            let mut s = [simd.splat_f32s(0.0); R];
+        for v in 0..channels / S::F32_LANES {
+            let (decay, u, mut y) = (decay[v], u[v], ys[v]);
             for r in 0..R {
-                s[r] = rows[r].0[v];
                 if (v * S::F32_LANES).is_multiple_of(16) {
                     prefetch_run(rows[r].0.as_ptr().wrapping_add(v).cast());
                 }
+                let s = simd.mul_add_e_f32s(decay, rows[r].0[v], simd.mul_f32s(b[r], u));
+                rows[r].0[v] = s;
+                y = simd.mul_add_e_f32s(c[r], s, y);
             }
-            for t in 0..T {
-                let (decay, u, mut y) = (decay[t].0[v], u[t].0[v], ys[t].0[v]);
-                for r in 0..R {
-                    s[r] = simd.mul_add_e_f32s(decay, s[r], simd.mul_f32s(b[t][r], u));
-                    y = simd.mul_add_e_f32s(c[t][r], s[r], y);
-                }
-                ys[t].0[v] = y;
-            }
+            ys[v] = y;
+        }
+        for (i, y) in y_tail.iter_mut().enumerate() {
             for r in 0..R {
-                rows[r].0[v] = s[r];
+                let s = &mut rows[r].1[i];
+                *s = decay_tail[i] * *s + self.b[first + r] * u_tail[i];
+                *y += self.c[first + r] * *s;
             }
         }
-        for i in 0..channels - vectors * S::F32_LANES {
-            for t in 0..T {
-                for r in 0..R {
-                    let s = &mut rows[r].1[i];
-                    *s = decay[t].1[i] * *s + self.b[t][first + r] * u[t].1[i];
-                    ys[t].1[i] += self.c[t][first + r] * *s;
+    }
+}
+
+/// [`Step`] for several steps, one after the other.
+struct Run<'a> {
+    /// `[d_state, channels]`
+    state: &'a mut [f32],
+    /// `[steps, channels]`
+    decay: &'a [f32],
+    u: &'a [f32],
+    /// b and c of every step, `[d_state]` each
+    bc: &'a [[&'a [f32]; 2]],
+    /// `[steps, channels]`
+    y: &'a mut [f32],
+}
+
+impl WithSimd for Run<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn with_simd<S: Simd>(mut self, simd: S) {
+        let channels = self.decay.len() / self.bc.len();
+        let vectors = channels / S::F32_LANES;
+        let mut column = vec![simd.splat_f32s(0.0); self.bc[0][0].len()];
+        for v in 0..vectors {
+            for (s, row) in column.iter_mut().zip(self.state.chunks_exact(channels)) {
+                *s = S::as_simd_f32s(row).0[v];
+            }
+            let mut first = 0;
+            while let Some(left) = self.bc.len().checked_sub(first).filter(|left| *left > 0) {
+                match left {
+                    1 => self.steps::<S, 1>(simd, first, v, &mut column),
+                    2 => self.steps::<S, 2>(simd, first, v, &mut column),
+                    3 => self.steps::<S, 3>(simd, first, v, &mut column),
+                    _ => self.steps::<S, STEPS>(simd, first, v, &mut column),
+                }
+                first += left.min(STEPS);
+            }
+            for (s, row) in column.iter().zip(self.state.chunks_exact_mut(channels)) {
+                S::as_mut_simd_f32s(row).0[v] = *s;
+            }
+        }
+        for i in vectors * S::F32_LANES..channels {
+            for (t, [b, c]) in self.bc.iter().enumerate() {
+                let (decay, u, y) =
+                    (self.decay[t * channels + i], self.u[t * channels + i], &mut self.y[t * channels + i]);
+                for ((row, b), c) in self.state.chunks_exact_mut(channels).zip(*b).zip(*c) {
+                    row[i] = decay * row[i] + b * u;
+                    *y += c * row[i];
                 }
             }
+        }
+    }
+}
+
+impl Run<'_> {
+    /// Steps `first .. first + T` of one column.
+    #[inline(always)]
+    fn steps<S: Simd, const T: usize>(&mut self, simd: S, first: usize, v: usize, column: &mut [S::f32s]) {
+        let channels = self.decay.len() / self.bc.len();
+        let at = |t: usize| (first + t) * channels..(first + t + 1) * channels;
+        let zero = simd.splat_f32s(0.0);
+        let (mut decay, mut u, mut y) = ([zero; T], [zero; T], [zero; T]);
+        for t in 0..T {
+            decay[t] = S::as_simd_f32s(&self.decay[at(t)]).0[v];
+            u[t] = S::as_simd_f32s(&self.u[at(t)]).0[v];
+            y[t] = S::as_simd_f32s(&self.y[at(t)]).0[v];
+        }
+        let d_state = column.len();
+        let (b, c): ([&[f32]; T], [&[f32]; T]) =
+            (from_fn(|t| &self.bc[first + t][0][..d_state]), from_fn(|t| &self.bc[first + t][1][..d_state]));
+        for n in 0..d_state {
+            let mut s = column[n];
+            for t in 0..T {
+                s = simd.mul_add_e_f32s(decay[t], s, simd.mul_f32s(simd.splat_f32s(b[t][n]), u[t]));
+                y[t] = simd.mul_add_e_f32s(simd.splat_f32s(c[t][n]), s, y[t]);
+            }
+            column[n] = s;
+        }
+        for t in 0..T {
+            S::as_mut_simd_f32s(&mut self.y[at(t)]).0[v] = y[t];
         }
     }
 }

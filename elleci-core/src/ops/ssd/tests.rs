@@ -122,51 +122,41 @@ proptest! {
     }
 
     #[test]
-    fn prefill_and_steps_continue_one_another(
-        batch in 1usize..3, first in 1usize..150, second in 1usize..90, heads in 1usize..4, head_dim in 1usize..9,
+    fn steps_are_the_recurrence_and_however_many_at_once(
+        batch in 1usize..3, first in 1usize..70, second in 1usize..40, heads in 1usize..4, head_dim in 1usize..20,
         d_state in 1usize..9, seed: u32,
     ) {
         let whole = SsdShape { batch, seq: first + second, heads, head_dim, d_state };
         let case = Case::new(whole, 1.0, seed);
-        let mut want = vec![f32::NAN; case.dy.len()];
-        let mut scratch = SsdScratch::new();
-        let mut state = vec![0.0; batch * whole.state_len()];
-        ssd_prefill(whole, &case.xbc, &case.dt, &case.a, &case.d, &mut want, &mut state, &mut scratch);
-        prop_assert_eq!(&want, &case.run().y);
-
-        // The same in two runs, and token by token.
+        let want = case.run().y;
         let sizes =
             reference::forward(whole, &absolute(&case.xbc), &wide(&case.dt), &wide(&case.a), &absolute(&case.d));
         let units = 2.0 * case.units(whole.seq + CHUNK + d_state) + (whole.seq * 3) as f64 * 2f64.powi(-24);
-        let mut state = vec![0.0; batch * whole.state_len()];
-        let mut steps = vec![0.0; batch * whole.state_len()];
-        let mut run = steps.clone();
-        let parts = [(0, first)].into_iter().chain([(first, second)]);
-        for (start, seq) in parts {
-            let shape = SsdShape { seq, ..whole };
-            let cut = |data: &[f32], cols: usize, start: usize, seq: usize| -> Vec<f32> {
-                let sequences = data.chunks(whole.seq * cols);
-                sequences.flat_map(|s| s[start * cols..(start + seq) * cols].to_vec()).collect()
-            };
-            let (xbc, dt) = (cut(&case.xbc, whole.width(), start, seq), cut(&case.dt, heads, start, seq));
-            let mut y = vec![f32::NAN; batch * seq * whole.d_inner()];
-            ssd_prefill(shape, &xbc, &dt, &case.a, &case.d, &mut y, &mut state, &mut scratch);
-            let part = wide(&cut(&want, whole.d_inner(), start, seq));
-            let size: Vec<f32> = sizes.iter().map(|v| *v as f32).collect();
-            close("prefill", &y, &part, &wide(&cut(&size, whole.d_inner(), start, seq)), units);
-            let mut run_y = vec![f32::NAN; batch * seq * whole.d_inner()];
-            ssd_steps(shape, &xbc, &dt, &case.a, &case.d, &mut run, &mut run_y);
-            for t in start..start + seq {
-                let shape = SsdShape { seq: 1, ..whole };
-                let (xbc, dt) = (cut(&case.xbc, whole.width(), t, 1), cut(&case.dt, heads, t, 1));
-                let mut y = vec![f32::NAN; batch * whole.d_inner()];
-                ssd_steps(shape, &xbc, &dt, &case.a, &case.d, &mut steps, &mut y);
-                let of_run = run_y.chunks(seq * whole.d_inner()).flat_map(|s| &s[(t - start) * whole.d_inner()..][..whole.d_inner()]);
-                prop_assert!(of_run.eq(&y), "a run's bits are those of its steps");
-                let part = wide(&cut(&want, whole.d_inner(), t, 1));
-                close("step", &y, &part, &wide(&cut(&size, whole.d_inner(), t, 1)), units);
+        let cut = |data: &[f32], cols: usize, start: usize, seq: usize| -> Vec<f32> {
+            let sequences = data.chunks(whole.seq * cols);
+            sequences.flat_map(|s| s[start * cols..(start + seq) * cols].to_vec()).collect()
+        };
+        // The outputs, sequence by sequence, and the states after runs of the given lengths.
+        let run = |lengths: &[usize]| {
+            let mut state = vec![0.0; batch * whole.state_len()];
+            let mut all = vec![f32::NAN; batch * whole.seq * whole.d_inner()];
+            let mut start = 0;
+            for &seq in lengths {
+                let shape = SsdShape { seq, ..whole };
+                let (xbc, dt) = (cut(&case.xbc, whole.width(), start, seq), cut(&case.dt, heads, start, seq));
+                let mut y = vec![f32::NAN; batch * seq * whole.d_inner()];
+                ssd_steps(shape, &xbc, &dt, &case.a, &case.d, &mut state, &mut y);
+                for (all, y) in all.chunks_mut(whole.seq * whole.d_inner()).zip(y.chunks(seq * whole.d_inner())) {
+                    all[start * whole.d_inner()..][..y.len()].copy_from_slice(y);
+                }
+                start += seq;
             }
-            prop_assert!(run == steps, "and so is the state");
+            (all, state)
+        };
+        let steps = run(&vec![1; whole.seq]);
+        close("steps", &steps.0, &wide(&want), &sizes, units);
+        for lengths in [&[whole.seq][..], &[first, second], &[second, first]] {
+            prop_assert!(run(lengths) == steps, "{:?}", lengths);
         }
     }
 }

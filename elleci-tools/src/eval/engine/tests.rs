@@ -57,31 +57,41 @@ fn log_softmax(row: &[f32], token: u32) -> f64 {
     f64::from(row[token as usize]) - total.ln()
 }
 
-/// The score of a pair by one sequence of its own: `parts` of its input are fed in a call each.
-fn alone(pair: &Pair, parts: &[usize]) -> (f64, bool) {
+/// The score of a pair by one sequence of its own, `parts` of whose input are fed in a call each; and its log-likelihood by another sum of
+/// exponentials.
+fn alone(pair: &Pair, parts: &[usize]) -> (Score, f64) {
     let model = open().packed();
     let input = [&pair.context[..], &pair.continuation[..pair.continuation.len() - 1]].concat();
     let first = pair.context.len() - 1;
     let mut session = Session::new(model).unwrap();
-    let (mut logprob, mut greedy, mut at) = (0.0, true, 0);
+    let (mut score, mut logprob, mut at) = (NOTHING, 0.0, 0);
     for end in parts.iter().copied().chain([input.len()]).filter(|end| *end <= input.len()) {
-        if end == at {
+        if end <= at {
             continue;
         }
         let mut feeds = [Feed { session: &mut session, tokens: &input[at..end] }];
         Batch::new()
+            .with_one_form()
             .extend_each(model, &mut feeds, |_, i, row| {
                 if let Some(place) = (at + i).checked_sub(first) {
                     let token = pair.continuation[place];
+                    add(&mut score, &LogRow::new(row), row, token);
                     logprob += log_softmax(row, token);
-                    let best = row.iter().cloned().fold(f32::NEG_INFINITY, f32::max);
-                    greedy &= row.iter().position(|x| *x == best) == Some(token as usize);
                 }
             })
             .unwrap();
         at = end;
     }
-    (logprob, greedy)
+    (score, logprob)
+}
+
+/// `score` is that of a sequence of its own, in one call and in several.
+fn assert_alone(pair: &Pair, score: Score) {
+    for parts in [&[][..], &[1], &[1, 2, pair.context.len()], &[pair.context.len()]] {
+        let (same, logprob) = alone(pair, parts);
+        assert_eq!(score, same, "{parts:?} {pair:?}");
+        assert!((score.logprob - logprob).abs() < 2e-5 * pair.continuation.len() as f64, "{score:?} {logprob}");
+    }
 }
 
 #[test]
@@ -156,15 +166,7 @@ fn scores_are_those_of_a_sequence_of_its_own_whatever_the_company() {
     }
     let together = e.score(&pairs, None).unwrap();
     for (pair, score) in pairs.iter().zip(&together) {
-        // Context in a call, continuation in another, as the engine feeds them: the logits are the same bits, and the
-        // log-probabilities differ by the float32 sums of exponentials, 2⁻¹⁶ relative at most, a token.
-        let (logprob, greedy) = alone(pair, &[pair.context.len()]);
-        let tolerance = 2e-5 * pair.continuation.len() as f64;
-        assert!((score.logprob - logprob).abs() < tolerance, "{score:?} {logprob} {pair:?}");
-        assert_eq!(score.greedy, greedy);
-        // In one call, activations may round to other int8 codes: a few hundredths, where a wrong place would be units.
-        let (whole, _) = alone(pair, &[]);
-        assert!((score.logprob - whole).abs() < 0.1 + 0.02 * whole.abs(), "{score:?} {whole}");
+        assert_alone(pair, *score);
         assert_eq!(e.score(std::slice::from_ref(pair), None).unwrap(), [*score], "company");
     }
 }
@@ -184,37 +186,12 @@ fn a_stem_is_evaluated_once_and_gives_the_scores_of_its_parts() {
     let contexts: usize = pairs.iter().map(|p| p.context.len() - if p.context.len() >= at { at } else { 0 }).sum();
     assert_eq!(e.fed - before, (contexts + continued) as u64, "the stem is not fed again");
     for (pair, score) in pairs.iter().zip(&scores) {
-        let parts = if pair.context.len() >= at { vec![at, pair.context.len()] } else { vec![pair.context.len()] };
-        let (logprob, greedy) = alone(pair, &parts);
-        assert!((score.logprob - logprob).abs() < 2e-5 * pair.continuation.len() as f64);
-        assert_eq!(score.greedy, greedy);
+        assert_alone(pair, *score);
     }
     // Little in common is not worth a session; all in common is.
     let short: Vec<Pair> = ["La", "La città", ""].map(|c| e.pair(c, " è").unwrap()).into();
     assert!(e.stem(&short[0], &short[1]).unwrap().is_none());
     assert!(e.stem(&short[2], &short[2]).unwrap().is_some());
-}
-
-#[test]
-fn without_sharing_every_pair_is_one_run() {
-    let mut e = engine(64).with_sharing(Sharing::Nothing);
-    let texts = [
-        ("La città è più", " grande che bella"),
-        ("La città è più", " bella"),
-        ("", "La città"),
-        ("perché no? 1 La", " città è"),
-    ];
-    let pairs: Vec<Pair> = texts.iter().map(|(c, w)| e.pair(c, w).unwrap()).collect();
-    assert!(e.stem(&pairs[0], &pairs[1]).unwrap().is_none());
-    let scores = e.score(&pairs, None).unwrap();
-    assert_eq!(e.fed, pairs.iter().map(|p| (p.context.len() + p.continuation.len()) as u64).sum::<u64>());
-    for (pair, score) in pairs.iter().zip(&scores) {
-        // A run that is a token shorter has the same rows.
-        let (logprob, greedy) = alone(pair, &[]);
-        assert!((score.logprob - logprob).abs() < 2e-5 * pair.continuation.len() as f64, "{score:?} {logprob}");
-        assert_eq!(score.greedy, greedy);
-        assert_eq!(e.score(std::slice::from_ref(pair), None).unwrap(), [*score], "company");
-    }
 }
 
 #[test]
