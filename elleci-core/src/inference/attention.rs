@@ -29,9 +29,9 @@ const BLOCK: usize = 64;
 
 /// Cached tokens whose latents are expanded together: bounds the memory for it. Divides [`PAGE`].
 const EXPAND: usize = 128;
-/// Rows and tokens of the expanded attention's products at least, which are filled up to them: `gemm` adds up products of at most 256
-/// elements in another order, and the bits of a row are not to depend on how many others there are.
-const LEAST: [usize; 2] = [8, 40];
+/// Scores that `gemm` computes in another order of additions: products of up to so many, or of a single row. They are filled up, because
+/// the bits of a row are not to depend on how many others there are.
+const SMALL: usize = 256;
 
 /// Reads `scratch.norm`, writes `scratch.y`.
 pub(super) fn forward(pass: &Pass, ids: &MlaIds, states: Vec<&mut LayerState>, scratch: &mut Scratch) {
@@ -225,14 +225,15 @@ fn attend_block<S: Simd>(
 fn expanded(c: &ModelConfig, kv_up: &PackedTernary, cache: &MlaCache, q: &[f32], o: &mut [f32]) {
     let (rank, heads, qk, dn, dv) = (c.kv_rank, c.n_heads, c.d_qk(), c.d_nope, c.d_v);
     let (len, q_row, kv_row) = (q.len() / (heads * qk), heads * qk, heads * (dn + dv));
-    let (past, rows) = (cache.len - len, len.max(LEAST[0]));
+    let (past, rows) = (cache.len - len, len.max(2));
     let (mut filled_q, mut filled_keys) = (Vec::new(), Vec::new());
     let q = mat(filled(q, rows * q_row, &mut filled_q), rows, q_row);
-    let mut kv = vec![0.0f32; EXPAND.min(cache.len).max(LEAST[1]) * kv_row];
+    let least = SMALL / rows + 1;
+    let mut kv = vec![0.0f32; EXPAND.min(cache.len).max(least) * kv_row];
     let mut states: Vec<HeadState> = (0..heads).map(|_| HeadState::new(rows, dv)).collect();
     for first in (0..cache.len).step_by(EXPAND) {
         let seen_by_any = EXPAND.min(cache.len - first);
-        let n = seen_by_any.max(LEAST[1]);
+        let n = seen_by_any.max(least);
         let (page, at) = (&cache.pages[first / PAGE], first % PAGE);
         let own = at..at + seen_by_any;
         let codes = &page.codes[own.start * rank..own.end * rank];
