@@ -3,7 +3,7 @@
 //! Text becomes tokens as lm-evaluation-harness does it: a context and its continuation are encoded as one text, white space at
 //! the end of the context counts as the continuation's, and the continuation's tokens are those past the length of the context
 //! encoded alone. A context that several requests share is evaluated once, and each continuation is scored on its session, which stays as
-//! it is; the beginning that all contexts of a task share (examples, instructions) is evaluated once for the whole task (the [`Stem`]).
+//! it is; what neighbouring continuations have in common is evaluated once too ([`Branch`]), and the beginning that all contexts of a task share (examples, instructions) is evaluated once for the whole task (the [`Stem`]).
 //! What a request is given does not depend on the others, nor on what is shared: a session computes the same bits in every company and,
 //! in the one form of attention that scoring has it use, however its tokens are cut into calls.
 
@@ -28,6 +28,8 @@ const CALL_BYTES: usize = 256 << 20;
 const CALL_SESSIONS: usize = 64;
 /// A shared beginning must save this many tokens to be worth a session.
 const MIN_STEM: usize = 16;
+/// And so must that of two continuations, whose session is a fork.
+const MIN_BRANCH: usize = 3;
 
 /// A continuation to be scored after a context, as tokens.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -58,6 +60,45 @@ struct Asked<'a> {
     tokens: &'a [u32],
     /// The score of those before them
     before: Score,
+}
+
+/// Continuations of one context that begin alike.
+struct Branch {
+    /// The context
+    group: usize,
+    /// Tokens that they have in common; each has another after them.
+    shared: usize,
+    members: Vec<usize>,
+}
+
+impl Branch {
+    /// Tokens that are fed for it.
+    fn tokens(&self, pairs: &[Pair]) -> usize {
+        let rest = self.members.iter().map(|i| pairs[*i].continuation.len() - 1 - self.shared);
+        self.shared + rest.sum::<usize>()
+    }
+}
+
+/// The continuations of a context, neighbours that begin alike together: the choices of an item, which come one after the other.
+fn branches(pairs: &[Pair], members: &[usize], group: usize) -> Vec<Branch> {
+    let mut branches: Vec<Branch> = Vec::new();
+    for &i in members {
+        let tokens = &pairs[i].continuation;
+        if let Some(last) = branches.last_mut() {
+            let first = &pairs[last.members[0]].continuation;
+            let common = first.iter().zip(tokens).take_while(|(a, b)| a == b).count();
+            // A token is left to each, and what the members before have in common too.
+            let room = if last.members.len() == 1 { first.len() - 1 } else { last.shared };
+            let common = common.min(tokens.len() - 1).min(room);
+            if common >= MIN_BRANCH {
+                last.shared = common;
+                last.members.push(i);
+                continue;
+            }
+        }
+        branches.push(Branch { group, shared: 0, members: vec![i] });
+    }
+    branches
 }
 
 /// The beginning that the contexts of a task share, evaluated once.
@@ -274,31 +315,70 @@ impl<'a> Engine<'a> {
         for (row, g) in logits.chunks_exact(vocab).zip(new) {
             rows[g] = row;
         }
-        let mut forks = Vec::new();
         for (g, (_, members)) in groups.iter().enumerate() {
             let row = LogRow::new(rows[g]);
             for &i in members {
                 add(&mut scores[i], &row, rows[g], pairs[i].continuation[0]);
-                if pairs[i].continuation.len() > 1 {
-                    forks.push((g, i));
+            }
+        }
+        let of_group = |(g, (_, members)): (usize, &(&[u32], Vec<usize>))| branches(pairs, members, g);
+        let branches: Vec<Branch> = groups.iter().enumerate().flat_map(of_group).collect();
+        let mut rest = branches.as_slice();
+        while !rest.is_empty() {
+            let taken = calls(rest.iter().map(|b| b.tokens(pairs)), self.sessions);
+            let (call, after) = rest.split_at(taken);
+            self.score_branches(pairs, call, &sessions, scores)?;
+            rest = after;
+        }
+        Ok(())
+    }
+
+    /// A call for what continuations have in common, if any have, and one for the rest of them.
+    fn score_branches(
+        &mut self,
+        pairs: &[Pair],
+        branches: &[Branch],
+        sessions: &[Session],
+        scores: &mut [Score],
+    ) -> anyhow::Result<()> {
+        let shared: Vec<&Branch> = branches.iter().filter(|b| b.shared > 0).collect();
+        let mut forks: Vec<Session> = shared.iter().map(|b| sessions[b.group].clone()).collect();
+        let parts = forks.iter_mut().zip(&shared);
+        let mut feeds: Vec<Feed<'_>> =
+            parts.map(|(session, b)| Feed { session, tokens: &pairs[b.members[0]].continuation[..b.shared] }).collect();
+        self.fed += feeds.iter().map(|f| f.tokens.len() as u64).sum::<u64>();
+        if !feeds.is_empty() {
+            self.batch.extend_with(
+                self.model,
+                &mut feeds,
+                |_| Output::Each,
+                |branch, index, logits| {
+                    let row = LogRow::new(logits);
+                    for &i in &shared[branch].members {
+                        add(&mut scores[i], &row, logits, pairs[i].continuation[index + 1]);
+                    }
+                },
+            )?;
+        }
+        let mut forks = forks.iter();
+        let (mut probes, mut asked, mut places) = (Vec::new(), Vec::new(), Vec::new());
+        for b in branches {
+            let own = if b.shared > 0 { forks.next() } else { None };
+            let session = own.unwrap_or(&sessions[b.group]);
+            for &i in &b.members {
+                // The last token is only predicted.
+                let (tokens, next) = (&pairs[i].continuation[b.shared..], b.shared + 1);
+                if tokens.len() > 1 {
+                    probes.push(Probe { session, tokens: &tokens[..tokens.len() - 1] });
+                    asked.push(Asked { tokens: &pairs[i].continuation[next..], before: scores[i] });
+                    places.push(i);
                 }
             }
         }
-        let mut rest = forks.as_slice();
-        while !rest.is_empty() {
-            let taken = calls(rest.iter().map(|(_, i)| pairs[*i].continuation.len() - 1), usize::MAX);
-            let (call, after) = rest.split_at(taken);
-            let probe = |(g, i): &(usize, usize)| {
-                let continuation = &pairs[*i].continuation;
-                Probe { session: &sessions[*g], tokens: &continuation[..continuation.len() - 1] }
-            };
-            let probes: Vec<Probe<'_>> = call.iter().map(probe).collect();
-            let asked = |(_, i): &(usize, usize)| Asked { tokens: &pairs[*i].continuation[1..], before: scores[*i] };
-            let asked: Vec<Asked<'_>> = call.iter().map(asked).collect();
-            for ((_, i), score) in call.iter().zip(self.probe(&probes, &asked)?) {
-                scores[*i] = score;
+        if !probes.is_empty() {
+            for (i, score) in places.into_iter().zip(self.probe(&probes, &asked)?) {
+                scores[i] = score;
             }
-            rest = after;
         }
         Ok(())
     }

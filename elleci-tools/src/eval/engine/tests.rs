@@ -172,6 +172,26 @@ fn scores_are_those_of_a_sequence_of_its_own_whatever_the_company() {
 }
 
 #[test]
+fn what_neighbouring_continuations_have_in_common_is_fed_once() {
+    let mut e = engine(64);
+    let shared = "La città è più grande che bella: perché no?";
+    let texts = [&format!("{shared} è"), &format!("{shared} no? x"), shared, shared, "perché no?", "x", shared];
+    let pairs: Vec<Pair> = texts.iter().map(|t| e.pair("", t).unwrap()).collect();
+    let found = branches(&pairs, &[0, 1, 2, 3, 4, 5, 6], 0);
+    assert_eq!(found.iter().map(|b| b.members.len()).collect::<Vec<_>>(), [4, 1, 1, 1]);
+    // The third ends with what the others share, so that its last token is left.
+    assert_eq!(found[0].shared, pairs[2].continuation.len() - 1);
+    assert!(found[0].shared >= MIN_BRANCH && found[1..].iter().all(|b| b.shared == 0));
+    let scores = e.score(&pairs, None).unwrap();
+    let fed: usize = 1 + found.iter().map(|b| b.tokens(&pairs)).sum::<usize>();
+    assert_eq!(e.fed, fed as u64);
+    assert!(fed < 1 + pairs.iter().map(|p| p.continuation.len() - 1).sum::<usize>());
+    for (pair, score) in pairs.iter().zip(&scores) {
+        assert_alone(pair, *score);
+    }
+}
+
+#[test]
 fn a_stem_is_evaluated_once_and_gives_the_scores_of_its_parts() {
     let mut e = engine(64);
     let shared = "La città è più grande che bella: perché no? 1 La città è più bella: perché";
