@@ -29,6 +29,8 @@ packages = {name: [] for name in options.packages}
 def together(program, folder):
     """Runs a test program; whether it passed."""
     status = subprocess.run([program] + ["--quiet"] * options.quiet, cwd=folder, check=False).returncode
+    if status:
+        print(f"run_tests.py: exit status {status}", file=sys.stderr)
     return status == 0
 
 
@@ -40,10 +42,10 @@ def apart(program, folder):
     def run(test):
         began = time.monotonic()
         ran = subprocess.run([program, "--exact", test], cwd=folder, check=False, capture_output=True, text=True)
-        passed = ran.returncode == 0 and "running 1 test\n" in ran.stdout
+        passed = ran.returncode == 0 and " 1 passed;" in ran.stdout
         print(f"test {test} ... {'ok' if passed else 'FAILED'} ({time.monotonic() - began:.1f} s)", flush=True)
         if not passed:
-            print(ran.stdout, ran.stderr, sep="\n", file=sys.stderr, flush=True)
+            print(ran.stdout, ran.stderr, f"exit status {ran.returncode}", sep="\n", file=sys.stderr, flush=True)
         return passed
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -61,6 +63,11 @@ for line in open(options.listing, encoding="utf-8"):
         name = package[0] if package[1] else message["package_id"].partition("#")[0].rpartition("/")[2]
         if name in packages:
             packages[name].append((message["target"]["name"], folder, message["executable"]))
+targets = {target for programs in packages.values() for target, _, _ in programs}
+for name in options.skip + options.apart:
+    if name not in targets:
+        print(f"run_tests.py: there is no test program {name} in {', '.join(packages)}", file=sys.stderr)
+        sys.exit(2)
 for name, programs in packages.items():
     if not programs:
         print(f"run_tests.py: {name} has no test program in {options.listing}", file=sys.stderr)

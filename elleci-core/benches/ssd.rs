@@ -113,12 +113,16 @@ fn ssd(name: &str, shape: SsdShape, peak: f64, batch: usize) {
     line("forward", forward, ff);
     line("backward", backward, fb);
 
-    let one = SsdShape { batch: 1, seq: 1, ..shape };
-    let (mut state, mut y) = (vec![0.0; one.state_len()], vec![0.0; one.d_inner()]);
-    let (xbc, dt) = (&xbc[..one.width()], &dt[..one.heads]);
-    let step = seconds(400, || ssd_steps(one, xbc, dt, &a, &d, &mut state, &mut y));
-    let bytes = 8.0 * one.state_len() as f64;
-    println!("{name:24} {:9} {:8.3} ms {:7.1} GB/s of state", "step", step * 1e3, bytes / step / 1e9);
+    for seq in [1, 2, 4, 8, 16, 64] {
+        let run = SsdShape { batch: 1, seq, ..shape };
+        let (mut state, mut y) = (vec![0.0; run.state_len()], vec![0.0; run.tokens() * run.d_inner()]);
+        let (xbc, dt) = (&xbc[..run.tokens() * run.width()], &dt[..run.tokens() * run.heads]);
+        let steps = seconds(400 / seq, || ssd_steps(run, xbc, dt, &a, &d, &mut state, &mut y));
+        let bytes = 8.0 * run.state_len() as f64;
+        let what = format!("steps {seq}");
+        let (each, rate) = (steps * 1e3 / seq as f64, bytes / steps / 1e9);
+        println!("{name:24} {what:9} {each:8.3} ms a step {rate:7.1} GB/s of state");
+    }
 
     let conv = ConvShape { batch: shape.batch, seq: shape.seq, channels: shape.width(), taps: 4 };
     let input = noise(conv.batch * conv.seq * conv.channels, -1.0, 1.0);

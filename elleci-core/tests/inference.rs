@@ -156,7 +156,7 @@ fn probes_have_the_bits_of_feeds_and_change_nothing() {
     let mut session = Session::new(model).unwrap();
     session.extend(model, &tokens[..250]).unwrap();
     let before = session.to_bytes();
-    // Steps, chunks, both, and more than a pass, around the ends of pages; alike, so that three threads take two each; and uneven.
+    // One token, few, and more than a pass, around the ends of pages; alike, so that three threads take two each; and uneven.
     let alike = [61, 62, 63, 64, 60, 59];
     for lengths in [&[1, 2, 5, 16, 17, 70, 200][..], &alike, &[1; 7], &[300, 3]] {
         let parts: Vec<&[u32]> = lengths.iter().enumerate().map(|(i, n)| &tokens[250 + i..250 + i + n]).collect();

@@ -5,7 +5,7 @@
 
 `elleci-run serve` answers the real harness (`local-completions`, with token ids, echo and log-probabilities) on this machine only;
 `elleci-eval` scores the same rows by itself. Both write their items in the harness's layout, and these are compared: the question, every
-log-likelihood (within 1e-3), which continuations are greedy, and the metrics. The rows are small sets of our own in the columns of
+log-likelihood (within 1e-9), which continuations are greedy, and the metrics. The rows are small sets of our own in the columns of
 public ones (rows.py); the tasks are the harness's own files with nothing changed but where the rows come from. Exit code 1 if one
 item differs.
 """
@@ -26,7 +26,7 @@ import urllib.request
 
 import rows
 
-TOLERANCE = 1e-3
+TOLERANCE = 1e-9
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", required=True, help="an archive with a tokenizer")
 parser.add_argument("--bin", default="target/release", help="where elleci-run and elleci-eval are")

@@ -1,6 +1,6 @@
 //! Multi-head latent attention over a pass (SPEC §1.2).
 //!
-//! One token reads the cached latents themselves: `kv_up` is absorbed into its query on one side and into its output on the
+//! The only token of a call reads the cached latents themselves: `kv_up` is absorbed into its query on one side and into its output on the
 //! other, and the context is cut into blocks whose partial softmaxes are put together in order. A run of tokens expands the
 //! latents, some at a time, into keys and values that all its queries share; the softmax goes along. Either
 //! way little grows with the context but the cache: one token keeps a partial softmax a block, two thirds of a layer's cache at most.
@@ -30,7 +30,8 @@ const BLOCK: usize = 64;
 /// Cached tokens whose latents are expanded together: bounds the memory for it. Divides [`PAGE`].
 const EXPAND: usize = 128;
 /// Scores that `gemm` computes in another order of additions: products of up to so many, or of a single row. They are filled up, because
-/// the bits of a row are not to depend on how many others there are.
+/// the bits of a row are not to depend on how many others there are. (It also has a form of its own for sums of one or two terms, and
+/// cuts sums of more than 512, wherever it likes; heads are narrower.)
 const SMALL: usize = 256;
 
 /// Reads `scratch.norm`, writes `scratch.y`.
@@ -228,7 +229,7 @@ fn expanded(c: &ModelConfig, kv_up: &PackedTernary, cache: &MlaCache, q: &[f32],
     let (past, rows) = (cache.len - len, len.max(2));
     let (mut filled_q, mut filled_keys) = (Vec::new(), Vec::new());
     let q = mat(filled(q, rows * q_row, &mut filled_q), rows, q_row);
-    let least = SMALL / rows + 1;
+    let least = (SMALL / rows + 1).max(3);
     let mut kv = vec![0.0f32; EXPAND.min(cache.len).max(least) * kv_row];
     let mut states: Vec<HeadState> = (0..heads).map(|_| HeadState::new(rows, dv)).collect();
     for first in (0..cache.len).step_by(EXPAND) {

@@ -154,8 +154,8 @@ impl<'a> Layer<'a> {
         let shape = ssd_shape(c, 1, len);
         let MambaState { scan, conv } = state;
         let Constants { taps, a } = self.constants;
-        ssd_steps_expect(shape, scan);
         if len <= FEW {
+            ssd_steps_expect(shape, scan);
             let inputs = input[before * channels..].chunks_exact(channels);
             for (input, xbc) in inputs.zip(xbc[before * channels..].chunks_exact_mut(channels)) {
                 conv_silu_step(conv, input, taps, self.conv_bias, xbc);

@@ -3,7 +3,8 @@
 //! Text becomes tokens as lm-evaluation-harness does it: a context and its continuation are encoded as one text, white space at
 //! the end of the context counts as the continuation's, and the continuation's tokens are those past the length of the context
 //! encoded alone. A context that several requests share is evaluated once, and each continuation is scored on its session, which stays as
-//! it is; what neighbouring continuations have in common is evaluated once too ([`Branch`]), and the beginning that all contexts of a task share (examples, instructions) is evaluated once for the whole task (the [`Stem`]).
+//! it is. What neighbouring continuations have in common is evaluated once too ([`Branch`]), and so is the beginning that all contexts
+//! of a task share (examples, instructions), for the whole task (the [`Stem`]).
 //! What a request is given does not depend on the others, nor on what is shared: a session computes the same bits in every company and,
 //! in the one form of attention that scoring has it use, however its tokens are cut into calls.
 
@@ -22,7 +23,7 @@ use crate::run::text::TextStream;
 
 /// Tokens of a call at least, where there are so many: some passes of the model for each of a few threads.
 const CALL_TOKENS: usize = 1024;
-/// Memory that the sessions of a call may take.
+/// Memory that the sessions of a call may take: those of contexts, and once more those of branches.
 const CALL_BYTES: usize = 256 << 20;
 /// Sessions of a call at most: the logits of each are kept until its continuations are scored.
 const CALL_SESSIONS: usize = 64;
@@ -87,10 +88,11 @@ fn branches(pairs: &[Pair], members: &[usize], group: usize) -> Vec<Branch> {
         if let Some(last) = branches.last_mut() {
             let first = &pairs[last.members[0]].continuation;
             let common = first.iter().zip(tokens).take_while(|(a, b)| a == b).count();
-            // A token is left to each, and what the members before have in common too.
-            let room = if last.members.len() == 1 { first.len() - 1 } else { last.shared };
+            // A token is left to each. What the members before have in common beyond this is fed for each of them then.
+            let others = last.members.len() - 1;
+            let room = if others == 0 { first.len() - 1 } else { last.shared };
             let common = common.min(tokens.len() - 1).min(room);
-            if common >= MIN_BRANCH {
+            if common >= MIN_BRANCH && (others == 0 || common > others * (last.shared - common)) {
                 last.shared = common;
                 last.members.push(i);
                 continue;
@@ -258,7 +260,7 @@ impl<'a> Engine<'a> {
         let mut scores = vec![NOTHING; pairs.len()];
         let mut rest = groups.as_slice();
         while !rest.is_empty() {
-            let taken = calls(rest.iter().map(|g| g.0.len()), self.sessions);
+            let taken = calls(rest.iter().map(|g| (g.0.len(), true)), self.sessions);
             let (call, after) = rest.split_at(taken);
             self.score_groups(pairs, call, stem, &mut scores)?;
             rest = after;
@@ -325,7 +327,7 @@ impl<'a> Engine<'a> {
         let branches: Vec<Branch> = groups.iter().enumerate().flat_map(of_group).collect();
         let mut rest = branches.as_slice();
         while !rest.is_empty() {
-            let taken = calls(rest.iter().map(|b| b.tokens(pairs)), self.sessions);
+            let taken = calls(rest.iter().map(|b| (b.tokens(pairs), b.shared > 0)), self.sessions);
             let (call, after) = rest.split_at(taken);
             self.score_branches(pairs, call, &sessions, scores)?;
             rest = after;
@@ -477,11 +479,12 @@ struct Writing {
     done: Continuation,
 }
 
-/// How many of the feeds of these lengths belong into one call.
-fn calls(lengths: impl Iterator<Item = usize>, sessions: usize) -> usize {
-    let (mut tokens, mut taken) = (0, 0);
-    for length in lengths {
-        if taken == sessions || tokens >= CALL_TOKENS {
+/// How many of the feeds belong into one call: of each its tokens, and whether it takes one of so many `sessions`.
+fn calls(feeds: impl Iterator<Item = (usize, bool)>, sessions: usize) -> usize {
+    let (mut tokens, mut made, mut taken) = (0, 0, 0);
+    for (length, session) in feeds {
+        made += usize::from(session);
+        if made > sessions || tokens >= CALL_TOKENS {
             break;
         }
         tokens += length;

@@ -320,8 +320,7 @@ fn answer_task(
     Ok(())
 }
 
-/// What the contexts of a task begin with, from its last two items: those that a `--limit` or a resumed run may not ask, so that
-/// neither changes a bit.
+/// What the contexts of a task begin with: what its last two items have in common.
 fn stem(engine: &mut Engine<'_>, items: &[Item]) -> anyhow::Result<Option<Stem>> {
     let [.., a, b] = items else { return Ok(None) };
     let first = |engine: &mut Engine<'_>, item: &Item| engine.pair(&item.context, &item.continuations[0]);

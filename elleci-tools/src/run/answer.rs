@@ -89,7 +89,7 @@ pub struct Piece<'a> {
 }
 
 /// A long prompt is fed in parts of this many tokens, so that Ctrl-C does not have to wait for all of it. A multiple of the
-/// runs that a session cuts its input into anyway, so that no pass is wasted.
+/// runs that a session cuts its input into anyway, so that no pass is wasted; and no part is a single token, so that no bit changes.
 const PART: usize = 1024;
 
 /// Continues `prompt`, which must fit the context. `show` gets text as it becomes certain.
@@ -176,7 +176,7 @@ fn feed_parts(
     interrupt: &Generating,
 ) -> anyhow::Result<usize> {
     let mut fed = 0;
-    while prompt.len() - fed > PART && !interrupt.stopped() {
+    while prompt.len() - fed > PART + 1 && !interrupt.stopped() {
         session.extend(open.packed(), &prompt[fed..fed + PART])?;
         fed += PART;
     }

@@ -48,6 +48,13 @@ impl ApiError {
         ApiError::new(StatusCode::UNAUTHORIZED, Some("invalid_api_key"), message)
     }
 
+    /// A name that this server does not have.
+    pub fn host(host: &str) -> ApiError {
+        let message =
+            format!("this server does not answer to the name {host}: `--allow-host {host}`, or a key, lets it");
+        ApiError::new(StatusCode::FORBIDDEN, Some("unknown_host"), message)
+    }
+
     /// There is nothing at this path.
     pub fn not_found(path: &str) -> ApiError {
         ApiError::new(StatusCode::NOT_FOUND, Some("not_found"), format!("there is nothing at {path}"))
@@ -102,6 +109,7 @@ impl ApiError {
     pub fn body(&self) -> Value {
         let kind = match self.status.as_u16() {
             401 => "authentication_error",
+            403 => "permission_error",
             404 => "not_found_error",
             429 => "rate_limit_error",
             400..=499 => "invalid_request_error",

@@ -62,6 +62,8 @@ pub struct App {
     engine: Handle,
     loaded: OnceLock<Arc<Loaded>>,
     stopping: AtomicBool,
+    /// Whether requests must name this machine: see [`Settings::answers_to`]
+    local: bool,
     answers: AtomicU64,
     /// Makes the ids of answers differ from those of another run
     run: u64,
@@ -144,6 +146,7 @@ async fn serve(args: &ServeArgs, settings: Settings, device: Device) -> anyhow::
         engine: handle,
         loaded: OnceLock::new(),
         stopping: AtomicBool::new(false),
+        local: address.ip().is_loopback() && !settings.has_key(),
         answers: AtomicU64::new(0),
         run: openai::now() ^ (u64::from(std::process::id()) << 20),
         settings,

@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use axum::body::Bytes;
 use axum::extract::{MatchedPath, Request, State};
-use axum::http::header::{AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE, EXPECT};
+use axum::http::header::{AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE, EXPECT, HOST};
+use axum::http::uri::Authority;
 use axum::http::{Method, StatusCode, Uri};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
@@ -73,13 +74,23 @@ async fn gate(State(app): State<Arc<App>>, matched: Option<MatchedPath>, mut req
     let endpoint = matched.as_ref().map_or("other", MatchedPath::as_str);
     let account = Account::new(app.clone(), request.method().as_str(), path, endpoint);
     let open = ["/", "/health"].contains(&path);
-    let response = if open || app.settings.lets_in(request.headers().get(AUTHORIZATION)) {
+    let stranger = if app.local { host_of(&request).filter(|host| !app.settings.answers_to(host)) } else { None };
+    let response = if let Some(host) = stranger {
+        ApiError::host(&host).into_response()
+    } else if open || app.settings.lets_in(request.headers().get(AUTHORIZATION)) {
         request.extensions_mut().insert(account.clone());
         next.run(request).await
     } else {
         ApiError::unauthorized().into_response()
     };
     account.hold(response)
+}
+
+/// The name that a request calls this server by, without the port. Only old clients that are no browsers give none.
+fn host_of(request: &Request) -> Option<String> {
+    let header = request.headers().get(HOST).map(|value| value.to_str().unwrap_or("?"));
+    let name = request.uri().authority().map(Authority::as_str).or(header)?;
+    Some(name.parse::<Authority>().map_or_else(|_| name.to_string(), |authority| authority.host().to_string()))
 }
 
 /// Reads a body of bounded size in bounded time.

@@ -1,6 +1,6 @@
 //! The options of the server, checked.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
@@ -40,6 +40,10 @@ pub struct ServeArgs {
     /// Web pages of this origin may use the server
     #[arg(long, value_name = "ORIGIN")]
     pub cors: Option<String>,
+    /// Requests may name this host too. (Without a key and on a loopback address, names other than localhost are refused: a web page
+    /// could give itself an address of this machine.) Several: --allow-host A --allow-host B
+    #[arg(long, value_name = "NAME")]
+    pub allow_host: Vec<String>,
     /// Tokens that prompt and answer together may have; a longer prompt is refused, never cut [default: what the model was trained on,
     /// at least 4096]
     #[arg(short, long, visible_alias = "ctx-size", value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1 << 24))]
@@ -83,6 +87,8 @@ pub struct Settings {
     pub cors: Option<HeaderValue>,
     /// Hash of the key.
     key: Option<blake3::Hash>,
+    /// Names of this server, in lower case, besides those of every machine for itself.
+    hosts: Vec<String>,
     /// Tokens of prompt and answer, if given.
     pub context: Option<usize>,
     /// Sequences computed together.
@@ -126,6 +132,7 @@ impl Settings {
         Ok(Settings {
             cors: cors.transpose()?,
             key: key.map(|k| blake3::hash(k.as_bytes())),
+            hosts: args.allow_host.iter().chain([&args.host]).map(|h| h.to_ascii_lowercase()).collect(),
             context: args.context.map(|n| n as usize),
             parallel: args.parallel as usize,
             queue: args.queue as usize,
@@ -146,6 +153,16 @@ impl Settings {
         let Some(key) = &self.key else { return true };
         let given = header.and_then(|h| h.as_bytes().strip_prefix(b"Bearer "));
         given.is_some_and(|given| blake3::hash(given) == *key)
+    }
+
+    /// Whether a server without a key on a loopback address answers to this name: that of another machine is one that a web page has
+    /// given itself an address of this one under, to be taken for a page of the server (DNS rebinding).
+    pub fn answers_to(&self, host: &str) -> bool {
+        let bare = host.trim_start_matches('[').trim_end_matches(']').trim_end_matches('.').to_ascii_lowercase();
+        bare == "localhost"
+            || bare.ends_with(".localhost")
+            || bare.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
+            || self.hosts.contains(&bare)
     }
 
     /// Whether requests need a key.

@@ -159,6 +159,13 @@ fn answers_follow_from_the_request_alone() {
     assert_eq!(server.text(&hot(json!(tokenizer().encode(PROMPT)), 5)), together[0]);
     assert!(server.metric("elleci_cached_prompt_tokens_total") >= 256.0);
     assert_eq!(bare.metric("elleci_cached_prompt_tokens_total"), 0.0);
+    // A prompt that goes on from one in the cache by a single token, by two, and further.
+    for length in [200, 129, 130, 257] {
+        let prompt: Vec<u32> = (0..length).map(|i| 20 + i * i % 300).collect();
+        let body = hot(json!(prompt), 5);
+        let want = bare.text(&body);
+        assert_eq!((server.text(&body), server.text(&body)), (want.clone(), want), "{length}");
+    }
     // Choice i has the seed plus i.
     let mut several = hot(json!([PROMPT, "perché"]), 5);
     several["n"] = json!(3);

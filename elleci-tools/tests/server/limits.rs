@@ -85,7 +85,7 @@ fn what_has_no_meaning_is_refused_by_name() {
         let body = json!({ "prompt": "x".repeat(size) }).to_string();
         let mut stream = server.connect();
         let head = format!(
-            "POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {}\r\n\r\n",
+            "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-length: {}\r\n\r\n",
             body.len()
         );
         stream.write_all(head.as_bytes()).unwrap();
@@ -100,7 +100,9 @@ fn what_has_no_meaning_is_refused_by_name() {
     }
     let mut stream = server.connect();
     stream
-        .write_all(b"POST /tokenize HTTP/1.1\r\nhost: x\r\nconnection: close\r\ntransfer-encoding: chunked\r\n\r\n")
+        .write_all(
+            b"POST /tokenize HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ntransfer-encoding: chunked\r\n\r\n",
+        )
         .unwrap();
     for _ in 0..3 {
         stream.write_all(format!("2000\r\n{}\r\n", "x".repeat(0x2000)).as_bytes()).unwrap();
@@ -108,6 +110,37 @@ fn what_has_no_meaning_is_refused_by_name() {
     stream.write_all(b"0\r\n\r\n").unwrap();
     let answer = receive(stream);
     assert_eq!((answer.status, answer.error().contains("--max-body")), (413, true));
+}
+
+/// A web page can give its own name an address of this machine (DNS rebinding), and would then be taken for a page of the server.
+#[test]
+fn names_of_other_machines_are_refused() {
+    let ask = |server: &Server, path: &str, host: &str| {
+        let mut stream = server.connect();
+        stream.write_all(format!("GET {path} HTTP/1.1\r\n{host}connection: close\r\n\r\n").as_bytes()).unwrap();
+        receive(stream)
+    };
+    let server = Server::start(&["--allow-host", "Elleci.example"]);
+    for own in
+        ["localhost", "LOCALHOST:8080", "a.localhost", "127.0.0.1:1", "127.9.9.9", "[::1]:80", "elleci.example:443"]
+    {
+        for path in ["/", "/v1/models"] {
+            assert_eq!(ask(&server, path, &format!("host: {own}\r\n")).status, 200, "{own}");
+        }
+    }
+    for other in
+        ["evil.example", "localhost.evil.example", "notlocalhost", "10.0.0.1:8080", "127.0.0.1.evil.example", "a b", ""]
+    {
+        for path in ["/", "/health", "/v1/models"] {
+            let answer = ask(&server, path, &format!("host: {other}\r\n"));
+            assert_eq!((answer.status, &answer.json()["error"]["code"]), (403, &json!("unknown_host")), "{other}");
+        }
+    }
+    let absolute = ask(&server, "http://evil.example/v1/models", "host: localhost\r\n");
+    assert_eq!((absolute.status, absolute.error().contains("--allow-host evil.example")), (403, true));
+    // With a key no page can use it anyway.
+    let server = Server::start(&["--api-key", "segreta"]);
+    assert_eq!(ask(&server, "/health", "host: evil.example\r\n").status, 200);
 }
 
 #[test]
@@ -213,7 +246,7 @@ fn slow_clients_are_cut_off() {
         assert_eq!(cut(server.connect(), b""), "");
         let body = cut(
             server.connect(),
-            b"POST /tokenize HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 9\r\n\r\n{",
+            b"POST /tokenize HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-length: 9\r\n\r\n{",
         );
         assert!(body.starts_with("HTTP/1.1 408 "), "{body}");
         assert_eq!(server.get("/health").status, 200);

@@ -1,9 +1,9 @@
 //! The recurrence step by step: for inference. The chunked form (`chunked.rs`) does fewer operations, but how it rounds depends on where the
 //! chunks begin, and it is no faster on prompts (docs/LOG.md).
 //!
-//! A single step takes [`ROWS`] rows of the state at a time, so that what all rows share is loaded once for them. Several steps take a
-//! column of the state, as wide as a vector, through all of them before the next: it stays in the first-level cache, and what a
-//! block of [`STEPS`] steps needs of its channels stays in registers. The order of all additions is that of the steps one by one.
+//! A single step takes [`ROWS`] rows of the state at a time, so that what all rows share is loaded once for them. Several steps take
+//! columns of the state, as wide as a cache line, through all of them before the next: these stay in the first-level cache, and what a
+//! block of [`STEPS`] steps needs of a vector of channels stays in registers. The order of all additions is that of the steps one by one.
 
 use alloc::vec;
 use alloc::vec::Vec;
@@ -18,10 +18,12 @@ use crate::ops::activation::exp;
 use crate::ops::lanes::dispatch;
 use crate::ops::matmul::mat_mut;
 use crate::par;
-use crate::simd::{prefetch_run, vectorize};
+use crate::simd::{prefetch_later, prefetch_run, vectorize};
 
-/// Steps that a column of the state takes together.
+/// Steps that a vector of channels takes together.
 const STEPS: usize = 4;
+/// Channels whose state is taken out together: a cache line, which would be read again for every vector in it otherwise.
+const COLUMNS: usize = 16;
 /// Rows of the state that take a single step together.
 const ROWS: usize = 4;
 
@@ -201,23 +203,30 @@ impl WithSimd for Run<'_> {
     fn with_simd<S: Simd>(mut self, simd: S) {
         let channels = self.decay.len() / self.bc.len();
         let vectors = channels / S::F32_LANES;
-        let mut column = vec![simd.splat_f32s(0.0); self.bc[0][0].len()];
-        for v in 0..vectors {
-            for (s, row) in column.iter_mut().zip(self.state.chunks_exact(channels)) {
-                *s = S::as_simd_f32s(row).0[v];
+        let (d_state, together) = (self.bc[0][0].len(), (COLUMNS / S::F32_LANES).max(1));
+        let mut columns = vec![simd.splat_f32s(0.0); together * d_state];
+        for v in (0..vectors).step_by(together) {
+            let together = together.min(vectors - v);
+            for (n, row) in self.state.chunks_exact(channels).enumerate() {
+                let row = &S::as_simd_f32s(row).0[v..v + together];
+                prefetch_later(row.as_ptr_range().end.cast());
+                row.iter().enumerate().for_each(|(j, s)| columns[j * d_state + n] = *s);
             }
-            let mut first = 0;
-            while let Some(left) = self.bc.len().checked_sub(first).filter(|left| *left > 0) {
-                match left {
-                    1 => self.steps::<S, 1>(simd, first, v, &mut column),
-                    2 => self.steps::<S, 2>(simd, first, v, &mut column),
-                    3 => self.steps::<S, 3>(simd, first, v, &mut column),
-                    _ => self.steps::<S, STEPS>(simd, first, v, &mut column),
+            for (j, column) in columns.chunks_exact_mut(d_state).take(together).enumerate() {
+                let mut first = 0;
+                while first < self.bc.len() {
+                    match self.bc.len() - first {
+                        1 => self.steps::<S, 1>(simd, first, v + j, column),
+                        2 => self.steps::<S, 2>(simd, first, v + j, column),
+                        3 => self.steps::<S, 3>(simd, first, v + j, column),
+                        _ => self.steps::<S, STEPS>(simd, first, v + j, column),
+                    }
+                    first += STEPS;
                 }
-                first += left.min(STEPS);
             }
-            for (s, row) in column.iter().zip(self.state.chunks_exact_mut(channels)) {
-                S::as_mut_simd_f32s(row).0[v] = *s;
+            for (n, row) in self.state.chunks_exact_mut(channels).enumerate() {
+                let row = &mut S::as_mut_simd_f32s(row).0[v..v + together];
+                row.iter_mut().enumerate().for_each(|(j, s)| *s = columns[j * d_state + n]);
             }
         }
         for i in vectors * S::F32_LANES..channels {

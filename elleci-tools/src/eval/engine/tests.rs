@@ -189,6 +189,32 @@ fn what_neighbouring_continuations_have_in_common_is_fed_once() {
     for (pair, score) in pairs.iter().zip(&scores) {
         assert_alone(pair, *score);
     }
+    // A neighbour that has less in common joins only where that saves more than it costs the others.
+    let tokens = |shared: u32, own: u32| -> Pair {
+        let continuation = (0..shared).chain([own, own]).map(|t| 100 + t).collect();
+        Pair { context: vec![END_OF_TEXT_ID], continuation, truncated: 0 }
+    };
+    let shared_of = |pairs: &[Pair]| -> Vec<(usize, usize)> {
+        let members: Vec<usize> = (0..pairs.len()).collect();
+        branches(pairs, &members, 0).iter().map(|b| (b.members.len(), b.shared)).collect()
+    };
+    assert_eq!(shared_of(&[tokens(9, 50), tokens(9, 60), tokens(4, 70), tokens(4, 80)]), [(2, 9), (2, 4)]);
+    assert_eq!(shared_of(&[tokens(9, 50), tokens(9, 60), tokens(7, 70)]), [(3, 7)]);
+    // Several contexts, one with a stem, whose branches are of both kinds.
+    let contexts = ["", "La città è più grande che bella: perché no? 1 La città è più bella", "perché no?"];
+    let mut pairs = Vec::new();
+    for context in contexts {
+        for continuation in
+            [" x", &format!(" {shared} è"), &format!(" {shared} no? x"), " perché", &format!(" {shared}")]
+        {
+            pairs.push(e.pair(context, continuation).unwrap());
+        }
+    }
+    let stem = e.stem(&pairs[5], &pairs[6]).unwrap();
+    assert!(stem.is_some());
+    for (pair, score) in pairs.iter().zip(e.score(&pairs, stem.as_ref()).unwrap()) {
+        assert_alone(pair, score);
+    }
 }
 
 #[test]
