@@ -3,7 +3,7 @@
 //! Text becomes tokens as lm-evaluation-harness does it: a context and its continuation are encoded as one text, white space at
 //! the end of the context counts as the continuation's, and the continuation's tokens are those past the length of the context
 //! encoded alone. A context that several requests share is evaluated once, and each continuation is scored on its session, which stays as
-//! it is. What neighbouring continuations have in common is evaluated once too ([`Branch`]), and so is the beginning that all contexts
+//! it is. What neighbouring continuations have in common is evaluated once too, and so is the beginning that all contexts
 //! of a task share (examples, instructions), for the whole task (the [`Stem`]).
 //! What a request is given does not depend on the others, nor on what is shared: a session computes the same bits in every company and,
 //! in the one form of attention that scoring has it use, however its tokens are cut into calls.
