@@ -67,7 +67,7 @@ impl Batch {
     }
 
     /// The same, with one form of attention for everything: the bits of a sequence do not depend on how it is cut into calls. For
-    /// scoring: a call with a single token for a sequence costs as much attention as one with eight.
+    /// scoring: a call with a single token for a sequence expands its whole context, as one with several does.
     pub fn with_one_form(self) -> Batch {
         Batch { one_form: true, ..self }
     }

@@ -2,9 +2,9 @@
 //!
 //! An answer must not depend on what the server happens to remember. A session's floats do not depend on how its tokens were cut into calls
 //! of several (see `elleci_core::inference`), but those of tokens that came one by one are rounded otherwise. So a prompt is cut at
-//! places that follow from its tokens, no run has a single one (unless that is the prompt), and a session is kept only at such a place; going on from it is bit for
-//! bit what computing everything would have been. The end of an answer is no place: it was reached token by token. A
-//! dialogue goes on from the beginning of its last assistant turn.
+//! places that follow from its tokens, no run has a single one (unless that is the prompt), and a session is kept only at such a place;
+//! going on from it is bit for bit what computing everything would have been. The end of an answer is no place: it was reached token by
+//! token. A dialogue goes on from the beginning of its last assistant turn.
 
 use std::collections::{HashMap, HashSet};
 

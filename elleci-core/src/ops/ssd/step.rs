@@ -212,7 +212,7 @@ impl WithSimd for Run<'_> {
                 prefetch_later(row.as_ptr_range().end.cast());
                 row.iter().enumerate().for_each(|(j, s)| columns[j * d_state + n] = *s);
             }
-            for (j, column) in columns.chunks_exact_mut(d_state).take(together).enumerate() {
+            for (j, column) in columns.chunks_exact_mut(d_state.max(1)).take(together).enumerate() {
                 let mut first = 0;
                 while first < self.bc.len() {
                     match self.bc.len() - first {
