@@ -1,7 +1,7 @@
 //! The recurrence step by step: for inference. The chunked form (`chunked.rs`) does fewer operations, but how it rounds depends on where the
 //! chunks begin, and it is no faster on prompts (docs/LOG.md).
 //!
-//! A single step takes [`ROWS`] rows of the state at a time, so that what all rows share is loaded once for them. Several steps take
+//! A single step takes [`ROWS`] rows of the state at a time, so that what all rows share is loaded once for them. Many steps take
 //! columns of the state, as wide as a cache line, through all of them before the next: these stay in the first-level cache, and what a
 //! block of [`STEPS`] steps needs of a vector of channels stays in registers. The order of all additions is that of the steps one by one.
 
@@ -20,6 +20,8 @@ use crate::ops::matmul::mat_mut;
 use crate::par;
 use crate::simd::{prefetch_later, prefetch_run, vectorize};
 
+/// Steps from which on it pays to take columns of the state out (`cargo bench --bench ssd`); fewer go one by one.
+const MANY: usize = 8;
 /// Steps that a vector of channels takes together.
 const STEPS: usize = 4;
 /// Channels whose state is taken out together: a cache line, which would be read again for every vector in it otherwise.
@@ -105,9 +107,13 @@ impl Group<'_> {
                 [b, &c[..shape.d_state]]
             })
             .collect();
-        match bc[..] {
-            [[b, c]] => dispatch(Step { state, decay, u, b, c, y: out }),
-            _ => dispatch(Run { state, decay, u, bc: &bc, y: out }),
+        if bc.len() < MANY {
+            let steps = decay.chunks_exact(channels).zip(u.chunks_exact(channels)).zip(out.chunks_exact_mut(channels));
+            for ([b, c], ((decay, u), y)) in bc.iter().zip(steps) {
+                dispatch(Step { state: &mut *state, decay, u, b, c, y });
+            }
+        } else {
+            dispatch(Run { state, decay, u, bc: &bc, y: out });
         }
         for (t, out) in out.chunks_exact(channels).enumerate() {
             row_mut(y, t).copy_from_slice(out);
