@@ -8,8 +8,9 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use elleci_core::ops::conv::{ConvShape, conv_silu_backward, conv_silu_forward};
-use elleci_core::ops::ssd::{CHUNK, SsdScratch, SsdShape, ssd_backward, ssd_forward, ssd_steps};
+use elleci_core::ops::ssd::{CHUNK, ScanState, SsdScratch, SsdShape, ssd_backward, ssd_forward, ssd_steps};
 use elleci_core::simd::Isa;
+use pulp::{Simd, WithSimd};
 
 /// CPU time of this thread in seconds, from Linux; it leaves out what other programs take of a shared machine.
 fn cpu_seconds() -> Option<f64> {
@@ -35,27 +36,46 @@ fn seconds(batch: usize, mut f: impl FnMut()) -> f64 {
     least
 }
 
-/// Twelve independent chains of fused multiply-adds in registers.
+/// Twelve independent chains of fused multiply-adds in registers; gives the FLOP.
 struct Chains(usize);
 
-impl pulp::WithSimd for Chains {
+impl WithSimd for Chains {
     type Output = usize;
     #[inline(always)]
-    fn with_simd<S: pulp::Simd>(self, simd: S) -> usize {
+    fn with_simd<S: Simd>(self, simd: S) -> usize {
         let mut sums = [simd.splat_f32s(black_box(1.0)); 12];
         let (a, b) = (simd.splat_f32s(black_box(0.999)), simd.splat_f32s(black_box(0.001)));
         for _ in 0..self.0 {
-            sums.iter_mut().for_each(|sum| *sum = simd.mul_add_f32s(*sum, a, b));
+            // A closure would be compiled without the instruction set's features.
+            for i in 0..12 {
+                sums[i] = simd.mul_add_e_f32s(sums[i], a, b);
+            }
         }
         black_box(sums);
-        2 * 12 * self.0 * (size_of::<S::f32s>() / 4)
+        2 * 12 * self.0 * S::F32_LANES
     }
+}
+
+/// Runs [`Chains`] with the vectors that the core uses on this machine.
+fn chains(n: usize) -> usize {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use pulp::x86::{V3, V4};
+        if let Some(simd) = V4::try_new().filter(|_| Isa::detect() >= Isa::Avx512) {
+            return simd.vectorize(Chains(n));
+        }
+        if let Some(simd) = V3::try_new().filter(|_| Isa::detect() >= Isa::Avx2) {
+            return simd.vectorize(Chains(n));
+        }
+    }
+    pulp::Scalar::new().vectorize(Chains(n))
 }
 
 /// FLOP/s of multiply-adds in registers, on every thread at once.
 fn peak(threads: usize) -> f64 {
-    let flop = pulp::Arch::new().dispatch(Chains(1)) * 200_000;
-    let work = || pulp::Arch::new().dispatch(Chains(200_000));
+    const STEPS: usize = 200_000;
+    let work = || chains(STEPS);
+    let flop = work() * threads;
     let seconds = seconds(30, || {
         rayon::scope(|scope| {
             for _ in 0..threads {
@@ -65,7 +85,7 @@ fn peak(threads: usize) -> f64 {
             }
         })
     });
-    (flop * threads) as f64 / seconds
+    flop as f64 / seconds
 }
 
 /// (forward, backward) FLOP of the products.
@@ -113,15 +133,17 @@ fn ssd(name: &str, shape: SsdShape, peak: f64, batch: usize) {
     line("forward", forward, ff);
     line("backward", backward, fb);
 
-    for seq in [1, 2, 4, 8, 16, 64] {
+    for seq in [1, 2, 3, 4, 5, 6, 8, 16, 64] {
         let run = SsdShape { batch: 1, seq, ..shape };
         let (mut state, mut y) = (vec![0.0; run.state_len()], vec![0.0; run.tokens() * run.d_inner()]);
         let (xbc, dt) = (&xbc[..run.tokens() * run.width()], &dt[..run.tokens() * run.heads]);
-        let steps = seconds(400 / seq, || ssd_steps(run, xbc, dt, &a, &d, &mut state, &mut y));
-        let bytes = 8.0 * run.state_len() as f64;
-        let what = format!("steps {seq}");
-        let (each, rate) = (steps * 1e3 / seq as f64, bytes / steps / 1e9);
-        println!("{name:24} {what:9} {each:8.3} ms a step {rate:7.1} GB/s of state");
+        let steps = seconds(400 / seq, || ssd_steps(run, xbc, dt, &a, &d, ScanState::Kept(&mut state), &mut y));
+        let passed = seconds(400 / seq, || ssd_steps(run, xbc, dt, &a, &d, ScanState::Passed(&state), &mut y));
+        for (what, seconds, bytes) in [("steps", steps, 8.0), ("passed", passed, 4.0)] {
+            let what = format!("{what} {seq}");
+            let (each, rate) = (seconds * 1e3 / seq as f64, bytes * run.state_len() as f64 / seconds / 1e9);
+            println!("{name:24} {what:9} {each:8.3} ms a step {rate:7.1} GB/s of state");
+        }
     }
 
     let conv = ConvShape { batch: shape.batch, seq: shape.seq, channels: shape.width(), taps: 4 };

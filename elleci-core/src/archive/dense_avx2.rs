@@ -157,9 +157,8 @@ unsafe fn strips<T: Stored>(
     Room { strip, sums: room }: &mut Room,
     mut emit: impl FnMut(usize, [f32; ROWS]),
 ) {
-    let tokens = x.len() / width;
-    room.clear();
-    room.resize(tokens, [_mm256_setzero_ps(); ROWS]);
+    // What is not written before it is read: the first strip starts from zero.
+    room.resize(x.len() / width, [_mm256_setzero_ps(); ROWS]);
     for from in (0..cols).step_by(STRIP) {
         let len = STRIP.min(cols - from);
         for (r, strip) in strip.iter_mut().enumerate() {
@@ -179,36 +178,53 @@ unsafe fn strips<T: Stored>(
                 strip[whole.len()] = unsafe { T::load(values.as_ptr()) };
             }
         }
-        let vectors = len.div_ceil(LANES);
+        let part = Part { strip, vectors: len.div_ceil(LANES), first: from == 0, last: from + len == cols };
+        let mut token = 0;
         for (sums, x) in room.chunks_mut(TOKENS).zip(x.chunks(TOKENS * width)) {
-            // SAFETY: `x` has a row for each of the sums, with `vectors` vectors from column `from` on.
+            let mut emit = |t: usize, sums: [f32; ROWS]| emit(token + t, sums);
+            // SAFETY: `x` has a row for each of the sums, with the part's vectors from column `from` on.
             unsafe {
                 match sums {
-                    [a, b, c] => add([a, b, c], strip, x.as_ptr().add(from), width, vectors),
-                    [a, b] => add([a, b], strip, x.as_ptr().add(from), width, vectors),
-                    [a] => add([a], strip, x.as_ptr().add(from), width, vectors),
+                    [a, b, c] => add(&part, [a, b, c], x.as_ptr().add(from), width, &mut emit),
+                    [a, b] => add(&part, [a, b], x.as_ptr().add(from), width, &mut emit),
+                    [a] => add(&part, [a], x.as_ptr().add(from), width, &mut emit),
                     _ => unreachable!("chunks of TOKENS"),
                 }
             }
+            token += TOKENS;
         }
-    }
-    for (t, sums) in room.iter().enumerate() {
-        emit(t, reduce(sums));
     }
 }
 
-/// Adds a strip's products to the sums of `N` tokens.
+/// A strip, and its place among those of its rows.
+struct Part<'a> {
+    strip: &'a Strip,
+    /// Vectors of it that are in use
+    vectors: usize,
+    first: bool,
+    last: bool,
+}
+
+/// Adds a strip's products to the sums of `N` tokens, and emits them if the strip is the last.
 ///
 /// # Safety
-/// `x` and the `N - 1` rows that follow at distances of `width` have `vectors` vectors.
+/// `x` and the `N - 1` rows that follow at distances of `width` have as many vectors as the part.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-unsafe fn add<const N: usize>(sums: [&mut Sums; N], strip: &Strip, x: *const f32, width: usize, vectors: usize) {
+unsafe fn add<const N: usize>(
+    part: &Part,
+    sums: [&mut Sums; N],
+    x: *const f32,
+    width: usize,
+    emit: &mut impl FnMut(usize, [f32; ROWS]),
+) {
     let mut acc = [[_mm256_setzero_ps(); ROWS]; N];
-    for t in 0..N {
-        acc[t] = *sums[t];
+    if !part.first {
+        for t in 0..N {
+            acc[t] = *sums[t];
+        }
     }
-    for k in 0..vectors.min(STRIP / LANES) {
+    for k in 0..part.vectors.min(STRIP / LANES) {
         // Three of these, one vector of weights and twelve sums are the sixteen registers.
         let mut values = [_mm256_setzero_ps(); N];
         for t in 0..N {
@@ -217,20 +233,24 @@ unsafe fn add<const N: usize>(sums: [&mut Sums; N], strip: &Strip, x: *const f32
         }
         for r in 0..ROWS {
             for t in 0..N {
-                acc[t][r] = _mm256_fmadd_ps(strip[r][k], values[t], acc[t][r]);
+                acc[t][r] = _mm256_fmadd_ps(part.strip[r][k], values[t], acc[t][r]);
             }
         }
     }
-    for (sums, acc) in sums.into_iter().zip(acc) {
-        *sums = acc;
+    for t in 0..N {
+        if part.last {
+            emit(t, reduce(acc[t]));
+        } else {
+            *sums[t] = acc[t];
+        }
     }
 }
 
 /// The sum of the lanes of each, in the order of pulp's `reduce_sum_f32s`: halves, then halves of these, then the last two.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn reduce([a, b, c, d]: &Sums) -> [f32; ROWS] {
-    let half = |x: &__m256| _mm_add_ps(_mm256_castps256_ps128(*x), _mm256_extractf128_ps::<1>(*x));
+fn reduce([a, b, c, d]: Sums) -> [f32; ROWS] {
+    let half = |x| _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
     let quarters = |a, b| _mm_add_ps(_mm_movelh_ps(a, b), _mm_movehl_ps(b, a));
     let (ab, cd) = (quarters(half(a), half(b)), quarters(half(c), half(d)));
     let sums = _mm_add_ps(_mm_shuffle_ps::<0b10_00_10_00>(ab, cd), _mm_shuffle_ps::<0b11_01_11_01>(ab, cd));

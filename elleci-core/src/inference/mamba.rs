@@ -9,14 +9,12 @@ use super::session::{LayerState, MambaState};
 use crate::archive::PackedModel;
 use crate::layers::mamba::{decay_rates, gate, ssd_shape};
 use crate::ops::activation::softplus;
-use crate::ops::conv::{ConvShape, conv_silu_forward, conv_silu_step, conv_taps};
+use crate::ops::conv::{ConvFilter, conv_silu_steps, conv_taps};
 use crate::ops::norm::rmsnorm_quantize;
-use crate::ops::ssd::{ssd_steps, ssd_steps_expect};
+use crate::ops::ssd::{ScanState, ssd_steps, ssd_steps_expect};
 use crate::par;
 use crate::params::MambaIds;
 
-/// Tokens of a run that are convolved one by one; for more the convolution of a sequence is faster. The bits are the same.
-const FEW: usize = 16;
 /// Tokens of a sequence that go through convolution and scan at once.
 const RUN: usize = 64;
 
@@ -40,10 +38,10 @@ impl Constants {
 /// Working memory of a thread.
 #[derive(Debug, Default)]
 pub(super) struct MixScratch {
-    /// Inputs and outputs of the convolution, and dt
+    /// Outputs of the convolution, and dt
     buffer: Vec<f32>,
     /// The state of a sequence that keeps none
-    passing: Option<MambaState>,
+    passing: MambaState,
 }
 
 /// Reads `scratch.norm` and `scratch.normed`, writes `scratch.y`.
@@ -78,18 +76,26 @@ pub(super) fn forward(
     par::for_each_kept(items, mix, |MixScratch { buffer, passing }, (segment, state, y)| {
         let zx = &zx[segment.row * 2 * di..(segment.row + segment.len) * 2 * di];
         let bcdt = &bcdt[segment.row * (bc + heads)..(segment.row + segment.len) * (bc + heads)];
-        let state = if segment.last {
-            let passing = passing.get_or_insert_default();
-            passing.scan.clone_from(&state.scan);
-            passing.conv.clone_from(&state.conv);
-            passing
-        } else {
-            Arc::make_mut(state)
-        };
         // In parts, so that what goes from step to step stays in the caches.
-        let runs = zx.chunks(RUN * 2 * di).zip(bcdt.chunks(RUN * (bc + heads)));
-        for ((zx, bcdt), y) in runs.zip(y.chunks_mut(RUN * di)) {
-            layer.mix(zx, bcdt, state, buffer, y);
+        let parts = zx.chunks(RUN * 2 * di).zip(bcdt.chunks(RUN * (bc + heads)));
+        let last = segment.len.div_ceil(RUN) - 1;
+        if segment.last {
+            passing.conv.clone_from(&state.conv);
+            if last > 0 {
+                passing.scan.clone_from(&state.scan);
+            }
+        }
+        for (part, ((zx, bcdt), y)) in parts.zip(y.chunks_mut(RUN * di)).enumerate() {
+            let (scan, conv) = match segment.last {
+                true if last == 0 => (ScanState::Passed(&state.scan), &mut passing.conv),
+                true if part == last => (ScanState::Passed(&passing.scan), &mut passing.conv),
+                true => (ScanState::Kept(&mut passing.scan), &mut passing.conv),
+                false => {
+                    let state = Arc::make_mut(state);
+                    (ScanState::Kept(&mut state.scan), &mut state.conv)
+                }
+            };
+            layer.mix(zx, bcdt, scan, conv, buffer, y);
         }
     });
 
@@ -110,8 +116,6 @@ pub(super) fn forward(
 /// The layer's small parameters and shapes.
 struct Layer<'a> {
     pass: &'a Pass<'a>,
-    channels: usize,
-    conv_weight: &'a [f32],
     conv_bias: &'a [f32],
     dt_bias: &'a [f32],
     d: &'a [f32],
@@ -121,51 +125,36 @@ struct Layer<'a> {
 impl<'a> Layer<'a> {
     fn new(pass: &'a Pass<'a>, ids: &MambaIds, constants: &'a Constants) -> Layer<'a> {
         let floats = |id| pass.model.floats(id);
-        Layer {
-            pass,
-            channels: pass.model.config().conv_channels(),
-            conv_weight: floats(ids.conv_weight),
-            conv_bias: floats(ids.conv_bias),
-            dt_bias: floats(ids.dt_bias),
-            d: floats(ids.d),
-            constants,
-        }
+        Layer { pass, conv_bias: floats(ids.conv_bias), dt_bias: floats(ids.dt_bias), d: floats(ids.d), constants }
     }
 
     /// Convolution and scan of some tokens of one sequence: `y` `[len, d_inner]`.
-    fn mix(&self, zx: &[f32], bcdt: &[f32], state: &mut MambaState, buffer: &mut Vec<f32>, y: &mut [f32]) {
+    fn mix(
+        &self,
+        zx: &[f32],
+        bcdt: &[f32],
+        scan: ScanState<'_>,
+        conv: &mut [f32],
+        buffer: &mut Vec<f32>,
+        y: &mut [f32],
+    ) {
         let c = self.pass.model.config();
-        let (di, heads, bc, channels, before) =
-            (c.d_inner, c.mamba_heads(), 2 * c.d_state, self.channels, c.d_conv - 1);
+        let (di, heads, bc, channels) = (c.d_inner, c.mamba_heads(), 2 * c.d_state, c.conv_channels());
         let len = y.len() / di;
-        // The convolution's inputs with what came before them, its outputs, and dt.
-        let scratch = grown(buffer, 2 * (len + before) * channels + len * heads);
-        let (input, rest) = scratch.split_at_mut((len + before) * channels);
-        let (xbc, dt) = rest.split_at_mut((len + before) * channels);
-        let rows = zx.chunks_exact(2 * di).zip(bcdt.chunks_exact(bc + heads));
-        let outputs = input[before * channels..].chunks_exact_mut(channels).zip(dt.chunks_exact_mut(heads));
-        for ((zx, bcdt), (input, dt)) in rows.zip(outputs) {
-            input[..di].copy_from_slice(&zx[di..]);
-            input[di..].copy_from_slice(&bcdt[..bc]);
+        let shape = ssd_shape(c, 1, len);
+        if let ScanState::Kept(scan) = &scan {
+            ssd_steps_expect(shape, scan);
+        }
+        let (xbc, dt) = grown(buffer, len * (channels + heads)).split_at_mut(len * channels);
+        for (bcdt, dt) in bcdt.chunks_exact(bc + heads).zip(dt.chunks_exact_mut(heads)) {
             for h in 0..heads {
                 dt[h] = softplus(bcdt[bc + h] + self.dt_bias[h]);
             }
         }
-        let shape = ssd_shape(c, 1, len);
-        let MambaState { scan, conv } = state;
         let Constants { taps, a } = self.constants;
-        if len <= FEW {
-            ssd_steps_expect(shape, scan);
-            let inputs = input[before * channels..].chunks_exact(channels);
-            for (input, xbc) in inputs.zip(xbc[before * channels..].chunks_exact_mut(channels)) {
-                conv_silu_step(conv, input, taps, self.conv_bias, xbc);
-            }
-        } else {
-            input[..before * channels].copy_from_slice(conv);
-            let shape = ConvShape { batch: 1, seq: len + before, channels, taps: c.d_conv };
-            conv_silu_forward(shape, input, self.conv_weight, self.conv_bias, xbc);
-            conv.copy_from_slice(&input[len * channels..]);
-        }
-        ssd_steps(shape, &xbc[before * channels..], dt, a, self.d, scan, y);
+        let filter = ConvFilter { taps, bias: self.conv_bias };
+        conv_silu_steps(filter, 0..di, &zx[di..], 2 * di, conv, xbc);
+        conv_silu_steps(filter, di..channels, bcdt, bc + heads, conv, xbc);
+        ssd_steps(shape, xbc, dt, a, self.d, scan, y);
     }
 }

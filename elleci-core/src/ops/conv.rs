@@ -306,54 +306,86 @@ fn row_mut<'a>(view: &'a mut ArrayViewMut2<f32>, row: usize) -> &'a mut [f32] {
     view.row_mut(row).into_slice().expect("columns are contiguous")
 }
 
-/// The taps `[K, channels]` of `weight` `[channels, K]`, as [`conv_silu_step`] reads them.
+/// The taps `[K, channels]` of `weight` `[channels, K]`, as [`ConvFilter`] has them.
 pub fn conv_taps(weight: &[f32], channels: usize) -> Vec<f32> {
     let taps = weight.len() / channels.max(1);
     (0..taps).flat_map(|k| weight.iter().skip(k).step_by(taps).copied()).collect()
 }
 
-/// One token of one sequence: `input` `[channels]` joins `state` `[K - 1, channels]` (the last inputs, oldest first,
-/// zeros at the start of a sequence), `out` `[channels]` is written. `taps` are [`conv_taps`]. The same bits as
-/// [`conv_silu_forward`].
-///
-/// # Panics
-/// When a slice does not have the size that `taps` and `bias` give it.
-pub fn conv_silu_step(state: &mut [f32], input: &[f32], taps: &[f32], bias: &[f32], out: &mut [f32]) {
-    let channels = bias.len();
-    let count = taps.len() / channels.max(1);
-    assert!(count >= 1, "conv step: no taps");
-    let sizes = (taps.len(), state.len(), input.len(), out.len());
-    assert_eq!(sizes, (channels * count, channels * (count - 1), channels, channels), "conv step");
-    dispatch(Step { state, input, taps, bias, count, out });
+/// A filter as [`conv_silu_steps`] reads it.
+#[derive(Clone, Copy, Debug)]
+pub struct ConvFilter<'a> {
+    /// `[K, channels]`: [`conv_taps`].
+    pub taps: &'a [f32],
+    /// `[channels]`
+    pub bias: &'a [f32],
 }
 
-struct Step<'a> {
-    state: &'a mut [f32],
+/// Some tokens of one sequence, in some of the channels: their inputs are the beginnings of the rows of `input`, which are `stride` values
+/// long (the last may be shorter). They join `state` `[K - 1, all channels]` (the last inputs, oldest first, zeros at the start of a
+/// sequence), and `out` `[tokens, all channels]` is written, both in these channels alone. The same bits as [`conv_silu_forward`],
+/// however tokens are dealt to calls.
+///
+/// # Panics
+/// When a slice does not have the size that the filter gives it.
+pub fn conv_silu_steps(
+    filter: ConvFilter<'_>,
+    channels: Range<usize>,
+    input: &[f32],
+    stride: usize,
+    state: &mut [f32],
+    out: &mut [f32],
+) {
+    let width = filter.bias.len();
+    if channels.is_empty() || out.is_empty() {
+        return;
+    }
+    let (taps, tokens) = (filter.taps.len() / width, out.len() / width);
+    assert!(taps >= 1 && channels.end <= width, "conv steps: the filter");
+    let sizes = (filter.taps.len(), state.len(), out.len());
+    assert_eq!(sizes, (taps * width, (taps - 1) * width, tokens * width), "conv steps");
+    assert!(channels.len() <= stride && (tokens - 1) * stride + channels.len() <= input.len(), "conv steps: input");
+    dispatch(Steps { filter, channels, input, stride, state, out });
+}
+
+struct Steps<'a> {
+    filter: ConvFilter<'a>,
+    channels: Range<usize>,
     input: &'a [f32],
-    taps: &'a [f32],
-    bias: &'a [f32],
-    count: usize,
+    stride: usize,
+    state: &'a mut [f32],
     out: &'a mut [f32],
 }
 
-impl WithSimd for Step<'_> {
+impl WithSimd for Steps<'_> {
     type Output = ();
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let channels = self.bias.len();
-        let at = |k: usize| k * channels..(k + 1) * channels;
-        for v in 0..channels.div_ceil(S::F32_LANES) {
-            let mut pre = load(simd, self.bias, v);
-            for k in 0..self.count {
-                let row = if k + 1 < self.count { &self.state[at(k)] } else { self.input };
-                let x = load(simd, row, v);
-                pre = simd.mul_add_e_f32s(load(simd, &self.taps[at(k)], v), x, pre);
-                // What was an input k steps ago will have been one k + 1 steps ago.
-                if k > 0 {
-                    store(simd, &mut self.state[at(k - 1)], v, x);
+        let Steps { filter, channels, input, stride, state, out } = self;
+        let width = filter.bias.len();
+        let (taps, tokens, len) = (filter.taps.len() / width, out.len() / width, channels.len());
+        let at = |row: usize| row * width + channels.start..row * width + channels.end;
+        let bias = &filter.bias[channels.clone()];
+        for t in 0..tokens {
+            let out = &mut out[at(t)];
+            for v in 0..len.div_ceil(S::F32_LANES) {
+                let mut pre = load(simd, bias, v);
+                for k in 0..taps {
+                    // Rows of the state, and then those of the input.
+                    let row = match (t + k).checked_sub(taps - 1) {
+                        Some(token) => &input[token * stride..][..len],
+                        None => &state[at(t + k)],
+                    };
+                    pre = simd.mul_add_e_f32s(load(simd, &filter.taps[at(k)], v), load(simd, row, v), pre);
                 }
+                store(simd, out, v, silu(simd, pre));
             }
-            store(simd, self.out, v, silu(simd, pre));
+        }
+        for k in 0..taps - 1 {
+            match (tokens + k).checked_sub(taps - 1) {
+                Some(token) => state[at(k)].copy_from_slice(&input[token * stride..][..len]),
+                None => state.copy_within(at(tokens + k), at(k).start),
+            }
         }
     }
 }
@@ -491,17 +523,23 @@ mod tests {
             check(ConvShape { batch, seq, channels, taps }, seed);
         }
 
+        /// In calls of any length, the channels in two parts with inputs of their own.
         #[test]
-        fn steps_equal_the_sequence_to_the_bit(seq in 1usize..12, channels in 1usize..70, taps in 1usize..6, seed: u32) {
+        fn steps_equal_the_sequence_to_the_bit(
+            seq in 1usize..12, channels in 1usize..70, taps in 1usize..6, call in 1usize..13, part in 0usize..70, seed: u32,
+        ) {
             let shape = ConvShape { batch: 1, seq, channels, taps };
             let (x, w, b) = (noise(seq * channels, seed), noise(channels * taps, !seed), noise(channels, seed ^ 9));
             let mut y = vec![f32::NAN; x.len()];
             conv_silu_forward(shape, &x, &w, &b, &mut y);
             let mut state = vec![0.0; (taps - 1) * channels];
             let w = conv_taps(&w, channels);
-            for (x, y) in x.chunks(channels).zip(y.chunks(channels)) {
-                let mut out = vec![f32::NAN; channels];
-                conv_silu_step(&mut state, x, &w, &b, &mut out);
+            let (filter, part) = (ConvFilter { taps: &w, bias: &b }, part.min(channels));
+            for (x, y) in x.chunks(call * channels).zip(y.chunks(call * channels)) {
+                let mut out = vec![f32::NAN; x.len()];
+                conv_silu_steps(filter, 0..part, x, channels, &mut state, &mut out);
+                let rest: Vec<f32> = x.chunks(channels).flat_map(|row| [&row[part..], &[7.0, 7.0]].concat()).collect();
+                conv_silu_steps(filter, part..channels, &rest, channels - part + 2, &mut state, &mut out);
                 prop_assert_eq!(&out[..], y);
             }
         }

@@ -27,7 +27,7 @@ use alloc::vec::Vec;
 
 pub use backward::ssd_backward;
 pub use forward::ssd_forward;
-pub use step::{ssd_steps, ssd_steps_expect};
+pub use step::{ScanState, ssd_steps, ssd_steps_expect};
 
 /// Steps of a chunk. The matrices inside a chunk are `[CHUNK, CHUNK]` a head.
 pub const CHUNK: usize = 64;

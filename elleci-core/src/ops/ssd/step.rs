@@ -21,35 +21,58 @@ use crate::par;
 use crate::simd::{prefetch_later, prefetch_run, vectorize};
 
 /// Steps from which on it pays to take columns of the state out (`cargo bench --bench ssd`); fewer go one by one.
-const MANY: usize = 8;
-/// Steps that a vector of channels takes together.
-const STEPS: usize = 4;
-/// Channels whose state is taken out together: a cache line, which would be read again for every vector in it otherwise.
-const COLUMNS: usize = 16;
+const MANY: usize = 2;
+/// Steps that vectors of channels take together, and how many of these: with the state and a step's b and c the sixteen registers of AVX2.
+const STEPS: usize = 2;
+const TOGETHER: usize = 2;
 /// Rows of the state that take a single step together.
 const ROWS: usize = 4;
 
-/// Advances every sequence of a batch by `shape.seq` tokens, one step after the other: `state` (see [`SsdShape::state_len`]) is
-/// updated in place and `y` `[tokens, d_inner]` is written. A zero state starts a sequence. The bits do not depend on how steps are
-/// dealt to calls.
+/// The state that steps begin with (see [`SsdShape::state_len`]); zeros start a sequence.
+pub enum ScanState<'a> {
+    /// That after the last step takes its place.
+    Kept(&'a mut [f32]),
+    /// That after the last step is of no use.
+    Passed(&'a [f32]),
+}
+
+impl<'a> ScanState<'a> {
+    fn values(&self) -> &[f32] {
+        match self {
+            ScanState::Kept(state) => state,
+            ScanState::Passed(state) => state,
+        }
+    }
+
+    /// Parts of `len` values, the last may be shorter.
+    fn parts(self, len: usize) -> Vec<ScanState<'a>> {
+        match self {
+            ScanState::Kept(state) => state.chunks_mut(len.max(1)).map(ScanState::Kept).collect(),
+            ScanState::Passed(state) => state.chunks(len.max(1)).map(ScanState::Passed).collect(),
+        }
+    }
+}
+
+/// Advances every sequence of a batch by `shape.seq` tokens, one step after the other: `y` `[tokens, d_inner]` is written. The bits do not
+/// depend on how steps are dealt to calls.
 ///
 /// # Panics
 /// When a slice does not have the size that the shape gives it.
-pub fn ssd_steps(shape: SsdShape, xbc: &[f32], dt: &[f32], a: &[f32], d: &[f32], state: &mut [f32], y: &mut [f32]) {
+pub fn ssd_steps(shape: SsdShape, xbc: &[f32], dt: &[f32], a: &[f32], d: &[f32], state: ScanState<'_>, y: &mut [f32]) {
     shape.check(xbc, dt, a, d, y);
-    assert_eq!(state.len(), shape.batch * shape.state_len(), "ssd steps: state");
+    assert_eq!(state.values().len(), shape.batch * shape.state_len(), "ssd steps: state");
     let (d_inner, group) = (shape.d_inner(), shape.group_heads() * shape.head_dim);
     if d_inner == 0 || shape.tokens() == 0 {
         return;
     }
-    for (i, y) in y.chunks_exact_mut(shape.seq * d_inner).enumerate() {
-        let state = &mut state[i * shape.state_len()..][..shape.state_len()];
+    let states = state.parts(shape.state_len());
+    for ((i, y), state) in y.chunks_exact_mut(shape.seq * d_inner).enumerate().zip(states) {
         let xbc = &xbc[i * shape.seq * shape.width()..][..shape.seq * shape.width()];
         let dt = &dt[i * shape.seq * shape.heads..][..shape.seq * shape.heads];
         let mut y = mat_mut(y, shape.seq, d_inner);
         // A task is a group of heads: its state is one run of memory, so that no two threads ask for lines of the same page.
         let outputs = y.axis_chunks_iter_mut(Axis(1), group);
-        let items: Vec<_> = state.chunks_mut((shape.d_state * group).max(1)).zip(outputs).enumerate().collect();
+        let items: Vec<_> = state.parts(shape.d_state * group).into_iter().zip(outputs).enumerate().collect();
         par::for_each(items, |(task, (state, mut y))| {
             let group = Group { shape, first_head: task * shape.group_heads(), xbc, dt, a, d };
             group.advance(state, &mut y);
@@ -76,7 +99,7 @@ struct Group<'a> {
 
 impl Group<'_> {
     /// All steps. `y` `[seq, channels]`.
-    fn advance(&self, state: &mut [f32], y: &mut ArrayViewMut2<f32>) {
+    fn advance(&self, state: ScanState<'_>, y: &mut ArrayViewMut2<f32>) {
         let (shape, channels) = (self.shape, y.ncols());
         let mut scratch = vec![0.0; 3 * shape.seq * channels];
         let (decay, rest) = scratch.split_at_mut(shape.seq * channels);
@@ -107,13 +130,14 @@ impl Group<'_> {
                 [b, &c[..shape.d_state]]
             })
             .collect();
-        if bc.len() < MANY {
-            let steps = decay.chunks_exact(channels).zip(u.chunks_exact(channels)).zip(out.chunks_exact_mut(channels));
-            for ([b, c], ((decay, u), y)) in bc.iter().zip(steps) {
-                dispatch(Step { state: &mut *state, decay, u, b, c, y });
+        match state {
+            ScanState::Kept(state) if bc.len() < MANY => {
+                let steps = decay.chunks_exact(channels).zip(u.chunks_exact(channels));
+                for ([b, c], ((decay, u), y)) in bc.iter().zip(steps.zip(out.chunks_exact_mut(channels))) {
+                    dispatch(Step { state: &mut *state, decay, u, b, c, y });
+                }
             }
-        } else {
-            dispatch(Run { state, decay, u, bc: &bc, y: out });
+            state => dispatch(Run { state, decay, u, bc: &bc, y: out }),
         }
         for (t, out) in out.chunks_exact(channels).enumerate() {
             row_mut(y, t).copy_from_slice(out);
@@ -193,7 +217,7 @@ impl Step<'_> {
 /// [`Step`] for several steps, one after the other.
 struct Run<'a> {
     /// `[d_state, channels]`
-    state: &'a mut [f32],
+    state: ScanState<'a>,
     /// `[steps, channels]`
     decay: &'a [f32],
     u: &'a [f32],
@@ -207,73 +231,173 @@ impl WithSimd for Run<'_> {
     type Output = ();
     #[inline(always)]
     fn with_simd<S: Simd>(mut self, simd: S) {
-        let channels = self.decay.len() / self.bc.len();
+        let (len, d_state) = (self.bc.len(), self.bc[0][0].len());
+        let channels = self.decay.len() / len;
         let vectors = channels / S::F32_LANES;
-        let (d_state, together) = (self.bc[0][0].len(), (COLUMNS / S::F32_LANES).max(1));
-        let mut columns = vec![simd.splat_f32s(0.0); together * d_state];
-        for v in (0..vectors).step_by(together) {
-            let together = together.min(vectors - v);
-            for (n, row) in self.state.chunks_exact(channels).enumerate() {
-                let row = &S::as_simd_f32s(row).0[v..v + together];
-                prefetch_later(row.as_ptr_range().end.cast());
-                row.iter().enumerate().for_each(|(j, s)| columns[j * d_state + n] = *s);
-            }
-            for (j, column) in columns.chunks_exact_mut(d_state.max(1)).take(together).enumerate() {
-                let mut first = 0;
-                while first < self.bc.len() {
-                    match self.bc.len() - first {
-                        1 => self.steps::<S, 1>(simd, first, v + j, column),
-                        2 => self.steps::<S, 2>(simd, first, v + j, column),
-                        3 => self.steps::<S, 3>(simd, first, v + j, column),
-                        _ => self.steps::<S, STEPS>(simd, first, v + j, column),
-                    }
-                    first += STEPS;
+        // What goes from a block of steps to the next.
+        let mut columns = vec![simd.splat_f32s(0.0); TOGETHER * d_state];
+        for v in (0..vectors).step_by(TOGETHER) {
+            for first in (0..len).step_by(STEPS) {
+                match (STEPS.min(len - first), TOGETHER.min(vectors - v)) {
+                    (1, 1) => self.block::<S, 1, 1>(simd, first, v, &mut columns),
+                    (1, _) => self.block::<S, 1, TOGETHER>(simd, first, v, &mut columns),
+                    (_, 1) => self.block::<S, STEPS, 1>(simd, first, v, &mut columns),
+                    (_, _) => self.block::<S, STEPS, TOGETHER>(simd, first, v, &mut columns),
                 }
-            }
-            for (n, row) in self.state.chunks_exact_mut(channels).enumerate() {
-                let row = &mut S::as_mut_simd_f32s(row).0[v..v + together];
-                row.iter_mut().enumerate().for_each(|(j, s)| *s = columns[j * d_state + n]);
             }
         }
         for i in vectors * S::F32_LANES..channels {
+            let mut column: Vec<f32> = self.state.values().iter().skip(i).step_by(channels).copied().collect();
             for (t, [b, c]) in self.bc.iter().enumerate() {
                 let (decay, u, y) =
                     (self.decay[t * channels + i], self.u[t * channels + i], &mut self.y[t * channels + i]);
-                for ((row, b), c) in self.state.chunks_exact_mut(channels).zip(*b).zip(*c) {
-                    row[i] = decay * row[i] + b * u;
-                    *y += c * row[i];
+                for ((s, b), c) in column.iter_mut().zip(*b).zip(*c) {
+                    *s = decay * *s + b * u;
+                    *y += c * *s;
                 }
+            }
+            if let ScanState::Kept(state) = &mut self.state {
+                state.iter_mut().skip(i).step_by(channels).zip(column).for_each(|(to, s)| *to = s);
             }
         }
     }
 }
 
 impl Run<'_> {
-    /// Steps `first .. first + T` of one column.
+    /// `T` steps of `J` vectors of channels.
     #[inline(always)]
-    fn steps<S: Simd, const T: usize>(&mut self, simd: S, first: usize, v: usize, column: &mut [S::f32s]) {
+    fn block<S: Simd, const T: usize, const J: usize>(
+        &mut self,
+        simd: S,
+        first: usize,
+        v: usize,
+        columns: &mut [S::f32s],
+    ) {
         let channels = self.decay.len() / self.bc.len();
-        let at = |t: usize| (first + t) * channels..(first + t + 1) * channels;
-        let zero = simd.splat_f32s(0.0);
-        let (mut decay, mut u, mut y) = ([zero; T], [zero; T], [zero; T]);
-        for t in 0..T {
-            decay[t] = S::as_simd_f32s(&self.decay[at(t)]).0[v];
-            u[t] = S::as_simd_f32s(&self.u[at(t)]).0[v];
-            y[t] = S::as_simd_f32s(&self.y[at(t)]).0[v];
-        }
-        let d_state = column.len();
-        let (b, c): ([&[f32]; T], [&[f32]; T]) =
-            (from_fn(|t| &self.bc[first + t][0][..d_state]), from_fn(|t| &self.bc[first + t][1][..d_state]));
-        for n in 0..d_state {
-            let mut s = column[n];
-            for t in 0..T {
-                s = simd.mul_add_e_f32s(decay[t], s, simd.mul_f32s(simd.splat_f32s(b[t][n]), u[t]));
-                y[t] = simd.mul_add_e_f32s(simd.splat_f32s(c[t][n]), s, y[t]);
+        let d_state = self.bc[0][0].len();
+        let steps = Steps::<S, T, J>::new(self, first, v);
+        let ends = first + T == self.bc.len();
+        let columns = &mut columns[..d_state * J];
+        // A row's next vectors are the next that is read of the state, after those of all other rows.
+        let ask = |row: &[S::f32s]| prefetch_later(row.as_ptr_range().end.cast());
+        let vectors = |row| &S::as_simd_f32s(row).0[v..v + J];
+        let vectors_mut = |row| &mut S::as_mut_simd_f32s(row).0[v..v + J];
+        let y = match (first == 0, ends, &mut self.state) {
+            (false, false, _) => steps.sweep(simd, columns.chunks_exact_mut(J).map(InPlace)),
+            (true, false, state) => {
+                let rows = state.values().chunks_exact(channels).map(vectors);
+                steps.sweep(simd, rows.inspect(|row| ask(row)).zip(columns.chunks_exact_mut(J)).map(Move))
             }
-            column[n] = s;
+            (true, true, ScanState::Kept(state)) => {
+                let rows = state.chunks_exact_mut(channels).map(vectors_mut);
+                steps.sweep(simd, rows.inspect(|row| ask(row)).map(InPlace))
+            }
+            (false, true, ScanState::Kept(state)) => {
+                let rows = state.chunks_exact_mut(channels).map(vectors_mut);
+                steps.sweep(simd, columns.chunks_exact(J).zip(rows).map(Move))
+            }
+            (true, true, ScanState::Passed(state)) => {
+                let rows = state.chunks_exact(channels).map(vectors);
+                steps.sweep(simd, rows.inspect(|row| ask(row)).map(ReadOnly))
+            }
+            (false, true, ScanState::Passed(_)) => steps.sweep(simd, columns.chunks_exact(J).map(ReadOnly)),
+        };
+        for (t, y) in y.iter().enumerate() {
+            S::as_mut_simd_f32s(&mut self.y[(first + t) * channels..][..channels]).0[v..v + J].copy_from_slice(y);
         }
-        for t in 0..T {
-            S::as_mut_simd_f32s(&mut self.y[at(t)]).0[v] = y[t];
+    }
+}
+
+/// Vectors of a row of the state: where they come from and where they go.
+trait Place<V> {
+    fn get(&self, j: usize) -> V;
+    fn put(&mut self, j: usize, value: V);
+}
+
+struct InPlace<'a, V>(&'a mut [V]);
+struct Move<'a, V>((&'a [V], &'a mut [V]));
+struct ReadOnly<'a, V>(&'a [V]);
+
+impl<V: Copy> Place<V> for InPlace<'_, V> {
+    #[inline(always)]
+    fn get(&self, j: usize) -> V {
+        self.0[j]
+    }
+    #[inline(always)]
+    fn put(&mut self, j: usize, value: V) {
+        self.0[j] = value;
+    }
+}
+
+impl<V: Copy> Place<V> for Move<'_, V> {
+    #[inline(always)]
+    fn get(&self, j: usize) -> V {
+        self.0.0[j]
+    }
+    #[inline(always)]
+    fn put(&mut self, j: usize, value: V) {
+        self.0.1[j] = value;
+    }
+}
+
+impl<V: Copy> Place<V> for ReadOnly<'_, V> {
+    #[inline(always)]
+    fn get(&self, j: usize) -> V {
+        self.0[j]
+    }
+    #[inline(always)]
+    fn put(&mut self, _: usize, _: V) {}
+}
+
+/// What `T` steps of `J` vectors of channels have in common for all rows of the state.
+struct Steps<'a, S: Simd, const T: usize, const J: usize> {
+    decay: [[S::f32s; J]; T],
+    u: [[S::f32s; J]; T],
+    y: [[S::f32s; J]; T],
+    bc: &'a [[&'a [f32]; 2]],
+}
+
+impl<'a, S: Simd, const T: usize, const J: usize> Steps<'a, S, T, J> {
+    #[inline(always)]
+    fn new(run: &Run<'a>, first: usize, v: usize) -> Self {
+        let channels = run.decay.len() / run.bc.len();
+        let pick = |rows: &[f32]| -> [[S::f32s; J]; T] {
+            from_fn(
+                #[inline(always)]
+                |t| {
+                    let row = S::as_simd_f32s(&rows[(first + t) * channels..][..channels]).0;
+                    from_fn(
+                        #[inline(always)]
+                        |j| row[v + j],
+                    )
+                },
+            )
+        };
+        Steps { decay: pick(run.decay), u: pick(run.u), y: pick(run.y), bc: &run.bc[first..first + T] }
+    }
+
+    /// The outputs.
+    #[inline(always)]
+    fn sweep(self, simd: S, rows: impl Iterator<Item = impl Place<S::f32s>>) -> [[S::f32s; J]; T] {
+        let Steps { decay, u, mut y, bc } = self;
+        let d_state = bc[0][0].len();
+        let (b, c): ([&[f32]; T], [&[f32]; T]) = (from_fn(|t| &bc[t][0][..d_state]), from_fn(|t| &bc[t][1][..d_state]));
+        for (n, mut row) in (0..d_state).zip(rows) {
+            let mut s = [simd.splat_f32s(0.0); J];
+            for j in 0..J {
+                s[j] = row.get(j);
+            }
+            for t in 0..T {
+                let (b, c) = (simd.splat_f32s(b[t][n]), simd.splat_f32s(c[t][n]));
+                for j in 0..J {
+                    s[j] = simd.mul_add_e_f32s(decay[t][j], s[j], simd.mul_f32s(b, u[t][j]));
+                    y[t][j] = simd.mul_add_e_f32s(c, s[j], y[t][j]);
+                }
+            }
+            for j in 0..J {
+                row.put(j, s[j]);
+            }
         }
+        y
     }
 }

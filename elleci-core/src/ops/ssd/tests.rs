@@ -145,7 +145,10 @@ proptest! {
                 let shape = SsdShape { seq, ..whole };
                 let (xbc, dt) = (cut(&case.xbc, whole.width(), start, seq), cut(&case.dt, heads, start, seq));
                 let mut y = vec![f32::NAN; batch * seq * whole.d_inner()];
-                ssd_steps(shape, &xbc, &dt, &case.a, &case.d, &mut state, &mut y);
+                let mut passed = vec![f32::NAN; y.len()];
+                ssd_steps(shape, &xbc, &dt, &case.a, &case.d, ScanState::Passed(&state), &mut passed);
+                ssd_steps(shape, &xbc, &dt, &case.a, &case.d, ScanState::Kept(&mut state), &mut y);
+                assert_eq!(y, passed, "what becomes of the state");
                 for (all, y) in all.chunks_mut(whole.seq * whole.d_inner()).zip(y.chunks(seq * whole.d_inner())) {
                     all[start * whole.d_inner()..][..y.len()].copy_from_slice(y);
                 }

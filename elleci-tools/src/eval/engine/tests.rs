@@ -4,6 +4,7 @@ use elleci_core::archive::{PackOptions, to_bytes};
 use elleci_core::config::ModelConfig;
 use elleci_core::init::initialise;
 use elleci_core::params::ParamKind;
+use elleci_core::sampler::SamplerOptions;
 
 use super::*;
 use crate::data::tokenizer::{TrainOptions, train_tokenizer};

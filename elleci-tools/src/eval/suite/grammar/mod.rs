@@ -31,7 +31,7 @@ fn pick(make: fn(&mut Pairs)) -> Vec<(String, String)> {
     let mut pairs = Pairs::default();
     make(&mut pairs);
     let mut pairs = pairs.0;
-    pairs.sort_by_key(|(good, bad)| (xxh3_64(format!("{good}\n{bad}").as_bytes()), good.clone(), bad.clone()));
+    pairs.sort_by_cached_key(|(good, bad)| (xxh3_64(format!("{good}\n{bad}").as_bytes()), good.clone(), bad.clone()));
     pairs.dedup();
     // A right sentence once: the same one twice would weigh double.
     let mut seen = HashSet::new();
