@@ -1,9 +1,10 @@
 //! The recurrence step by step: for inference. The chunked form (`chunked.rs`) does fewer operations, but how it rounds depends on where the
 //! chunks begin, and it is no faster on prompts (docs/LOG.md).
 //!
-//! A single step takes [`ROWS`] rows of the state at a time, so that what all rows share is loaded once for them. Many steps take
-//! columns of the state, as wide as a cache line, through all of them before the next: these stay in the first-level cache, and what a
-//! block of [`STEPS`] steps needs of a vector of channels stays in registers. The order of all additions is that of the steps one by one.
+//! A single step takes [`ROWS`] rows of the state at a time, so that what all rows share is loaded once for them. Several take
+//! [`TOGETHER`] vectors of channels through all steps before the next, [`STEPS`] at a time: what these need beside the state stays in
+//! registers, and between them the state of these channels in the first-level cache. The order of all additions is that of the steps one
+//! by one.
 
 use alloc::vec;
 use alloc::vec::Vec;
@@ -20,8 +21,6 @@ use crate::ops::matmul::mat_mut;
 use crate::par;
 use crate::simd::{prefetch_later, prefetch_run, vectorize};
 
-/// Steps from which on it pays to take columns of the state out (`cargo bench --bench ssd`); fewer go one by one.
-const MANY: usize = 2;
 /// Steps that vectors of channels take together, and how many of these: with the state and a step's b and c the sixteen registers of AVX2.
 const STEPS: usize = 2;
 const TOGETHER: usize = 2;
@@ -130,14 +129,9 @@ impl Group<'_> {
                 [b, &c[..shape.d_state]]
             })
             .collect();
-        match state {
-            ScanState::Kept(state) if bc.len() < MANY => {
-                let steps = decay.chunks_exact(channels).zip(u.chunks_exact(channels));
-                for ([b, c], ((decay, u), y)) in bc.iter().zip(steps.zip(out.chunks_exact_mut(channels))) {
-                    dispatch(Step { state: &mut *state, decay, u, b, c, y });
-                }
-            }
-            state => dispatch(Run { state, decay, u, bc: &bc, y: out }),
+        match (state, bc.as_slice()) {
+            (ScanState::Kept(state), [[b, c]]) => dispatch(Step { state, decay, u, b, c, y: out }),
+            (state, bc) => dispatch(Run { state, decay, u, bc, y: out }),
         }
         for (t, out) in out.chunks_exact(channels).enumerate() {
             row_mut(y, t).copy_from_slice(out);
