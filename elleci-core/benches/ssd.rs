@@ -67,8 +67,10 @@ fn chains(n: usize) -> usize {
         if let Some(simd) = V3::try_new().filter(|_| Isa::detect() >= Isa::Avx2) {
             return simd.vectorize(Chains(n));
         }
+        pulp::Scalar::new().vectorize(Chains(n))
     }
-    pulp::Scalar::new().vectorize(Chains(n))
+    #[cfg(not(target_arch = "x86_64"))]
+    pulp::Arch::new().dispatch(Chains(n))
 }
 
 /// FLOP/s of multiply-adds in registers, on every thread at once.

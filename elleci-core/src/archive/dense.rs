@@ -436,9 +436,9 @@ mod tests {
 
     #[test]
     fn products_in_every_format() {
-        // Several strips of columns, and groups of tokens that are not whole.
+        // Several strips of columns for several groups of rows, and groups of tokens that are not whole.
         const TOKENS: usize = 5;
-        for (rows, cols) in [(1, 1), (8, 16), (13, 37), (300, 100), (7, 530)] {
+        for (rows, cols) in [(1, 1), (8, 16), (13, 37), (300, 100), (13, 530)] {
             let value = |i: usize| ((i * 37 % 101) as f32 - 50.0) / 50.0;
             let w: Vec<f32> = (0..rows * cols).map(value).collect();
             for format in DenseFormat::ALL {
@@ -461,6 +461,9 @@ mod tests {
                 let x: Vec<f32> = (0..TOKENS * cols).map(|i| value(i * 7 + 3)).collect();
                 let (mut y, mut alone) = (vec![0.0; TOKENS * rows], vec![0.0; rows]);
                 matrix.forward(&x, TOKENS, &mut y);
+                let mut fewer = vec![0.0; (TOKENS - 1) * rows];
+                matrix.forward(&x[..(TOKENS - 1) * cols], TOKENS - 1, &mut fewer);
+                assert_eq!(fewer, y[..fewer.len()], "nor on how many they are");
                 for t in 0..TOKENS {
                     let x = &x[t * cols..(t + 1) * cols];
                     matrix.forward(x, 1, &mut alone);

@@ -123,7 +123,7 @@ impl Batch {
     }
 
     /// The outputs that [`Batch::extend_with`] would give, with sessions that stay as they are: for scoring what may follow. Their states
-    /// are neither forked nor written. `visit` is called by several threads at a time, for one probe in order.
+    /// are not written. `visit` is called by several threads at a time, for one probe in order.
     ///
     /// # Errors
     /// As [`Batch::extend`].

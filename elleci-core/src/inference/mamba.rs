@@ -9,7 +9,7 @@ use super::session::{LayerState, MambaState};
 use crate::archive::PackedModel;
 use crate::layers::mamba::{decay_rates, gate, ssd_shape};
 use crate::ops::activation::softplus;
-use crate::ops::conv::{ConvFilter, conv_silu_steps, conv_taps};
+use crate::ops::conv::{ConvFilter, ConvInput, STEPS as CONV_STEPS, conv_silu_steps, conv_taps};
 use crate::ops::norm::rmsnorm_quantize;
 use crate::ops::ssd::{ScanState, ssd_steps, ssd_steps_expect};
 use crate::par;
@@ -40,7 +40,7 @@ impl Constants {
 pub(super) struct MixScratch {
     /// Outputs of the convolution, and dt
     buffer: Vec<f32>,
-    /// The state of a sequence that keeps none
+    /// For a sequence whose state stays as it is: that of the convolution, and between parts that of the scan
     passing: MambaState,
 }
 
@@ -76,24 +76,26 @@ pub(super) fn forward(
     par::for_each_kept(items, mix, |MixScratch { buffer, passing }, (segment, state, y)| {
         let zx = &zx[segment.row * 2 * di..(segment.row + segment.len) * 2 * di];
         let bcdt = &bcdt[segment.row * (bc + heads)..(segment.row + segment.len) * (bc + heads)];
-        // In parts, so that what goes from step to step stays in the caches.
-        let parts = zx.chunks(RUN * 2 * di).zip(bcdt.chunks(RUN * (bc + heads)));
-        let last = segment.len.div_ceil(RUN) - 1;
+        let parts = segment.len.div_ceil(RUN);
         if segment.last {
             passing.conv.clone_from(&state.conv);
-            if last > 0 {
+            if parts > 1 {
                 passing.scan.clone_from(&state.scan);
             }
         }
-        for (part, ((zx, bcdt), y)) in parts.zip(y.chunks_mut(RUN * di)).enumerate() {
-            let (scan, conv) = match segment.last {
-                true if last == 0 => (ScanState::Passed(&state.scan), &mut passing.conv),
-                true if part == last => (ScanState::Passed(&passing.scan), &mut passing.conv),
-                true => (ScanState::Kept(&mut passing.scan), &mut passing.conv),
-                false => {
-                    let state = Arc::make_mut(state);
-                    (ScanState::Kept(&mut state.scan), &mut state.conv)
-                }
+        // In parts, so that what goes from step to step stays in the caches.
+        let rows = zx.chunks(RUN * 2 * di).zip(bcdt.chunks(RUN * (bc + heads)));
+        for (part, ((zx, bcdt), y)) in rows.zip(y.chunks_mut(RUN * di)).enumerate() {
+            let (scan, conv) = if segment.last {
+                let scan = match (parts, part + 1 == parts) {
+                    (1, _) => ScanState::Passed(&state.scan),
+                    (_, true) => ScanState::Passed(&passing.scan),
+                    _ => ScanState::Kept(&mut passing.scan),
+                };
+                (scan, &mut passing.conv)
+            } else {
+                let MambaState { scan, conv } = Arc::make_mut(state);
+                (ScanState::Kept(scan), conv)
             };
             layer.mix(zx, bcdt, scan, conv, buffer, y);
         }
@@ -142,9 +144,6 @@ impl<'a> Layer<'a> {
         let (di, heads, bc, channels) = (c.d_inner, c.mamba_heads(), 2 * c.d_state, c.conv_channels());
         let len = y.len() / di;
         let shape = ssd_shape(c, 1, len);
-        if let ScanState::Kept(scan) = &scan {
-            ssd_steps_expect(shape, scan);
-        }
         let (xbc, dt) = grown(buffer, len * (channels + heads)).split_at_mut(len * channels);
         for (bcdt, dt) in bcdt.chunks_exact(bc + heads).zip(dt.chunks_exact_mut(heads)) {
             for h in 0..heads {
@@ -153,8 +152,15 @@ impl<'a> Layer<'a> {
         }
         let Constants { taps, a } = self.constants;
         let filter = ConvFilter { taps, bias: self.conv_bias };
-        conv_silu_steps(filter, 0..di, &zx[di..], 2 * di, conv, xbc);
-        conv_silu_steps(filter, di..channels, bcdt, bc + heads, conv, xbc);
+        let inputs = [
+            ConvInput { channels: 0..di, values: &zx[di..], stride: 2 * di },
+            ConvInput { channels: di..channels, values: bcdt, stride: bc + heads },
+        ];
+        // The convolution of so few is no loop for several threads: the next is the scan.
+        if len <= CONV_STEPS {
+            ssd_steps_expect(shape, scan.values());
+        }
+        conv_silu_steps(filter, &inputs, conv, xbc);
         ssd_steps(shape, xbc, dt, a, self.d, scan, y);
     }
 }

@@ -1,7 +1,7 @@
 //! The recurrence step by step: for inference. The chunked form (`chunked.rs`) does fewer operations, but how it rounds depends on where the
 //! chunks begin, and it is no faster on prompts (docs/LOG.md).
 //!
-//! A single step takes [`ROWS`] rows of the state at a time, so that what all rows share is loaded once for them. Several take
+//! A single step of a state that is kept takes [`ROWS`] rows of the state at a time, so that what all rows share is loaded once for them. Others take
 //! [`TOGETHER`] vectors of channels through all steps before the next, [`STEPS`] at a time: what these need beside the state stays in
 //! registers, and between them the state of these channels in the first-level cache. The order of all additions is that of the steps one
 //! by one.
@@ -28,6 +28,7 @@ const TOGETHER: usize = 2;
 const ROWS: usize = 4;
 
 /// The state that steps begin with (see [`SsdShape::state_len`]); zeros start a sequence.
+#[derive(Debug)]
 pub enum ScanState<'a> {
     /// That after the last step takes its place.
     Kept(&'a mut [f32]),
@@ -36,7 +37,8 @@ pub enum ScanState<'a> {
 }
 
 impl<'a> ScanState<'a> {
-    fn values(&self) -> &[f32] {
+    /// What the steps begin with.
+    pub fn values(&self) -> &[f32] {
         match self {
             ScanState::Kept(state) => state,
             ScanState::Passed(state) => state,
@@ -208,7 +210,7 @@ impl Step<'_> {
     }
 }
 
-/// [`Step`] for several steps, one after the other.
+/// [`Step`] for several steps, one after the other, or for a state that is not kept.
 struct Run<'a> {
     /// `[d_state, channels]`
     state: ScanState<'a>,
@@ -269,32 +271,39 @@ impl Run<'_> {
     ) {
         let channels = self.decay.len() / self.bc.len();
         let d_state = self.bc[0][0].len();
-        let steps = Steps::<S, T, J>::new(self, first, v);
+        let block = Block::<S, T, J>::new(self, first, v);
         let ends = first + T == self.bc.len();
         let columns = &mut columns[..d_state * J];
         // A row's next vectors are the next that is read of the state, after those of all other rows.
-        let ask = |row: &[S::f32s]| prefetch_later(row.as_ptr_range().end.cast());
+        let ask = |row: &[S::f32s]| {
+            for line in 0..(TOGETHER * size_of::<S::f32s>()).div_ceil(64) {
+                prefetch_later(row.as_ptr_range().end.cast::<u8>().wrapping_add(64 * line));
+            }
+        };
         let vectors = |row| &S::as_simd_f32s(row).0[v..v + J];
         let vectors_mut = |row| &mut S::as_mut_simd_f32s(row).0[v..v + J];
         let y = match (first == 0, ends, &mut self.state) {
-            (false, false, _) => steps.sweep(simd, columns.chunks_exact_mut(J).map(InPlace)),
+            (false, false, _) => block.sweep(simd, columns.chunks_exact_mut(J).map(InPlace)),
             (true, false, state) => {
                 let rows = state.values().chunks_exact(channels).map(vectors);
-                steps.sweep(simd, rows.inspect(|row| ask(row)).zip(columns.chunks_exact_mut(J)).map(Move))
+                block.sweep(
+                    simd,
+                    rows.inspect(|row| ask(row)).zip(columns.chunks_exact_mut(J)).map(|(from, to)| Move { from, to }),
+                )
             }
             (true, true, ScanState::Kept(state)) => {
                 let rows = state.chunks_exact_mut(channels).map(vectors_mut);
-                steps.sweep(simd, rows.inspect(|row| ask(row)).map(InPlace))
+                block.sweep(simd, rows.inspect(|row| ask(row)).map(InPlace))
             }
             (false, true, ScanState::Kept(state)) => {
                 let rows = state.chunks_exact_mut(channels).map(vectors_mut);
-                steps.sweep(simd, columns.chunks_exact(J).zip(rows).map(Move))
+                block.sweep(simd, columns.chunks_exact(J).zip(rows).map(|(from, to)| Move { from, to }))
             }
             (true, true, ScanState::Passed(state)) => {
                 let rows = state.chunks_exact(channels).map(vectors);
-                steps.sweep(simd, rows.inspect(|row| ask(row)).map(ReadOnly))
+                block.sweep(simd, rows.inspect(|row| ask(row)).map(ReadOnly))
             }
-            (false, true, ScanState::Passed(_)) => steps.sweep(simd, columns.chunks_exact(J).map(ReadOnly)),
+            (false, true, ScanState::Passed(_)) => block.sweep(simd, columns.chunks_exact(J).map(ReadOnly)),
         };
         for (t, y) in y.iter().enumerate() {
             S::as_mut_simd_f32s(&mut self.y[(first + t) * channels..][..channels]).0[v..v + J].copy_from_slice(y);
@@ -302,17 +311,25 @@ impl Run<'_> {
     }
 }
 
-/// Vectors of a row of the state: where they come from and where they go.
-trait Place<V> {
+/// Some vectors of a row of the state: where they come from, and where they go.
+trait StateRow<V> {
     fn get(&self, j: usize) -> V;
     fn put(&mut self, j: usize, value: V);
 }
 
+/// They go where they came from.
 struct InPlace<'a, V>(&'a mut [V]);
-struct Move<'a, V>((&'a [V], &'a mut [V]));
+
+/// They go elsewhere.
+struct Move<'a, V> {
+    from: &'a [V],
+    to: &'a mut [V],
+}
+
+/// They are of no more use.
 struct ReadOnly<'a, V>(&'a [V]);
 
-impl<V: Copy> Place<V> for InPlace<'_, V> {
+impl<V: Copy> StateRow<V> for InPlace<'_, V> {
     #[inline(always)]
     fn get(&self, j: usize) -> V {
         self.0[j]
@@ -323,18 +340,18 @@ impl<V: Copy> Place<V> for InPlace<'_, V> {
     }
 }
 
-impl<V: Copy> Place<V> for Move<'_, V> {
+impl<V: Copy> StateRow<V> for Move<'_, V> {
     #[inline(always)]
     fn get(&self, j: usize) -> V {
-        self.0.0[j]
+        self.from[j]
     }
     #[inline(always)]
     fn put(&mut self, j: usize, value: V) {
-        self.0.1[j] = value;
+        self.to[j] = value;
     }
 }
 
-impl<V: Copy> Place<V> for ReadOnly<'_, V> {
+impl<V: Copy> StateRow<V> for ReadOnly<'_, V> {
     #[inline(always)]
     fn get(&self, j: usize) -> V {
         self.0[j]
@@ -344,14 +361,14 @@ impl<V: Copy> Place<V> for ReadOnly<'_, V> {
 }
 
 /// What `T` steps of `J` vectors of channels have in common for all rows of the state.
-struct Steps<'a, S: Simd, const T: usize, const J: usize> {
+struct Block<'a, S: Simd, const T: usize, const J: usize> {
     decay: [[S::f32s; J]; T],
     u: [[S::f32s; J]; T],
     y: [[S::f32s; J]; T],
     bc: &'a [[&'a [f32]; 2]],
 }
 
-impl<'a, S: Simd, const T: usize, const J: usize> Steps<'a, S, T, J> {
+impl<'a, S: Simd, const T: usize, const J: usize> Block<'a, S, T, J> {
     #[inline(always)]
     fn new(run: &Run<'a>, first: usize, v: usize) -> Self {
         let channels = run.decay.len() / run.bc.len();
@@ -367,13 +384,13 @@ impl<'a, S: Simd, const T: usize, const J: usize> Steps<'a, S, T, J> {
                 },
             )
         };
-        Steps { decay: pick(run.decay), u: pick(run.u), y: pick(run.y), bc: &run.bc[first..first + T] }
+        Block { decay: pick(run.decay), u: pick(run.u), y: pick(run.y), bc: &run.bc[first..first + T] }
     }
 
     /// The outputs.
     #[inline(always)]
-    fn sweep(self, simd: S, rows: impl Iterator<Item = impl Place<S::f32s>>) -> [[S::f32s; J]; T] {
-        let Steps { decay, u, mut y, bc } = self;
+    fn sweep(self, simd: S, rows: impl Iterator<Item = impl StateRow<S::f32s>>) -> [[S::f32s; J]; T] {
+        let Block { decay, u, mut y, bc } = self;
         let d_state = bc[0][0].len();
         let (b, c): ([&[f32]; T], [&[f32]; T]) = (from_fn(|t| &bc[t][0][..d_state]), from_fn(|t| &bc[t][1][..d_state]));
         for (n, mut row) in (0..d_state).zip(rows) {

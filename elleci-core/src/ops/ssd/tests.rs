@@ -102,6 +102,46 @@ impl Case {
     }
 }
 
+impl Case {
+    /// Outputs, sequence by sequence, and states after runs of the given lengths.
+    fn steps(&self, lengths: &[usize]) -> (Vec<f32>, Vec<f32>) {
+        let whole = self.shape;
+        let cut = |data: &[f32], cols: usize, start: usize, seq: usize| -> Vec<f32> {
+            let sequences = data.chunks(whole.seq * cols);
+            sequences.flat_map(|s| s[start * cols..(start + seq) * cols].to_vec()).collect()
+        };
+        let mut state = vec![0.0; whole.batch * whole.state_len()];
+        let mut all = vec![f32::NAN; whole.tokens() * whole.d_inner()];
+        let mut start = 0;
+        for &seq in lengths {
+            let shape = SsdShape { seq, ..whole };
+            let (xbc, dt) = (cut(&self.xbc, whole.width(), start, seq), cut(&self.dt, whole.heads, start, seq));
+            let mut y = vec![f32::NAN; shape.tokens() * whole.d_inner()];
+            let mut passed = vec![f32::NAN; y.len()];
+            ssd_steps(shape, &xbc, &dt, &self.a, &self.d, ScanState::Passed(&state), &mut passed);
+            ssd_steps(shape, &xbc, &dt, &self.a, &self.d, ScanState::Kept(&mut state), &mut y);
+            assert_eq!(y, passed, "what becomes of the state");
+            for (all, y) in all.chunks_mut(whole.seq * whole.d_inner()).zip(y.chunks(seq * whole.d_inner())) {
+                all[start * whole.d_inner()..][..y.len()].copy_from_slice(y);
+            }
+            start += seq;
+        }
+        (all, state)
+    }
+
+    /// Holds single steps against the chunked form, and runs of the given lengths to the bit against single steps.
+    fn check_steps(&self, cuts: &[&[usize]]) {
+        let Case { shape, xbc, dt, a, d, .. } = self;
+        let sizes = reference::forward(*shape, &absolute(xbc), &wide(dt), &wide(a), &absolute(d));
+        let units = 2.0 * self.units(shape.seq + CHUNK + shape.d_state) + (shape.seq * 3) as f64 * 2f64.powi(-24);
+        let steps = self.steps(&vec![1; shape.seq]);
+        close("steps", &steps.0, &wide(&self.run().y), &sizes, units);
+        for lengths in cuts {
+            assert!(self.steps(lengths) == steps, "{lengths:?}");
+        }
+    }
+}
+
 #[track_caller]
 fn close(name: &str, got: &[f32], want: &[f64], sizes: &[f64], units: f64) {
     for i in 0..want.len() {
@@ -126,41 +166,8 @@ proptest! {
         batch in 1usize..3, first in 1usize..70, second in 1usize..40, heads in 1usize..4, head_dim in 1usize..20,
         d_state in 1usize..9, seed: u32,
     ) {
-        let whole = SsdShape { batch, seq: first + second, heads, head_dim, d_state };
-        let case = Case::new(whole, 1.0, seed);
-        let want = case.run().y;
-        let sizes =
-            reference::forward(whole, &absolute(&case.xbc), &wide(&case.dt), &wide(&case.a), &absolute(&case.d));
-        let units = 2.0 * case.units(whole.seq + CHUNK + d_state) + (whole.seq * 3) as f64 * 2f64.powi(-24);
-        let cut = |data: &[f32], cols: usize, start: usize, seq: usize| -> Vec<f32> {
-            let sequences = data.chunks(whole.seq * cols);
-            sequences.flat_map(|s| s[start * cols..(start + seq) * cols].to_vec()).collect()
-        };
-        // The outputs, sequence by sequence, and the states after runs of the given lengths.
-        let run = |lengths: &[usize]| {
-            let mut state = vec![0.0; batch * whole.state_len()];
-            let mut all = vec![f32::NAN; batch * whole.seq * whole.d_inner()];
-            let mut start = 0;
-            for &seq in lengths {
-                let shape = SsdShape { seq, ..whole };
-                let (xbc, dt) = (cut(&case.xbc, whole.width(), start, seq), cut(&case.dt, heads, start, seq));
-                let mut y = vec![f32::NAN; batch * seq * whole.d_inner()];
-                let mut passed = vec![f32::NAN; y.len()];
-                ssd_steps(shape, &xbc, &dt, &case.a, &case.d, ScanState::Passed(&state), &mut passed);
-                ssd_steps(shape, &xbc, &dt, &case.a, &case.d, ScanState::Kept(&mut state), &mut y);
-                assert_eq!(y, passed, "what becomes of the state");
-                for (all, y) in all.chunks_mut(whole.seq * whole.d_inner()).zip(y.chunks(seq * whole.d_inner())) {
-                    all[start * whole.d_inner()..][..y.len()].copy_from_slice(y);
-                }
-                start += seq;
-            }
-            (all, state)
-        };
-        let steps = run(&vec![1; whole.seq]);
-        close("steps", &steps.0, &wide(&want), &sizes, units);
-        for lengths in [&[whole.seq][..], &[first, second], &[second, first]] {
-            prop_assert!(run(lengths) == steps, "{:?}", lengths);
-        }
+        let shape = SsdShape { batch, seq: first + second, heads, head_dim, d_state };
+        Case::new(shape, 1.0, seed).check_steps(&[&[shape.seq], &[first, second], &[second, first]]);
     }
 }
 
@@ -170,7 +177,9 @@ fn groups_and_tasks_of_uneven_size() {
     for (batch, heads, head_dim) in [(1, 37, 64), (9, 35, 48), (2, 9, 200), (1, 3, 600)] {
         let shape = SsdShape { batch, seq: 70, heads, head_dim, d_state: 5 };
         assert!(!shape.heads.is_multiple_of(shape.group_heads()) || shape.group_heads() == 1);
-        Case::new(shape, 1.0, 7).check();
+        let case = Case::new(shape, 1.0, 7);
+        case.check();
+        case.check_steps(&[&[70], &[1, 69], &[37, 33]]);
     }
 }
 
