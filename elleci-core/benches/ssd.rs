@@ -62,12 +62,12 @@ fn chains(n: usize) -> usize {
     {
         use pulp::x86::{V3, V4};
         if let Some(simd) = V4::try_new().filter(|_| Isa::detect() >= Isa::Avx512) {
-            return simd.vectorize(Chains(n));
+            return Simd::vectorize(simd, Chains(n));
         }
         if let Some(simd) = V3::try_new().filter(|_| Isa::detect() >= Isa::Avx2) {
-            return simd.vectorize(Chains(n));
+            return Simd::vectorize(simd, Chains(n));
         }
-        pulp::Scalar::new().vectorize(Chains(n))
+        Simd::vectorize(pulp::Scalar::new(), Chains(n))
     }
     #[cfg(not(target_arch = "x86_64"))]
     pulp::Arch::new().dispatch(Chains(n))
