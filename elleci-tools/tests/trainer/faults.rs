@@ -22,28 +22,41 @@ fn killed_at_any_moment_a_run_ends_with_the_same_losses() {
     let started = Instant::now();
     scene.expect(scene.command("whole", &[]), 0);
     let whole = started.elapsed();
-    let (mut kills, mut state) = (0, 11);
-    // Between the start of the process and its end, whatever the speed of this machine is at the moment.
-    let mut patience = whole / 4;
+    // What a run takes changes with the machine's speed: where it was over too soon, another begins, to be killed sooner.
+    let (mut time, mut state) = (whole, 11);
     loop {
-        let mut child = scene.spawn(scene.command("killed", &[]));
-        std::thread::sleep(patience + Duration::from_micros(arbitrary(&mut state) % whole.as_micros() as u64) / 3);
-        let over = child.try_wait().unwrap().is_some();
-        child.kill().unwrap();
-        child.wait().unwrap();
-        if over {
+        let kills = kill_until_over(&scene, time, &mut state);
+        if kills >= 2 {
             break;
         }
-        kills += 1;
-        // A process that is always killed before its first checkpoint would never end.
-        patience += whole / 20;
+        assert!(time > whole / 32, "killed {kills} times only");
+        std::fs::remove_dir_all(scene.path("killed")).unwrap();
+        time /= 2;
     }
-    assert!(kills >= 2, "killed {kills} times only");
     scene.expect(scene.command("killed", &[]), 0);
     assert_eq!(scene.losses("killed"), scene.losses("whole"));
     let model = |run: &str| std::fs::read(scene.path(run).join("final/model.safetensors")).unwrap();
     assert!(model("killed") == model("whole"), "the final weights differ");
     assert_eq!(scene.checkpoints("killed"), scene.checkpoints("whole"));
+}
+
+/// Starts the run again and again, and kills it after some part of `time`, until one is over before; how often it was killed.
+fn kill_until_over(scene: &Scene, time: Duration, state: &mut u64) -> usize {
+    let mut kills = 0;
+    let mut patience = time / 4;
+    loop {
+        let mut child = scene.spawn(scene.command("killed", &[]));
+        std::thread::sleep(patience + Duration::from_micros(arbitrary(state) % time.as_micros() as u64) / 3);
+        let over = child.try_wait().unwrap().is_some();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        if over {
+            return kills;
+        }
+        kills += 1;
+        // A process that is always killed before its first checkpoint would never end.
+        patience += time / 20;
+    }
 }
 
 /// Ctrl-C, `kill` and a closed terminal: the step that runs is finished and saved.
