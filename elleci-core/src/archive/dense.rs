@@ -272,9 +272,10 @@ impl<'a> DenseMatrix<'a> {
         par::for_each(items, |(i, mut y)| {
             #[cfg(all(feature = "std", target_arch = "x86_64"))]
             {
-                let done = match tokens {
-                    1 => self.one_token(i * task, x, y.as_slice_mut().expect("one row")),
-                    _ => self.many_tokens(i * task, padded, width, y.view_mut()),
+                let done = match (tokens, super::dense_avx512::detect()) {
+                    (1, Some(simd)) => self.one_token(simd, i * task, x, y.as_slice_mut().expect("one row")),
+                    (_, Some(_)) => false,
+                    (_, None) => self.on_avx2(i * task, padded, width, y.view_mut()),
                 };
                 if done {
                     return;
@@ -288,63 +289,13 @@ impl<'a> DenseMatrix<'a> {
 
 #[cfg(all(feature = "std", target_arch = "x86_64"))]
 impl DenseMatrix<'_> {
-    /// The products of rows `first ..` with one token, if there is a kernel for that.
-    fn one_token(&self, first: usize, x: &[f32], y: &mut [f32]) -> bool {
-        use super::{dense_avx2 as avx2, dense_avx512 as avx512};
-        if let Some(simd) = avx512::detect() {
-            return self.rows_with(
-                first,
-                x,
-                y,
-                |rows, x| avx512::dots(simd, rows, x),
-                |rows, x| avx512::dots(simd, rows, x),
-            );
-        }
-        let Some(simd) = avx2::Avx2::detect() else { return false };
-        self.rows_with(first, x, y, |rows, x| avx2::dots(simd, rows, x), |rows, x| avx2::dots(simd, rows, x))
-    }
-
-    /// The products of rows `first ..` with several tokens `x` `[tokens, width]`, if there is a kernel for that.
-    fn many_tokens(&self, first: usize, x: &[f32], width: usize, mut y: ArrayViewMut2<f32>) -> bool {
-        use super::{dense_avx2 as avx2, dense_avx512 as avx512};
-        let Some(simd) = avx2::Avx2::detect().filter(|_| avx512::detect().is_none()) else { return false };
-        let (whole, mut room) = (y.ncols() / ROWS * ROWS, avx2::Room::new(simd));
-        for at in (0..whole).step_by(ROWS) {
-            let row = first + at;
-            let run = row * self.cols..(row + ROWS) * self.cols;
-            let scales: [f32; ROWS] = core::array::from_fn(|r| self.row_scale(row + r));
-            let emit = |t: usize, sums: [f32; ROWS]| {
-                let mut y = y.row_mut(t);
-                let y = &mut y.as_slice_mut().expect("rows of the output are contiguous")[at..at + ROWS];
-                y.iter_mut().zip(sums).zip(scales).for_each(|((y, sum), scale)| *y = sum * scale);
-            };
-            match self.values {
-                Values::Int8 { codes, .. } => avx2::many(simd, &codes[run], (self.cols, width), x, &mut room, emit),
-                Values::F16(v) => avx2::many(simd, &v[run], (self.cols, width), x, &mut room, emit),
-                Values::F32(_) | Values::Bf16(_) => return false,
-            }
-        }
-        if whole < y.ncols() {
-            let mut weights = vec![0.0f32; ROWS * width];
-            let rest = y.slice_axis_mut(Axis(1), (whole..).into());
-            dispatch(Tile { matrix: self, first: first + whole, x, width, y: rest, weights: &mut weights });
-        }
-        true
-    }
-
-    /// The same with a kernel's products of [`ROWS`] rows, of int8 and of binary16.
-    fn rows_with(
-        &self,
-        first: usize,
-        x: &[f32],
-        y: &mut [f32],
-        i8_dots: impl Fn(&[i8], &[f32]) -> [f32; ROWS],
-        u16_dots: impl Fn(&[u16], &[f32]) -> [f32; ROWS],
-    ) -> bool {
+    /// The products of rows `first ..` with one token, if there is a kernel for their format.
+    fn one_token(&self, simd: pulp::x86::V4, first: usize, x: &[f32], y: &mut [f32]) -> bool {
+        use super::dense_avx512::dots;
         let run = |row: usize| row * self.cols..(row + ROWS) * self.cols;
         let products: &dyn Fn(usize) -> [f32; ROWS] = match self.values {
-            Values::Int8 { codes, .. } => &|row| i8_dots(&codes[run(row)], x),
-            Values::F16(v) => &|row| u16_dots(&v[run(row)], x),
+            Values::Int8 { codes, .. } => &|row| dots(simd, &codes[run(row)], x),
+            Values::F16(v) => &|row| dots(simd, &v[run(row)], x),
             Values::F32(_) | Values::Bf16(_) => return false,
         };
         let whole = y.len() / ROWS * ROWS;
@@ -359,6 +310,34 @@ impl DenseMatrix<'_> {
             let one = DenseMatrix { rows: 1, cols: self.cols, values: Values::F32(&row) };
             one.forward(x, 1, core::slice::from_mut(y));
             *y *= self.row_scale(first + r);
+        }
+        true
+    }
+
+    /// The products of rows `first ..` with tokens `x` `[tokens, width]`, if there is AVX2 and a kernel for their format.
+    fn on_avx2(&self, first: usize, x: &[f32], width: usize, mut y: ArrayViewMut2<f32>) -> bool {
+        use super::dense_avx2 as avx2;
+        let Some(simd) = avx2::Avx2::detect() else { return false };
+        let (whole, mut room) = (y.ncols() / ROWS * ROWS, avx2::Room::new(simd));
+        for at in (0..whole).step_by(ROWS) {
+            let row = first + at;
+            let run = row * self.cols..(row + ROWS) * self.cols;
+            let scales: [f32; ROWS] = core::array::from_fn(|r| self.row_scale(row + r));
+            let emit = |t: usize, sums: [f32; ROWS]| {
+                let mut y = y.row_mut(t);
+                let y = &mut y.as_slice_mut().expect("rows of the output are contiguous")[at..at + ROWS];
+                y.iter_mut().zip(sums).zip(scales).for_each(|((y, sum), scale)| *y = sum * scale);
+            };
+            match self.values {
+                Values::Int8 { codes, .. } => avx2::dots(simd, &codes[run], (self.cols, width), x, &mut room, emit),
+                Values::F16(v) => avx2::dots(simd, &v[run], (self.cols, width), x, &mut room, emit),
+                Values::F32(_) | Values::Bf16(_) => return false,
+            }
+        }
+        if whole < y.ncols() {
+            let mut weights = vec![0.0f32; ROWS * width];
+            let rest = y.slice_axis_mut(Axis(1), (whole..).into());
+            dispatch(Tile { matrix: self, first: first + whole, x, width, y: rest, weights: &mut weights });
         }
         true
     }
@@ -436,8 +415,8 @@ mod tests {
 
     #[test]
     fn products_in_every_format() {
-        // Several strips of columns for several groups of rows, and groups of tokens that are not whole.
-        const TOKENS: usize = 5;
+        // Several strips of columns for several groups of rows; few tokens and many, in groups that are whole and that are not.
+        const TOKENS: usize = 11;
         for (rows, cols) in [(1, 1), (8, 16), (13, 37), (300, 100), (13, 530)] {
             let value = |i: usize| ((i * 37 % 101) as f32 - 50.0) / 50.0;
             let w: Vec<f32> = (0..rows * cols).map(value).collect();
@@ -461,9 +440,11 @@ mod tests {
                 let x: Vec<f32> = (0..TOKENS * cols).map(|i| value(i * 7 + 3)).collect();
                 let (mut y, mut alone) = (vec![0.0; TOKENS * rows], vec![0.0; rows]);
                 matrix.forward(&x, TOKENS, &mut y);
-                let mut fewer = vec![0.0; (TOKENS - 1) * rows];
-                matrix.forward(&x[..(TOKENS - 1) * cols], TOKENS - 1, &mut fewer);
-                assert_eq!(fewer, y[..fewer.len()], "nor on how many they are");
+                for tokens in 2..TOKENS {
+                    let mut fewer = vec![0.0; tokens * rows];
+                    matrix.forward(&x[..tokens * cols], tokens, &mut fewer);
+                    assert_eq!(fewer, y[..fewer.len()], "nor on how many they are");
+                }
                 for t in 0..TOKENS {
                     let x = &x[t * cols..(t + 1) * cols];
                     matrix.forward(x, 1, &mut alone);

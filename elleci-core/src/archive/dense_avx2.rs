@@ -1,17 +1,18 @@
-//! Products with int8 or binary16 rows on AVX2. One token: as [`super::dense_avx512`] with vectors of half the width, and without masks: a
-//! row's last values are copied to where zeros follow them. Several: rows become floats once for all tokens, a strip of columns
-//! at a time that stays in the first cache, and the same numbers are added in the same order.
+//! Products with int8 or binary16 rows on AVX2. With a few tokens, weights become floats as they are multiplied. With
+//! more, rows become floats once for all tokens, a strip of columns at a time that stays in the first cache. Both add the same numbers
+//! in the same order.
 
 use core::arch::x86_64::*;
-
-use pulp::Simd;
-use pulp::x86::V3;
 
 use super::dense::ROWS;
 use crate::simd::{Isa, prefetch_run};
 
 /// Values of a vector.
 const LANES: usize = 8;
+/// Tokens that meet weights as these become floats, which is as fast as strips with twice as many.
+const FEW: usize = 2 * GROUP;
+/// How many of them at a time.
+const GROUP: usize = 4;
 /// Columns of a strip.
 const STRIP: usize = 256;
 /// Tokens that meet a strip together: with [`ROWS`] rows, twelve chains of additions.
@@ -19,13 +20,13 @@ const TOKENS: usize = 3;
 
 /// Proof that the machine has AVX2, FMA and F16C, and is allowed to use them.
 #[derive(Clone, Copy)]
-pub(super) struct Avx2(V3);
+pub(super) struct Avx2(());
 
 impl Avx2 {
     /// A token, where the machine has what it takes: every one with AVX2 that is known has F16C.
     pub(super) fn detect() -> Option<Avx2> {
         let there = Isa::detect() >= Isa::Avx2 && std::is_x86_feature_detected!("f16c");
-        if there { V3::try_new().map(Avx2) } else { None }
+        there.then_some(Avx2(()))
     }
 }
 
@@ -57,54 +58,107 @@ impl Stored for u16 {
     }
 }
 
-/// The products of [`ROWS`] rows of `x.len()` values with one token.
+/// [`ROWS`] rows with one token or two.
 ///
-/// # Panics
-/// When `rows` is not as long.
-#[inline(always)]
-pub(super) fn dots<T: Stored>(simd: Avx2, rows: &[T], x: &[f32]) -> [f32; ROWS] {
-    assert_eq!(rows.len(), ROWS * x.len(), "rows");
-    // SAFETY: `simd` is proof of the features, and the lengths were checked.
-    unsafe { sums(simd, rows, x) }
+/// # Safety
+/// `rows` is `[ROWS, cols]`, `x` `[N, width]`, and `cols`, rounded up to whole vectors, at most `width`.
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn block<T: Stored, const N: usize>(
+    rows: &[T],
+    (cols, width): (usize, usize),
+    x: &[f32],
+    mut emit: impl FnMut(usize, [f32; ROWS]),
+) {
+    // SAFETY: as the caller vouches.
+    let acc = unsafe { sums::<T, ROWS, N>(rows.as_ptr(), (cols, width), x.as_ptr()) };
+    for (t, sums) in acc.into_iter().enumerate() {
+        emit(t, reduce(sums));
+    }
 }
 
+/// [`ROWS`] rows, two at a time, with three or four tokens: with the sums of four LLVM spills.
+///
 /// # Safety
-/// `rows` has [`ROWS`] times `x.len()` values.
+/// As [`block`].
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn sums<T: Stored>(simd: Avx2, rows: &[T], x: &[f32]) -> [f32; ROWS] {
-    let cols = x.len();
+unsafe fn block_of_pairs<T: Stored, const N: usize>(
+    rows: &[T],
+    (cols, width): (usize, usize),
+    x: &[f32],
+    mut emit: impl FnMut(usize, [f32; ROWS]),
+) {
+    const { assert!(ROWS == 4) };
+    // SAFETY: as the caller vouches.
+    let lower = unsafe { sums::<T, 2, N>(rows.as_ptr(), (cols, width), x.as_ptr()) };
+    // SAFETY: likewise: rows 2 and 3.
+    let upper = unsafe { sums::<T, 2, N>(rows.as_ptr().add(2 * cols), (cols, width), x.as_ptr()) };
+    for (t, ([a, b], [c, d])) in lower.into_iter().zip(upper).enumerate() {
+        emit(t, reduce([a, b, c, d]));
+    }
+}
+
+/// The products of `R` rows with `N` tokens, `[N][R]`, before their lanes are added up: in a lane every eighth column, in their order.
+///
+/// # Safety
+/// `rows` points to `[R, cols]`, `x` to `[N, width]`, and `cols`, rounded up to whole vectors, is at most `width`.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn sums<T: Stored, const R: usize, const N: usize>(
+    rows: *const T,
+    (cols, width): (usize, usize),
+    x: *const f32,
+) -> [[__m256; R]; N] {
+    let mut acc = [[_mm256_setzero_ps(); R]; N];
     let (whole, line) = (cols / LANES * LANES, 64 / size_of::<T>());
-    let mut acc = [_mm256_setzero_ps(); ROWS];
     for at in (0..whole).step_by(LANES) {
-        // SAFETY: columns `at .. at + LANES` are in `x` and in all rows.
-        let x = unsafe { _mm256_loadu_ps(x.as_ptr().add(at)) };
-        for (r, acc) in acc.iter_mut().enumerate() {
-            let row = rows.as_ptr().wrapping_add(r * cols + at);
-            if at % line == 0 {
-                prefetch_run(row.cast());
+        let row = |r: usize| rows.wrapping_add(r * cols + at);
+        if at % line == 0 {
+            (0..R).for_each(|r| prefetch_run(row(r).cast()));
+        }
+        // The fewer of the two are held in registers while the others pass.
+        if R <= N {
+            let mut weights = [_mm256_setzero_ps(); R];
+            for r in 0..R {
+                // SAFETY: columns `at .. at + LANES` are in all rows.
+                weights[r] = unsafe { T::load(row(r)) };
             }
-            // SAFETY: as above.
-            *acc = _mm256_fmadd_ps(unsafe { T::load(row) }, x, *acc);
+            for t in 0..N {
+                // SAFETY: and in all tokens.
+                let x = unsafe { _mm256_loadu_ps(x.add(t * width + at)) };
+                for r in 0..R {
+                    acc[t][r] = _mm256_fmadd_ps(weights[r], x, acc[t][r]);
+                }
+            }
+        } else {
+            let mut values = [_mm256_setzero_ps(); N];
+            for t in 0..N {
+                // SAFETY: as above.
+                values[t] = unsafe { _mm256_loadu_ps(x.add(t * width + at)) };
+            }
+            for r in 0..R {
+                // SAFETY: as above.
+                let weights = unsafe { T::load(row(r)) };
+                for t in 0..N {
+                    acc[t][r] = _mm256_fmadd_ps(weights, values[t], acc[t][r]);
+                }
+            }
         }
     }
     if whole < cols {
-        let mut last = [0.0; LANES];
-        last[..cols - whole].copy_from_slice(&x[whole..]);
-        // SAFETY: an array of eight.
-        let x = unsafe { _mm256_loadu_ps(last.as_ptr()) };
-        for (r, acc) in acc.iter_mut().enumerate() {
-            let mut values = [T::default(); LANES];
-            values[..cols - whole].copy_from_slice(&rows[r * cols + whole..(r + 1) * cols]);
+        for r in 0..R {
+            let mut last = [T::default(); LANES];
+            // SAFETY: `cols - whole` values are left of row r, and fewer than LANES.
+            unsafe { last.as_mut_ptr().copy_from_nonoverlapping(rows.add(r * cols + whole), cols - whole) };
             // SAFETY: an array of eight.
-            *acc = _mm256_fmadd_ps(unsafe { T::load(values.as_ptr()) }, x, *acc);
+            let weights = unsafe { T::load(last.as_ptr()) };
+            for t in 0..N {
+                // SAFETY: a token has whole vectors.
+                let x = unsafe { _mm256_loadu_ps(x.add(t * width + whole)) };
+                acc[t][r] = _mm256_fmadd_ps(weights, x, acc[t][r]);
+            }
         }
     }
-    // `map` would leave the features of this function behind.
-    let mut sums = [0.0; ROWS];
-    for (to, sum) in sums.iter_mut().zip(acc) {
-        *to = simd.0.reduce_sum_f32s(bytemuck::cast(sum));
-    }
-    sums
+    acc
 }
 
 /// The sums of one token with [`ROWS`] rows before their lanes are added up.
@@ -112,7 +166,7 @@ type Sums = [__m256; ROWS];
 /// Columns of [`ROWS`] rows as floats.
 type Strip = [[__m256; STRIP / LANES]; ROWS];
 
-/// What [`many`] works in, kept from call to call.
+/// What products with many tokens work in, kept from call to call.
 pub(super) struct Room {
     strip: Strip,
     sums: Vec<Sums>,
@@ -131,24 +185,42 @@ impl Room {
 /// # Panics
 /// When a slice does not have its size.
 #[inline(always)]
-pub(super) fn many<T: Stored>(
+pub(super) fn dots<T: Stored>(
     _: Avx2,
     rows: &[T],
     (cols, width): (usize, usize),
     x: &[f32],
     room: &mut Room,
-    emit: impl FnMut(usize, [f32; ROWS]),
+    mut emit: impl FnMut(usize, [f32; ROWS]),
 ) {
     assert!(
         rows.len() == ROWS * cols && cols.next_multiple_of(LANES) <= width && x.len().is_multiple_of(width),
         "rows"
     );
-    // SAFETY: the token is proof of the features, and the lengths were checked.
-    unsafe { strips(rows, (cols, width), x, room, emit) }
+    let tokens = x.len() / width;
+    if tokens > FEW {
+        // SAFETY: the token is proof of the features, and the lengths were checked.
+        return unsafe { strips(rows, (cols, width), x, room, emit) };
+    }
+    let groups = tokens.div_ceil(GROUP);
+    for group in 0..groups {
+        let (from, to) = (group * tokens / groups, (group + 1) * tokens / groups);
+        let x = &x[from * width..to * width];
+        let emit = |t: usize, sums: [f32; ROWS]| emit(from + t, sums);
+        // SAFETY: as above.
+        unsafe {
+            match to - from {
+                1 => block::<T, 1>(rows, (cols, width), x, emit),
+                2 => block::<T, 2>(rows, (cols, width), x, emit),
+                3 => block_of_pairs::<T, 3>(rows, (cols, width), x, emit),
+                _ => block_of_pairs::<T, GROUP>(rows, (cols, width), x, emit),
+            }
+        }
+    }
 }
 
 /// # Safety
-/// As [`many`] has checked.
+/// As [`dots`] has checked.
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn strips<T: Stored>(
     rows: &[T],
