@@ -262,6 +262,9 @@ await step("settings go into the request, are bounded, kept and reset", async ()
   assert.equal(await value("#top_p"), "1");
   await set("top_k", "3.6");
   assert.equal(await value("#top_k"), "4");
+  await set("temperature", "0,5");
+  assert.equal(await value("#temperature"), "0.5", "a decimal comma");
+  await set("temperature", "0.3");
   await page.reload();
   await page.waitForFunction(() => document.querySelector("#model").textContent);
   await page.click("#tune");
@@ -289,6 +292,12 @@ await step("settings begin where the server's do, and stay where they were put",
   await page.click("#tune");
   await page.click("#top_k", { count: 3 });
   await page.type("#top_k", "5");
+  await page.keyboard.press("Tab");
+  await page.type("#max_tokens", "4096");
+  await page.keyboard.press("Tab");
+  assert.equal(await value("#max_tokens"), "256", "no more than the context");
+  await page.click("#max_tokens", { count: 3 });
+  await page.keyboard.press("Backspace");
   await page.keyboard.press("Tab");
   props.defaults.temperature = 0.6;
   answers["/props"].body = JSON.stringify(props);
@@ -490,6 +499,7 @@ async function refused(said, shown, on = {}) {
 
 await step("an overlong prompt is told with its counts", async () => {
   await refused(failing(400, { message: "too long", code: "context_length_exceeded", n_prompt_tokens: 1311, n_ctx: 1024 }), /1311 token, e il modello ne legge 1024.*Nuova chat/);
+  await refused(failing(400, { message: "no room", code: "context_length_exceeded", param: "max_tokens", n_prompt_tokens: 10, n_ctx: 600 }), /10 token su 600.*Token massimi/);
   await refused(failing(400, { message: "1311 tokens, of 1024", code: "context_length_exceeded" }), /troppo lunghi.*1311 tokens, of 1024/);
   await open();
   await page.$eval("#input", (e) => { e.value = "parola ".repeat(20000); e.dispatchEvent(new Event("input")); });

@@ -2,7 +2,8 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::builder::RangedU64ValueParser;
+use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use elleci_core::sampler::SamplerOptions;
 
 use crate::exit::usage;
@@ -77,7 +78,7 @@ pub struct FilterArgs {
     #[arg(long, visible_alias = "temp", value_name = "T", default_value_t = 0.8, allow_negative_numbers = true)]
     pub temperature: f32,
     /// Draws from the likeliest K tokens; 0 = no limit
-    #[arg(long, value_name = "K", default_value_t = 40)]
+    #[arg(long, value_name = "K", default_value_t = 40, value_parser = parse_top_k, allow_negative_numbers = true)]
     pub top_k: u32,
     /// Draws from the likeliest tokens that together have probability P; 1 = off
     #[arg(long, value_name = "P", default_value_t = 0.95, allow_negative_numbers = true)]
@@ -141,6 +142,14 @@ impl SamplingArgs {
     }
 }
 
+/// A limit of tokens; others write -1 for none.
+fn parse_top_k(text: &str) -> Result<u32, String> {
+    if text == "-1" {
+        return Ok(0);
+    }
+    text.parse().map_err(|_| "a number from 0 on".to_string())
+}
+
 /// A seed; `random` and -1 are drawn from the clock.
 pub fn parse_seed(text: &str) -> Result<u64, String> {
     if text == "random" || text == "-1" {
@@ -179,7 +188,7 @@ impl LengthArgs {
 Examples:
   elleci-run generate -p \"C'era una volta\"
   elleci-run generate -m model.elleci -f prompt.txt -n 500 --temp 0.7 --stop $'\\n\\n'
-  echo 'La capitale d'Italia è' | elleci-run generate -m model.elleci --temp 0 --json
+  echo \"La capitale d'Italia è\" | elleci-run generate -m model.elleci --temp 0 --json
   elleci-run generate -m model.elleci --chat -p 'Chi sei?'
   elleci-run generate -m model.elleci --tokens -p '17 204 9'"
 )]
@@ -197,7 +206,7 @@ pub struct GenerateArgs {
     #[command(flatten)]
     pub length: LengthArgs,
     /// Ends the text before this string; may be repeated
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", value_parser = clap::builder::NonEmptyStringValueParser::new())]
     pub stop: Vec<String>,
     /// Goes on after the end-of-text token
     #[arg(long)]
@@ -244,7 +253,7 @@ pub struct ChatArgs {
     #[arg(long, value_name = "TEXT")]
     pub system: Option<String>,
     /// A dialogue that /save wrote: goes on with it
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", conflicts_with = "system")]
     pub load: Option<PathBuf>,
     /// Limits; of tokens: an answer's.
     #[command(flatten)]
@@ -265,9 +274,15 @@ pub enum BenchOutput {
     Csv,
 }
 
+/// A number of tokens, as in [`LengthArgs::context`].
+fn tokens() -> RangedU64ValueParser<usize> {
+    RangedU64ValueParser::new().range(0..=1 << 24)
+}
+
 /// `elleci-run bench`.
 #[derive(Debug, Args)]
 #[command(
+    group = ArgGroup::new("measured").args(["model", "preset"]).required(true),
     after_help = "Tests are named as llama-bench names them: pp512 = a prompt of 512 tokens at once, tg128 = 128 tokens one by one,
 tg128 x8 = the same in each of 8 sequences that are advanced together (--parallel 8),
 @ d1024 = after 1024 others. Tokens a second are the mean of the repetitions ± their standard deviation; making
@@ -280,25 +295,26 @@ Examples:
 )]
 pub struct BenchArgs {
     /// Model: an .elleci archive; a Hugging Face folder, a checkpoint, a run or a .pth file is packed in memory
-    #[arg(short, long, value_name = "PATH", required_unless_present = "preset", conflicts_with = "preset")]
+    #[arg(short, long, value_name = "PATH")]
     pub model: Option<PathBuf>,
     /// Random weights of a built-in shape in place of a model: nano, mini, small-160m, elleci-1.5b
     #[arg(long, value_name = "NAME")]
     pub preset: Option<String>,
-    /// Writes the random model to this archive and measures it from there, as a real one would be
+    /// Writes the random model to this archive, which must not be there yet, and measures it from there, as a real one would be
     #[arg(long, value_name = "FILE", requires = "preset")]
     pub save: Option<PathBuf>,
     /// Lengths of prompts; 0 = none
-    #[arg(short = 'p', long, value_name = "N,…", value_delimiter = ',', default_value = "512")]
+    #[arg(short = 'p', long, value_name = "N,…", value_delimiter = ',', default_value = "512", value_parser = tokens())]
     pub n_prompt: Vec<usize>,
     /// Numbers of tokens to generate; 0 = none
-    #[arg(short = 'n', long, value_name = "N,…", value_delimiter = ',', default_value = "128")]
+    #[arg(short = 'n', long, value_name = "N,…", value_delimiter = ',', default_value = "128", value_parser = tokens())]
     pub n_gen: Vec<usize>,
     /// Sequences that generate together, -n tokens each; their tokens a second are added
-    #[arg(long, value_name = "N,…", value_delimiter = ',', default_value = "1")]
+    #[arg(long, value_name = "N,…", value_delimiter = ',', default_value = "1",
+          value_parser = RangedU64ValueParser::<usize>::new().range(1..=4096))]
     pub parallel: Vec<usize>,
     /// Tokens in the session before each test
-    #[arg(short = 'd', long, value_name = "N,…", value_delimiter = ',', default_value = "0")]
+    #[arg(short = 'd', long, value_name = "N,…", value_delimiter = ',', default_value = "0", value_parser = tokens())]
     pub depth: Vec<usize>,
     /// Repetitions
     #[arg(short, long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
@@ -318,7 +334,7 @@ pub struct BenchArgs {
 #[derive(Debug, Args)]
 #[command(
     after_help = "The batch holds `tokens`, int64 [B, T]. The output holds `tokens` and `logits`, float32 [B, T, vocab_size]:
-those of deployment, token by token through the caches.
+those of deployment, of whole sequences as prompts are read, or with --decode token by token.
 
 Example:
   elleci-run logits -m model.elleci --batch io.safetensors --out logits.safetensors"
@@ -354,6 +370,7 @@ mod tests {
             "elleci-run generate -m m --repeat-penalty 1.1 --repeat-last-n 64 --seed random",
             "elleci-run bench -m m -p 512,256 -n 128 -r 3 -t 1,2 -d 0,100 -o json",
             "elleci-run bench --preset nano",
+            "elleci-run generate -m m --top-k -1",
             "elleci-run chat -m m --system x",
             #[cfg(feature = "serve")]
             "elleci-run serve -m m -t 2 -c 2048 --host 0.0.0.0 --port 0 --api-key k --cors * --temp 0.5",
@@ -372,6 +389,11 @@ mod tests {
             "elleci-run bench",
             "elleci-run bench -m m --preset nano",
             "elleci-run bench -m m -r 0",
+            "elleci-run bench -m m -p 16777217",
+            "elleci-run bench -m m --parallel 0",
+            "elleci-run generate -m m --stop= -p x",
+            "elleci-run generate -m m --top-k -2 -p x",
+            "elleci-run chat --load x --system y",
         ] {
             assert!(parse(line).is_err(), "{line}");
         }

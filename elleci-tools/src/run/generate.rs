@@ -104,7 +104,7 @@ fn continue_prompt(
     if args.echo {
         out.write_all(prompt.as_bytes()).and_then(|()| out.flush()).context("standard output")?;
     }
-    let mut between = "";
+    let mut between = if args.echo && prompt.ends_with(|c: char| !c.is_whitespace()) { " " } else { "" };
     let mut show = |piece: Piece<'_>| {
         if args.json {
             return Ok(());

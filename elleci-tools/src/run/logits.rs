@@ -1,5 +1,7 @@
 //! `elleci-run logits`: every logit of a batch, to hold against another implementation.
 
+use std::path::Path;
+
 use anyhow::{Context, ensure};
 use elleci_core::inference::{Batch, Feed, Session};
 use safetensors::Dtype;
@@ -8,13 +10,21 @@ use super::cli::LogitsArgs;
 use super::model::OpenModel;
 use crate::checkpoint::tensors::{self, Bytes, Tensor, TensorFile};
 use crate::checkpoint::write_atomic;
-use crate::train::device::Device;
+use crate::exit::usage;
+use crate::train::device::{Device, available_memory};
 
 /// Runs the verb.
 ///
 /// # Errors
 /// Files that are missing, damaged or do not fit; [`crate::exit::Usage`] for a device that is not there.
 pub fn run(args: &LogitsArgs) -> anyhow::Result<()> {
+    let same = |input: &Path| Some(input.canonicalize().ok()? == args.out.canonicalize().ok()?);
+    for input in args.model.model.iter().chain([&args.batch]) {
+        ensure!(
+            same(input) != Some(true),
+            usage(format!("--out: {} would be replaced by its logits", input.display()))
+        );
+    }
     let device = Device::choose(&args.model.device.device, args.model.device.threads)?;
     eprintln!("{}", device.announcement);
     device.install(|| {
@@ -22,6 +32,11 @@ pub fn run(args: &LogitsArgs) -> anyhow::Result<()> {
         eprintln!("{}", open.announcement());
         let vocab_size = open.config().vocab_size;
         let ([rows, seq], tokens) = read_batch(args, vocab_size)?;
+        let (needed, free) = ((rows * seq) as u64 * vocab_size as u64 * 4, available_memory());
+        ensure!(
+            needed <= free,
+            "--batch: the logits of {rows} x {seq} tokens are {needed} bytes, and {free} are free: give fewer at a time"
+        );
         let mut logits = vec![0.0; rows * seq * vocab_size];
         let ids: Vec<u32> = tokens.iter().map(|t| *t as u32).collect();
         let mut sessions = (0..rows).map(|_| Session::new(open.packed())).collect::<Result<Vec<_>, _>>()?;

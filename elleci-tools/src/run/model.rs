@@ -80,6 +80,11 @@ impl OpenModel {
     pub fn open(path: &Path) -> anyhow::Result<OpenModel> {
         let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
         let at = || path.display().to_string();
+        ensure!(
+            path.exists(),
+            "{}: there is no such file or folder; `elleci-convert` makes an archive of a trained model",
+            path.display()
+        );
         let other = path.extension().is_some_and(|e| ["pth", "pt", "safetensors"].iter().any(|o| e == *o));
         if path.is_dir() || other {
             return OpenModel::from_bytes(name, pack(path)?).with_context(at);

@@ -66,7 +66,7 @@ impl TextStream {
             return Shown { text: std::mem::take(&mut self.held), stop: Some(index) };
         }
         let begins = |s: &str| {
-            let lengths = s.char_indices().map(|(i, _)| i).skip(1);
+            let lengths = s.char_indices().map(|(i, _)| i).skip(1).take_while(|&n| n <= self.held.len());
             lengths.filter(|&n| self.held.ends_with(&s[..n])).max()
         };
         let waiting = stops.filter_map(|(_, s)| begins(s)).max().unwrap_or(0);

@@ -1,19 +1,21 @@
 //! The account of a request: counted and logged when the last of its response is gone.
 
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicUsize};
+use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll};
 use std::time::Instant;
 
 use axum::body::{Body, Bytes, HttpBody};
+use axum::extract::Request;
 use axum::http::StatusCode;
 use axum::response::Response;
 use http_body::{Frame, SizeHint};
 
 use super::App;
 use super::job::Count;
+use super::listen::{Busy, Seat};
 
 /// What is known of a request. Everything that works on it holds one; the last one to let go of it closes the account.
 pub struct Account {
@@ -28,16 +30,21 @@ pub struct Account {
     cached: AtomicUsize,
     chosen: AtomicUsize,
     complete: AtomicBool,
+    /// The connection that it came by
+    seat: Option<Arc<Seat>>,
+    busy: OnceLock<Busy>,
 }
 
 impl Account {
     /// Opens an account.
-    pub fn new(app: Arc<App>, method: &str, path: &str, endpoint: &str) -> Arc<Account> {
+    pub fn new(app: Arc<App>, request: &Request, endpoint: &str) -> Arc<Account> {
+        let method = request.method().to_string();
         Arc::new(Account {
             app,
-            method: method.to_string(),
-            path: path.to_string(),
+            path: request.uri().path().to_string(),
             endpoint: endpoint.to_string(),
+            seat: request.extensions().get().cloned(),
+            busy: OnceLock::new(),
             began: Instant::now(),
             status: AtomicU16::new(0),
             prompt: AtomicUsize::new(0),
@@ -45,7 +52,15 @@ impl Account {
             chosen: AtomicUsize::new(0),
             // There is nothing to wait for.
             complete: AtomicBool::new(method == "HEAD"),
+            method,
         })
+    }
+
+    /// The request is there, and its answer begins to cost something.
+    pub fn work(&self) {
+        if let Some(seat) = &self.seat {
+            self.busy.get_or_init(|| seat.work());
+        }
     }
 
     /// Adds the tokens of a choice.

@@ -10,40 +10,40 @@ use axum::http::{HeaderValue, StatusCode};
 use axum::response::sse::{self, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use futures_util::stream::unfold;
-use serde_json::Value;
 use tokio::sync::mpsc::UnboundedReceiver;
 
 use super::account::Account;
 use super::error::ApiError;
-use super::job::{Event, TokenScore};
+use super::job::{End, Event, Piece, TokenScore};
 use super::openai::{ChoiceState, Head, Usage, Writer};
 use super::request::Completion;
-use super::{Loaded, json_response};
+use super::{Loaded, json_text};
 
 /// A comment is sent when nothing else has been for so long: proxies and clients give up on silent connections.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
+
+/// Log-probabilities from which on an answer is written by a thread of its own: it would hold up everyone else.
+const LARGE_ANSWER: usize = 4096;
 
 /// Waits for all choices.
 ///
 /// # Errors
 /// What the engine reports.
 pub async fn collect(
-    loaded: &Loaded,
-    head: &Head,
-    asked: &Completion,
+    loaded: Arc<Loaded>,
+    head: Head,
+    asked: Completion,
     mut events: UnboundedReceiver<Event>,
     account: &Account,
 ) -> Result<Response, ApiError> {
-    let copies = asked.generate.copies;
-    let writer = Writer { tokenizer: loaded.tokenizer(), form: head.form, asked };
-    let mut choices = vec![Value::Null; asked.prompts.len() * copies];
+    let mut choices: Vec<Option<(Piece, End)>> = vec![None; asked.prompts.len() * asked.generate.copies];
     let mut scores: Vec<Vec<TokenScore>> = vec![Vec::new(); asked.prompts.len()];
     let (mut left, mut usage) = (choices.len(), Usage::default());
     while left > 0 {
         match events.recv().await {
             Some(Event::Prompt { prompt, scores: found }) => scores[prompt] = found,
             Some(Event::Done { choice, piece, end, count }) => {
-                choices[choice] = writer.choice(choice, &scores[choice / copies], &piece, end);
+                choices[choice] = Some((piece, end));
                 usage.add(count);
                 account.count(count);
                 left -= 1;
@@ -53,7 +53,22 @@ pub async fn collect(
             None => return Err(ApiError::internal("the engine has ended")),
         }
     }
-    Ok(json_response(StatusCode::OK, &head.answer(choices, &usage)))
+    let per_place = 1 + asked.generate.logprobs.unwrap_or(0);
+    let echoed = scores.iter().map(Vec::len).sum::<usize>() * asked.generate.copies;
+    let places = echoed + choices.iter().flatten().map(|(piece, _)| piece.scores.len()).sum::<usize>();
+    let write = move || {
+        let writer = Writer { tokenizer: loaded.tokenizer(), form: head.form, asked: &asked };
+        let copies = asked.generate.copies;
+        let written = choices.iter().enumerate().filter_map(|(choice, done)| {
+            let (piece, end) = done.as_ref()?;
+            Some(writer.choice(choice, &scores[choice / copies], piece, *end))
+        });
+        json_text(StatusCode::OK, head.answer(written, &usage))
+    };
+    if places * per_place < LARGE_ANSWER {
+        return Ok(write());
+    }
+    tokio::task::spawn_blocking(write).await.map_err(|_| ApiError::internal("writing the answer failed"))
 }
 
 /// An answer as server-sent events: `data: {chunk}`, …, `data: [DONE]`.

@@ -236,24 +236,25 @@ impl<'a> Engine<'a> {
         loop {
             let fewest = self.waiting.iter().enumerate().min_by_key(|(i, w)| (w.ask.active.load(Relaxed), *i));
             let Some((place, _)) = fewest else { return };
+            if room == 0 {
+                return;
+            }
             let waiting = &mut self.waiting[place];
-            let Some((_, job)) = waiting.jobs.front() else {
+            let Some((index, job)) = waiting.jobs.front_mut() else {
                 self.waiting.remove(place);
                 continue;
             };
-            // One that needs more room than there is waits for it: others must not take it away time and again.
-            if job.task.copies() > room {
-                return;
-            }
-            room -= job.task.copies();
+            // As many choices as there is room for; the others follow as places become free, and hold up nobody meanwhile.
+            let part = job.take(room);
+            room -= part.copies.len();
             waiting.ticket = None;
-            if let Some((index, job)) = waiting.jobs.pop_front() {
-                let ask = waiting.ask.clone();
-                let reading = Reading::new(ask, index, job, &self.fresh, &mut self.cache);
-                let (tokens, cached) = reading.tokens();
-                self.metrics.prompt_tokens.inc_by(tokens as u64);
-                self.metrics.cached_tokens.inc_by(cached as u64);
-                self.reading.push_back(reading);
+            let reading = Reading::new(waiting.ask.clone(), *index, part, &self.fresh, &mut self.cache);
+            let (tokens, cached) = reading.tokens();
+            self.metrics.prompt_tokens.inc_by(tokens as u64);
+            self.metrics.cached_tokens.inc_by(cached as u64);
+            self.reading.push_back(reading);
+            if job.copies.is_empty() {
+                waiting.jobs.pop_front();
             }
             if waiting.jobs.is_empty() {
                 self.waiting.remove(place);

@@ -16,11 +16,13 @@ pub struct ApiError {
     pub code: Option<&'static str>,
     /// The field that is wrong, if it is one.
     pub param: Option<String>,
+    /// Tokens of the prompt and of the context, where they do not fit.
+    pub tokens: Option<[usize; 2]>,
 }
 
 impl ApiError {
     fn new(status: StatusCode, code: Option<&'static str>, message: impl Into<String>) -> ApiError {
-        ApiError { status, message: message.into(), code, param: None }
+        ApiError { status, message: message.into(), code, param: None, tokens: None }
     }
 
     /// A request that makes no sense.
@@ -34,10 +36,11 @@ impl ApiError {
         ApiError { param: Some(name.to_string()), ..ApiError::invalid(message) }
     }
 
-    /// More tokens than the context holds.
-    pub fn too_long(name: &str, message: String) -> ApiError {
+    /// More tokens than the context holds: `[prompt, context]`.
+    pub fn too_long(name: &str, tokens: [usize; 2], message: String) -> ApiError {
         ApiError {
             param: Some(name.to_string()),
+            tokens: Some(tokens),
             ..ApiError::new(StatusCode::BAD_REQUEST, Some("context_length_exceeded"), message)
         }
     }
@@ -53,6 +56,22 @@ impl ApiError {
         let message =
             format!("this server does not answer to the name {host}: `--allow-host {host}`, or a key, lets it");
         ApiError::new(StatusCode::FORBIDDEN, Some("unknown_host"), message)
+    }
+
+    /// A web page that is not one of this server.
+    pub fn origin(origin: &str) -> ApiError {
+        let message =
+            format!("pages of {origin} may not use this server: `--cors {origin}` lets them, and so does a key");
+        ApiError::new(StatusCode::FORBIDDEN, Some("unknown_origin"), message)
+    }
+
+    /// A model that is not served here.
+    pub fn model(id: &str, own: &str) -> ApiError {
+        let message = format!("there is no model `{id}`; this server has `{own}`");
+        ApiError {
+            param: Some("model".to_string()),
+            ..ApiError::new(StatusCode::NOT_FOUND, Some("model_not_found"), message)
+        }
     }
 
     /// There is nothing at this path.
@@ -115,7 +134,13 @@ impl ApiError {
             400..=499 => "invalid_request_error",
             _ => "server_error",
         };
-        json!({ "error": { "message": self.message, "type": kind, "code": self.code, "param": self.param } })
+        let mut error = json!({ "message": self.message, "type": kind, "code": self.code, "param": self.param });
+        if let Some([prompt, context]) = self.tokens {
+            // As llama-server names them.
+            error["n_prompt_tokens"] = prompt.into();
+            error["n_ctx"] = context.into();
+        }
+        json!({ "error": error })
     }
 }
 

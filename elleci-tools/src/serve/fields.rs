@@ -86,11 +86,11 @@ impl<'a> Fields<'a> {
         within(name, self.typed(name, "a number", |v| v.as_f64().map(|f| f as f32))?, &range)
     }
 
-    /// One string or a list of strings, at most `most`.
+    /// One string or a list of strings, at most `most` of at most `longest` bytes each.
     ///
     /// # Errors
     /// When it is something else.
-    pub fn strings(&self, name: &str, most: usize) -> Result<Vec<String>, ApiError> {
+    pub fn strings(&self, name: &str, most: usize, longest: usize) -> Result<Vec<String>, ApiError> {
         let Some(value) = self.get(name) else { return Ok(Vec::new()) };
         let list = match value {
             Value::String(s) => vec![s.clone()],
@@ -103,6 +103,9 @@ impl<'a> Fields<'a> {
         };
         if list.len() > most {
             return Err(ApiError::field(name, format!("holds {} strings; it may hold {most}", list.len())));
+        }
+        if let Some(long) = list.iter().map(String::len).find(|bytes| *bytes > longest) {
+            return Err(ApiError::field(name, format!("holds a string of {long} bytes; it may have {longest}")));
         }
         Ok(list)
     }
@@ -152,19 +155,20 @@ mod tests {
 
     #[test]
     fn wrong_fields_are_named() {
-        let body = json!({ "a": 3, "b": "x", "c": null, "d": [1], "e": 2.5, "f": 4.0 });
+        let body = json!({ "a": 3, "b": "x", "c": null, "d": [1], "e": 2.5, "f": 4.0, "g": ["x", "è"] });
         let fields = Fields::of(&body).unwrap();
         assert_eq!(fields.integer("a", 0..=9), Ok(Some(3)));
         assert_eq!(fields.integer("f", 0..=9), Ok(Some(4)));
         assert_eq!(fields.flag("c"), Ok(false));
-        assert_eq!(fields.strings("b", 4), Ok(vec!["x".to_string()]));
+        assert_eq!(fields.strings("b", 4, 1), Ok(vec!["x".to_string()]));
         assert_eq!(fields.count("missing", 9), Ok(None));
         for (result, name, part) in [
             (fields.integer("a", 0..=2).map(drop), "a", "is 3; it must be 0 to 2"),
             (fields.integer("e", 0..=9).map(drop), "e", "must be a whole number, not a number"),
             (fields.number("b", 0.0..=1.0).map(drop), "b", "must be a number, not a string"),
             (fields.flag("a").map(drop), "a", "true or false"),
-            (fields.strings("d", 4).map(drop), "d", "list of strings"),
+            (fields.strings("d", 4, 1).map(drop), "d", "list of strings"),
+            (fields.strings("g", 4, 1).map(drop), "g", "holds a string of 2 bytes; it may have 1"),
             (fields.object("a").map(drop), "a", "an object"),
             (fields.refuse("b", |v| v == "y"), "b", "not supported"),
         ] {

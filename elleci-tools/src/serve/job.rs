@@ -1,5 +1,6 @@
 //! What the HTTP side asks of the engine, and what it hears from it.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::time::Instant;
@@ -60,23 +61,36 @@ impl Task {
             Task::Embed => true,
         }
     }
-
-    /// Sequences that it becomes.
-    pub fn copies(&self) -> usize {
-        match self {
-            Task::Generate(generate) => generate.copies,
-            Task::Embed => 1,
-        }
-    }
 }
 
-/// One prompt of a request.
+/// One prompt of a request, for all choices that follow it or for some of them.
 #[derive(Debug)]
 pub struct Job {
     /// Never empty, and all in the vocabulary.
-    pub prompt: Vec<u32>,
+    pub prompt: Arc<[u32]>,
     /// What to do with it.
     pub task: Task,
+    /// Which of its choices; one for an embedding.
+    pub copies: Range<usize>,
+}
+
+impl Job {
+    /// The work of a prompt.
+    pub fn new(prompt: &[u32], task: Task) -> Job {
+        let copies = match &task {
+            Task::Generate(generate) => generate.copies,
+            Task::Embed => 1,
+        };
+        Job { prompt: prompt.into(), task, copies: 0..copies }
+    }
+
+    /// Takes the first `count` of its choices, at most all.
+    pub fn take(&mut self, count: usize) -> Job {
+        let end = self.copies.end.min(self.copies.start + count);
+        let part = Job { prompt: self.prompt.clone(), task: self.task.clone(), copies: self.copies.start..end };
+        self.copies.start = end;
+        part
+    }
 }
 
 /// A request as the engine sees it, shared by its prompts.
@@ -192,7 +206,7 @@ pub struct Count {
 /// What the engine tells of a request.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
-    /// Scores of a prompt's tokens but the first, before anything else of its choices.
+    /// Scores of a prompt's tokens but the first, before anything else of a choice; again if its choices begin at several times.
     Prompt {
         /// The prompt's index.
         prompt: usize,

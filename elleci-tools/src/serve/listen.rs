@@ -1,16 +1,19 @@
 //! Connections: how many there may be, how slow they may be, and how they end.
 
-use std::sync::Arc;
-use std::sync::atomic::Ordering::Relaxed;
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use axum::Router;
+use hyper::Request;
+use hyper::body::Incoming;
 use hyper::server::conn::http1;
+use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, oneshot, watch};
+use tokio::sync::{Notify, Semaphore, oneshot, watch};
 use tokio_io_timeout::TimeoutStream;
 
 use super::metrics::Raised;
@@ -31,13 +34,19 @@ pub async fn run(
     mut signal: watch::Receiver<bool>,
     mut engine_end: oneshot::Receiver<anyhow::Error>,
 ) -> anyhow::Result<()> {
-    let router = routes::router(app.clone());
+    let service = TowerToHyperService::new(routes::router(app.clone()));
     let places = Arc::new(Semaphore::new(app.settings.connections));
     let connections = GracefulShutdown::new();
+    let mut seats = Seats::default();
     loop {
-        // Those that find no place wait in the system's queue.
-        let place = places.clone().acquire_owned();
-        let next = async { (place.await, listener.accept().await) };
+        let next = async {
+            let accepted = listener.accept().await;
+            if places.available_permits() == 0 {
+                seats.make_room();
+            }
+            // Others wait in the system's queue.
+            (places.clone().acquire_owned().await, accepted)
+        };
         let (place, accepted) = tokio::select! {
             next = next => next,
             error = &mut engine_end => return Err(error.unwrap_or_else(|_| anyhow::anyhow!("the engine is gone"))),
@@ -53,10 +62,19 @@ pub async fn run(
             }
         };
         let raised = Raised::new(&app.metrics.connections);
-        let connection = connections.watch(connection(app, stream, router.clone()));
+        let seat = seats.take();
+        let (service, own) = (service.clone(), seat.clone());
+        let service = service_fn(move |mut request: Request<Incoming>| {
+            request.extensions_mut().insert(own.clone());
+            service.call(request)
+        });
+        let connection = connections.watch(builder(app).serve_connection(io(app, stream), service));
         tokio::spawn(async move {
             // What goes wrong with a connection concerns its client, which is gone then.
-            let _ = connection.await;
+            tokio::select! {
+                _ = connection => {}
+                () = seat.left.notified() => {}
+            }
             drop((place, raised));
         });
     }
@@ -65,20 +83,71 @@ pub async fn run(
     Ok(())
 }
 
-type Io = TokioIo<std::pin::Pin<Box<TimeoutStream<TcpStream>>>>;
-type Connection = http1::Connection<Io, TowerToHyperService<Router>>;
+/// A connection, as far as others may have to end it.
+#[derive(Debug, Default)]
+pub struct Seat {
+    /// Requests that are being answered
+    busy: AtomicUsize,
+    left: Notify,
+}
 
-fn connection(app: &App, stream: TcpStream, router: Router) -> Connection {
+/// A request that is being answered; its connection is not ended for another.
+#[derive(Debug)]
+pub struct Busy(Arc<Seat>);
+
+impl Seat {
+    /// From now on a request is being answered.
+    pub fn work(self: &Arc<Seat>) -> Busy {
+        self.busy.fetch_add(1, Relaxed);
+        Busy(self.clone())
+    }
+}
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        self.0.busy.fetch_sub(1, Relaxed);
+    }
+}
+
+/// All connections, the oldest first.
+#[derive(Debug, Default)]
+struct Seats(VecDeque<Weak<Seat>>);
+
+impl Seats {
+    fn take(&mut self) -> Arc<Seat> {
+        self.0.retain(|seat| seat.strong_count() > 0);
+        let seat = Arc::new(Seat::default());
+        self.0.push_back(Arc::downgrade(&seat));
+        seat
+    }
+
+    /// Ends the oldest connection that has not sent a whole request, or none since its last answer: whoever holds many and sends slowly
+    /// must not keep others out.
+    fn make_room(&mut self) {
+        while let Some(place) = self.0.iter().position(|s| s.upgrade().is_none_or(|s| s.busy.load(Relaxed) == 0)) {
+            if let Some(seat) = self.0.remove(place).and_then(|s| s.upgrade()) {
+                seat.left.notify_one();
+                return;
+            }
+        }
+    }
+}
+
+type Io = TokioIo<std::pin::Pin<Box<TimeoutStream<TcpStream>>>>;
+
+fn io(app: &App, stream: TcpStream) -> Io {
     // A token is a small packet that should not wait for the next; where that cannot be had it is only slower.
     let _ = stream.set_nodelay(true);
     let mut stream = TimeoutStream::new(stream);
     // Clients that do not read. While an answer is being computed nothing is written, and nothing times out.
     stream.set_write_timeout(Some(app.settings.read_timeout));
-    http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(app.settings.read_timeout)
-        .max_buf_size(HEAD)
-        .serve_connection(TokioIo::new(Box::pin(stream)), TowerToHyperService::new(router))
+    TokioIo::new(Box::pin(stream))
+}
+
+fn builder(app: &App) -> http1::Builder {
+    let mut builder = http1::Builder::new();
+    builder.timer(TokioTimer::new()).header_read_timeout(app.settings.read_timeout).max_buf_size(HEAD);
+    builder
 }
 
 /// Lets answers finish, then cuts what is left.

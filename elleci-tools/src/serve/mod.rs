@@ -50,8 +50,6 @@ use settings::{ServeArgs, Settings};
 
 /// Tokens of the context at least, where the user does not say: models go on past what they were trained on, as `chat` lets them.
 const CONTEXT: usize = 4096;
-/// Choices of a prompt at most.
-const COPIES: usize = 128;
 
 /// What the HTTP side shares.
 pub struct App {
@@ -115,7 +113,12 @@ impl App {
 
 /// A response with a JSON body.
 fn json_response(status: StatusCode, body: &Value) -> Response {
-    let mut response = (status, body.to_string()).into_response();
+    json_text(status, body.to_string())
+}
+
+/// The same with a body that is written already.
+fn json_text(status: StatusCode, body: String) -> Response {
+    let mut response = (status, body).into_response();
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
     response
 }
@@ -134,7 +137,10 @@ pub fn run(args: &ServeArgs) -> anyhow::Result<()> {
 
 async fn serve(args: &ServeArgs, settings: Settings, device: Device) -> anyhow::Result<()> {
     let address = settings::address(args).await?;
-    let listener = TcpListener::bind(address).await.with_context(|| format!("listening on {address}"))?;
+    let listener = TcpListener::bind(address).await.with_context(|| match address.port() {
+        0 => format!("listening on {address}"),
+        port => format!("listening on {address} (--port {port}; --port 0 takes a free one)"),
+    })?;
     let address = listener.local_addr().context("the address to listen on")?;
     eprintln!("listening on http://{address} | API key {}", if settings.has_key() { "needed" } else { "not needed" });
     if !address.ip().is_loopback() && !settings.has_key() {
@@ -233,8 +239,7 @@ fn load(open: Arc<OpenModel>, settings: &Settings, threads: usize) -> anyhow::Re
             "repetition_penalty": settings.sampling.repetition_penalty
         }
     });
-    let limits =
-        Limits { vocab_size: config.vocab_size, context, copies: parallel.min(COPIES), sampling: settings.sampling };
+    let limits = Limits { vocab_size: config.vocab_size, context, sampling: settings.sampling };
     let options = EngineOptions { parallel, cache_bytes: settings.cache_bytes };
     Ok((Loaded { open, limits, name, created: openai::now(), props }, options))
 }

@@ -1,5 +1,6 @@
 //! Responses in the form that OpenAI's clients read.
 
+use std::fmt::Write;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
@@ -45,20 +46,28 @@ impl Head {
         }
     }
 
-    fn wrap(&self, choices: Vec<Value>, chunk: bool) -> Value {
-        json!({ "id": self.id, "object": self.object(chunk), "created": self.created, "model": self.model, "choices": choices })
-    }
-
-    /// A whole answer.
-    pub fn answer(&self, choices: Vec<Value>, usage: &Usage) -> Value {
-        let mut answer = self.wrap(choices, false);
-        answer["usage"] = usage.json();
+    /// A whole answer as JSON. Its choices are written one after the other: as values they are many times as large.
+    pub fn answer(&self, choices: impl Iterator<Item = Value>, usage: &Usage) -> String {
+        let field = |name: &str, value: Value| format!("\"{name}\":{value},");
+        let mut answer = "{".to_string();
+        answer += &field("id", self.id.as_str().into());
+        answer += &field("object", self.object(false).into());
+        answer += &field("created", self.created.into());
+        answer += &field("model", self.model.as_str().into());
+        answer += "\"choices\":[";
+        for (i, choice) in choices.enumerate() {
+            // Writing to a string cannot fail.
+            let _ = write!(answer, "{}{choice}", if i == 0 { "" } else { "," });
+        }
+        let _ = write!(answer, "],\"usage\":{}}}", usage.json());
         answer
     }
 
     /// A part of a streamed answer. With `usage` asked for, every part says that it has none.
     pub fn chunk(&self, choices: Vec<Value>, usage: Option<&Usage>, wanted: bool) -> Value {
-        let mut chunk = self.wrap(choices, true);
+        let mut chunk = json!({
+            "id": self.id, "object": self.object(true), "created": self.created, "model": self.model, "choices": choices
+        });
         if wanted {
             chunk["usage"] = usage.map_or(Value::Null, Usage::json);
         }

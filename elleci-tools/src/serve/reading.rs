@@ -77,19 +77,19 @@ impl Reading {
         let session = session.unwrap_or_else(|| fresh.clone());
         let cached = session.position();
         let next = cuts.iter().take_while(|c| c.end <= cached).count();
-        ask.active.fetch_add(job.task.copies(), Relaxed);
+        ask.active.fetch_add(job.copies.len(), Relaxed);
         let gathered = Gathered { job, scores: Vec::new(), sum: Vec::new(), last: Vec::new() };
         Reading { ask, session, gathered, index, cuts, next, keep, cached }
     }
 
     /// Sequences that it becomes.
     pub fn copies(&self) -> usize {
-        self.gathered.job.task.copies()
+        self.gathered.job.copies.len()
     }
 
-    /// Tokens of the prompt, and how many of them came from the cache.
+    /// Tokens of the prompt, and how many of them came from the cache; none for choices that begin after the first.
     pub fn tokens(&self) -> (usize, usize) {
-        (self.gathered.job.prompt.len(), self.cached)
+        if self.gathered.job.copies.start == 0 { (self.gathered.job.prompt.len(), self.cached) } else { (0, 0) }
     }
 
     /// Bounds of the next run.
@@ -141,7 +141,7 @@ impl Reading {
             let start = (self.ask.clone(), self.session.clone());
             Writing::new(start, (self.index, copy), generate.clone(), count)
         };
-        let writing = (0..generate.copies).map(writing).collect::<Result<_, _>>()?;
+        let writing = job.copies.map(writing).collect::<Result<_, _>>()?;
         Ok((writing, last))
     }
 }

@@ -15,8 +15,12 @@ use crate::data::tokenizer::{END_OF_TEXT_ID, Tokenizer};
 
 /// Prompts of a request at most.
 const PROMPTS: usize = 2048;
+/// Choices of a prompt at most, as OpenAI has it.
+const COPIES: usize = 128;
 /// Stop strings of a request at most.
 const STOPS: usize = 16;
+/// Bytes of a stop string at most: every token is held against all beginnings of them.
+const STOP_BYTES: usize = 1000;
 /// Likeliest tokens that may be asked for at a place.
 const TOP: usize = 20;
 /// Tokens of a completion that says nothing about it, as OpenAI has it.
@@ -29,8 +33,6 @@ pub struct Limits {
     pub vocab_size: usize,
     /// Tokens that prompt and answer together may have.
     pub context: usize,
-    /// Choices of a prompt at most.
-    pub copies: usize,
     /// How tokens are chosen when a request does not say.
     pub sampling: SamplerOptions,
 }
@@ -70,8 +72,7 @@ pub struct Completion {
 impl Completion {
     /// The work of it.
     pub fn jobs(&self) -> Vec<Job> {
-        let job = |p: &Prompt| Job { prompt: p.tokens.clone(), task: Task::Generate(self.generate.clone()) };
-        self.prompts.iter().map(job).collect()
+        self.prompts.iter().map(|p| Job::new(&p.tokens, Task::Generate(self.generate.clone()))).collect()
     }
 }
 
@@ -106,7 +107,7 @@ impl Reader<'_> {
         generate.logprobs = fields.count("logprobs", TOP)?;
         generate.echo = fields.flag("echo")?;
         let asked = fields.count("max_tokens", 1 << 24)?;
-        generate.max_tokens = self.room(&prompts, "prompt", asked.or(Some(COMPLETION_TOKENS)))?;
+        generate.max_tokens = self.room(&prompts, "prompt", ("max_tokens", asked.or(Some(COMPLETION_TOKENS))))?;
         self.finish(&fields, prompts, generate)
     }
 
@@ -128,9 +129,9 @@ impl Reader<'_> {
         if top.is_some() && generate.logprobs.is_none() {
             return Err(ApiError::field("top_logprobs", "needs `logprobs` to be true"));
         }
-        let asked = fields.count("max_completion_tokens", 1 << 24)?;
-        let asked = if asked.is_some() { asked } else { fields.count("max_tokens", 1 << 24)? };
-        generate.max_tokens = self.room(&prompts, "messages", asked)?;
+        let either = ["max_completion_tokens", "max_tokens"].into_iter().find(|name| fields.get(name).is_some());
+        let name = either.unwrap_or("max_tokens");
+        generate.max_tokens = self.room(&prompts, "messages", (name, fields.count(name, 1 << 24)?))?;
         self.finish(&fields, prompts, generate)
     }
 
@@ -141,7 +142,7 @@ impl Reader<'_> {
     pub fn embeddings(&self, body: &Value, d_model: usize) -> Result<(Vec<Prompt>, EmbeddingFormat), ApiError> {
         let fields = Fields::of(body)?;
         let prompts = self.prompts(&fields, "input")?;
-        self.room(&prompts, "input", Some(0))?;
+        self.room(&prompts, "input", ("input", Some(0)))?;
         fields.refuse("dimensions", |v| v.as_u64() == Some(d_model as u64))?;
         let format = match fields.string("encoding_format")? {
             None | Some("float") => EmbeddingFormat::Float,
@@ -187,15 +188,22 @@ impl Reader<'_> {
         let sampling = SamplerOptions {
             temperature: fields.number("temperature", 0.0..=100.0)?.unwrap_or(default.temperature),
             top_k: fields.integer("top_k", -1..=1 << 24)?.map_or(default.top_k, |k| k.max(0) as u32),
-            top_p: fields.number("top_p", 0.0..=1.0)?.unwrap_or(default.top_p),
+            // OpenAI's range begins at 0, where the likeliest token alone is left.
+            top_p: fields.number("top_p", 0.0..=1.0)?.map_or(default.top_p, |p| p.max(f32::MIN_POSITIVE)),
             min_p: fields.number("min_p", 0.0..=1.0)?.unwrap_or(default.min_p),
             repetition_penalty: fields.number(&penalty, 0.0..=100.0)?.unwrap_or(default.repetition_penalty),
             repetition_window: fields.count(&window, 1 << 24)?.map_or(default.repetition_window, |n| n as u32),
-            seed: fields.integer("seed", i64::MIN..=i64::MAX)?.map_or_else(random_seed, |s| s as u64),
+            seed: fields
+                .integer("seed", i64::MIN..=i64::MAX)?
+                .filter(|seed| *seed != -1)
+                .map_or_else(random_seed, |s| s as u64),
         };
+        if sampling.repetition_penalty == 0.0 {
+            return Err(ApiError::field(&penalty, "is 0; it must be more, and 1 changes nothing"));
+        }
         // Its messages begin with the name of the field.
         sampling.validate().map_err(|e| ApiError::invalid(e.to_string()))?;
-        let copies = fields.integer("n", 1..=self.limits.copies as i64)?.unwrap_or(1) as usize;
+        let copies = fields.integer("n", 1..=COPIES as i64)?.unwrap_or(1) as usize;
         fields.refuse("best_of", |v| v.as_u64() == Some(copies as u64))?;
         Ok(Generate {
             copies,
@@ -204,7 +212,7 @@ impl Reader<'_> {
             presence_penalty: fields.number("presence_penalty", -2.0..=2.0)?.unwrap_or(0.0),
             bias: self.bias(fields)?,
             max_tokens: 0,
-            stops: fields.strings("stop", STOPS)?,
+            stops: fields.strings("stop", STOPS, STOP_BYTES)?,
             ignore_eos: fields.flag("ignore_eos")?,
             logprobs: None,
             echo: false,
@@ -286,8 +294,8 @@ impl Reader<'_> {
         items.iter().map(id).collect()
     }
 
-    /// How many tokens may be chosen: as many as asked for, else as many as the context holds. A prompt is never cut.
-    fn room(&self, prompts: &[Prompt], name: &str, asked: Option<usize>) -> Result<usize, ApiError> {
+    /// How many tokens may be chosen: as many as asked for by a field, else as many as the context holds. A prompt is never cut.
+    fn room(&self, prompts: &[Prompt], name: &str, (field, asked): (&str, Option<usize>)) -> Result<usize, ApiError> {
         let context = self.limits.context;
         let longest = prompts.iter().map(|p| p.tokens.len()).max().unwrap_or(0);
         let wanted = asked.unwrap_or(1);
@@ -300,7 +308,8 @@ impl Reader<'_> {
             let message = format!(
                 "the context is {context} tokens (--context), and the prompt has {longest}{plus}: it is not cut"
             );
-            return Err(ApiError::too_long(name, message));
+            let wrong = if longest < context && asked != Some(0) { field } else { name };
+            return Err(ApiError::too_long(wrong, [longest, context], message));
         }
         Ok(asked.unwrap_or(context - longest))
     }
@@ -327,6 +336,8 @@ fn turns(fields: &Fields<'_>) -> Result<Vec<Turn>, ApiError> {
         };
         let content = match &message["content"] {
             Value::String(text) => text.clone(),
+            // An answer that called a tool or refused has none.
+            Value::Null if role == Role::Assistant => String::new(),
             Value::Array(parts) => parts.iter().map(part).collect::<Option<_>>().ok_or_else(|| {
                 ApiError::field(&at("content"), "may hold parts of type text, each with a string `text`, and no others")
             })?,

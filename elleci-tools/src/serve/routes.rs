@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use axum::body::Bytes;
-use axum::extract::{MatchedPath, Request, State};
-use axum::http::header::{AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE, EXPECT, HOST};
+use axum::extract::{MatchedPath, Path, Request, State};
+use axum::http::header::{AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE, EXPECT, HOST, ORIGIN};
 use axum::http::uri::Authority;
 use axum::http::{Method, StatusCode, Uri};
 use axum::middleware::{Next, from_fn_with_state};
@@ -16,7 +16,7 @@ use base64::prelude::BASE64_STANDARD;
 use bytemuck::cast_slice;
 use futures_util::StreamExt;
 use serde_json::{Value, json};
-use tower_http::cors::{Any, CorsLayer};
+use tower_http::cors::CorsLayer;
 
 use super::account::Account;
 use super::answer::{collect, stream};
@@ -45,6 +45,7 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/props", get(props))
         .route("/metrics", get(metrics_text))
         .route("/v1/models", get(models))
+        .route("/v1/models/{id}", get(model))
         .route("/v1/completions", post(completions))
         .route("/v1/chat/completions", post(chat))
         .route("/v1/embeddings", post(embeddings));
@@ -62,8 +63,10 @@ pub fn router(app: Arc<App>) -> Router {
         )
         .layer(from_fn_with_state(app.clone(), gate));
     if let Some(origin) = &app.settings.cors {
-        let methods = [Method::GET, Method::POST];
-        router = router.layer(CorsLayer::new().allow_origin(origin.clone()).allow_methods(methods).allow_headers(Any));
+        // `*` would not cover the key.
+        let (methods, headers) = ([Method::GET, Method::POST], [AUTHORIZATION, CONTENT_TYPE]);
+        router =
+            router.layer(CorsLayer::new().allow_origin(origin.clone()).allow_methods(methods).allow_headers(headers));
     }
     router.with_state(app)
 }
@@ -72,11 +75,14 @@ pub fn router(app: Arc<App>) -> Router {
 async fn gate(State(app): State<Arc<App>>, matched: Option<MatchedPath>, mut request: Request, next: Next) -> Response {
     let path = request.uri().path();
     let endpoint = matched.as_ref().map_or("other", MatchedPath::as_str);
-    let account = Account::new(app.clone(), request.method().as_str(), path, endpoint);
+    let account = Account::new(app.clone(), &request, endpoint);
     let open = ["/", "/health"].contains(&path);
     let stranger = if app.local { host_of(&request).filter(|host| !app.settings.answers_to(host)) } else { None };
+    let foreign = if app.local { foreign_origin(&app, &request) } else { None };
     let response = if let Some(host) = stranger {
         ApiError::host(&host).into_response()
+    } else if let Some(origin) = foreign {
+        ApiError::origin(&origin).into_response()
     } else if open || app.settings.lets_in(request.headers().get(AUTHORIZATION)) {
         request.extensions_mut().insert(account.clone());
         next.run(request).await
@@ -91,6 +97,18 @@ fn host_of(request: &Request) -> Option<String> {
     let header = request.headers().get(HOST).map(|value| value.to_str().unwrap_or("?"));
     let name = request.uri().authority().map(Authority::as_str).or(header)?;
     Some(name.parse::<Authority>().map_or_else(|_| name.to_string(), |authority| authority.host().to_string()))
+}
+
+/// The web page that a request comes from, if that is neither one of this server nor one that `--cors` names. Browsers send even what
+/// a page may not read the answer to, and it would be computed.
+fn foreign_origin(app: &App, request: &Request) -> Option<String> {
+    let origin = request.headers().get(ORIGIN)?;
+    let own = request.headers().get(HOST).is_some_and(|host| {
+        let authority = origin.as_bytes().strip_prefix(b"http://").or(origin.as_bytes().strip_prefix(b"https://"));
+        authority.is_some_and(|authority| authority.eq_ignore_ascii_case(host.as_bytes()))
+    });
+    let named = app.settings.cors.as_ref().is_some_and(|cors| cors == origin || cors == "*");
+    (!own && !named).then(|| origin.to_str().unwrap_or("?").to_string())
 }
 
 /// Reads a body of bounded size in bounded time.
@@ -129,7 +147,11 @@ async fn parse<T: Send + 'static>(
     read: impl FnOnce(Reader<'_>, &Value) -> Result<T, ApiError> + Send + 'static,
 ) -> Result<(Arc<Loaded>, T), ApiError> {
     let loaded = app.loaded()?;
+    let account = request.extensions().get::<Arc<Account>>().cloned();
     let body = body_of(app, request).await?;
+    if let Some(account) = account {
+        account.work();
+    }
     let (own, large) = (loaded.clone(), body.len() >= LARGE_BODY);
     let work = move || {
         let value =
@@ -164,13 +186,24 @@ async fn metrics_text(State(app): State<Arc<App>>) -> Answer {
     Ok(([(CONTENT_TYPE, metrics::CONTENT_TYPE)], text).into_response())
 }
 
-async fn models(State(app): State<Arc<App>>) -> Answer {
-    let loaded = app.loaded()?;
-    let model = json!({
+fn described(loaded: &Loaded) -> Value {
+    json!({
         "id": loaded.name, "object": "model", "created": loaded.created, "owned_by": "elleci",
         "max_model_len": loaded.limits.context, "meta": loaded.props
-    });
-    Ok(json_response(StatusCode::OK, &json!({ "object": "list", "data": [model] })))
+    })
+}
+
+async fn models(State(app): State<Arc<App>>) -> Answer {
+    let list = json!({ "object": "list", "data": [described(&*app.loaded()?)] });
+    Ok(json_response(StatusCode::OK, &list))
+}
+
+async fn model(State(app): State<Arc<App>>, Path(id): Path<String>) -> Answer {
+    let loaded = app.loaded()?;
+    if id != loaded.name {
+        return Err(ApiError::model(&id, &loaded.name));
+    }
+    Ok(json_response(StatusCode::OK, &described(&loaded)))
 }
 
 async fn completions(state: State<Arc<App>>, account: Extension<Arc<Account>>, request: Request) -> Answer {
@@ -196,7 +229,7 @@ async fn generate(
     let prefix = if form == Form::Text { "cmpl" } else { "chatcmpl" };
     let head = Head { form, id: app.next_id(prefix), created: now(), model: loaded.name.clone() };
     match asked.delivery {
-        Delivery::Whole => collect(&loaded, &head, &asked, events, &account).await,
+        Delivery::Whole => collect(loaded, head, asked, events, &account).await,
         Delivery::Stream { usage } => Ok(stream(loaded, head, asked, events, account, usage)),
     }
 }
@@ -211,7 +244,7 @@ async fn embeddings(
     let (loaded, (prompts, format)) = parse(&app, request, read).await?;
     let mut vectors = vec![Value::Null; prompts.len()];
     let (mut left, mut total) = (prompts.len(), 0);
-    let jobs = prompts.into_iter().map(|p| Job { prompt: p.tokens, task: Task::Embed }).collect();
+    let jobs = prompts.iter().map(|p| Job::new(&p.tokens, Task::Embed)).collect();
     let mut events = app.submit(jobs)?;
     while left > 0 {
         match events.recv().await {

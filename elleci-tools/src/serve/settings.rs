@@ -3,7 +3,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
-use anyhow::{Context, ensure};
+use anyhow::ensure;
 use axum::http::HeaderValue;
 use clap::Args;
 use elleci_core::sampler::SamplerOptions;
@@ -61,7 +61,7 @@ pub struct ServeArgs {
     #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..))]
     pub connections: u32,
     /// Bytes of a request's body at most
-    #[arg(long, value_name = "BYTES", default_value_t = 4 << 20)]
+    #[arg(long, value_name = "BYTES", default_value_t = 4 << 20, value_parser = clap::value_parser!(u32).range(1..))]
     pub max_body: u32,
     /// Seconds that a request may take, waiting included
     #[arg(long, value_name = "SECONDS", default_value_t = 600.0)]
@@ -125,7 +125,9 @@ impl Settings {
             Ok(Duration::from_secs_f64(value))
         };
         let cors = args.cors.as_deref().map(|origin| {
-            let value = HeaderValue::from_str(origin).ok().filter(|_| origin == "*" || origin.contains("://"));
+            // A path, if only `/`, is not part of what browsers send.
+            let origin_like = origin == "*" || origin.split_once("://").is_some_and(|(_, host)| !host.contains('/'));
+            let value = HeaderValue::from_str(origin).ok().filter(|_| origin_like);
             value.ok_or_else(|| usage(format!("--cors {origin}: an origin is like https://example.org, or *")))
         });
         let key = args.api_key.clone().or_else(|| std::env::var("ELLECI_API_KEY").ok()).filter(|k| !k.is_empty());
@@ -151,8 +153,9 @@ impl Settings {
     /// hashes are compared, in constant time.
     pub fn lets_in(&self, header: Option<&HeaderValue>) -> bool {
         let Some(key) = &self.key else { return true };
-        let given = header.and_then(|h| h.as_bytes().strip_prefix(b"Bearer "));
-        given.is_some_and(|given| blake3::hash(given) == *key)
+        // The name of the scheme may be written in any case.
+        let given = header.and_then(|h| h.as_bytes().split_at_checked(b"Bearer ".len()));
+        given.is_some_and(|(scheme, given)| scheme.eq_ignore_ascii_case(b"Bearer ") && blake3::hash(given) == *key)
     }
 
     /// Whether a server without a key on a loopback address answers to this name: that of another machine is one that a web page has
@@ -174,10 +177,11 @@ impl Settings {
 /// The address to listen on.
 ///
 /// # Errors
-/// A host without an address.
+/// [`crate::exit::Usage`] for a host without an address.
 pub async fn address(args: &ServeArgs) -> anyhow::Result<SocketAddr> {
-    let mut found = tokio::net::lookup_host((args.host.as_str(), args.port))
-        .await
-        .with_context(|| format!("--host {}", args.host))?;
-    found.next().with_context(|| format!("--host {}: it has no address", args.host))
+    let host = &args.host;
+    let mut found = tokio::net::lookup_host((host.as_str(), args.port)).await.map_err(|e| {
+        usage(format!("--host {host}: {e}; name an address of this machine, as 127.0.0.1, or 0.0.0.0 for all"))
+    })?;
+    found.next().ok_or_else(|| usage(format!("--host {host}: it has no address")))
 }

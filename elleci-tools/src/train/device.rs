@@ -48,6 +48,7 @@ impl Device {
     /// # Errors
     /// [`crate::exit::Usage`] for another device.
     pub fn choose(device: &str, threads: usize) -> anyhow::Result<Device> {
+        check(threads)?;
         match Target::parse(device)? {
             Target::Cpu => Ok(Device::cpu(threads)),
             Target::Cuda(_) => Err(usage(format!("device `{device}`: only training runs on a card; use --device cpu"))),
@@ -59,6 +60,7 @@ impl Device {
     /// # Errors
     /// [`crate::exit::Usage`] for a device that is not known; a card, a driver or NVRTC that is not there, by name.
     pub fn for_training(device: &str, threads: usize) -> anyhow::Result<Device> {
+        check(threads)?;
         match Target::parse(device)? {
             Target::Cpu => Ok(Device::cpu(threads)),
             Target::Cuda(ordinal) => Ok(Device::with_card(probe(ordinal)?, threads)),
@@ -103,6 +105,26 @@ impl Device {
     /// When threads cannot be started; whatever `f` returns.
     pub fn install<R: Send>(&self, f: impl FnOnce() -> anyhow::Result<R> + Send) -> anyhow::Result<R> {
         rayon::ThreadPoolBuilder::new().num_threads(self.threads).build()?.install(f)
+    }
+}
+
+/// Threads that may be asked for, as in the C interface.
+const THREADS: usize = 1024;
+
+/// What has no meaning must not be passed over: whoever lowers the instruction set wants to know what runs.
+fn check(threads: usize) -> anyhow::Result<()> {
+    if threads > THREADS {
+        return Err(usage(format!(
+            "{threads} threads are asked for; it may be 1 to {THREADS}, or 0 for all that there are"
+        )));
+    }
+    let name = std::env::var_os("ELLECI_ISA").filter(|name| name.to_str().and_then(Isa::from_name).is_none());
+    match name {
+        Some(name) => {
+            let known = Isa::ALL.map(Isa::name).join(", ");
+            Err(usage(format!("ELLECI_ISA is `{}`; it may be one of {known}", name.display())))
+        }
+        None => Ok(()),
     }
 }
 

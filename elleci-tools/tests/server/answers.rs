@@ -32,6 +32,10 @@ fn every_endpoint_answers() {
     let models = server.get("/v1/models").json();
     assert_eq!((&models["object"], &models["data"][0]["id"]), (&json!("list"), &json!("tiny")));
 
+    assert_eq!(server.get("/v1/models/tiny").json(), models["data"][0]);
+    let other = server.get("/v1/models/other");
+    assert_eq!((other.status, &other.json()["error"]["code"]), (404, &json!("model_not_found")));
+
     let page = server.get("/");
     assert!(page.body.starts_with("<!doctype html>") && page.headers["content-type"].starts_with("text/html"));
     let policy = &page.headers["content-security-policy"];
@@ -138,6 +142,26 @@ fn echoed_prompts_have_the_evaluator_s_scores() {
     }
 }
 
+/// An answer with many log-probabilities is written by a thread of its own; the others find it as small ones are.
+#[test]
+fn large_answers_hold_what_small_ones_hold() {
+    let server = Server::start(&[]);
+    let scored = |length: usize| {
+        let prompt: Vec<u32> = (0..length).map(|i| (20 + i * i % 300) as u32).collect();
+        let body = json!({ "prompt": prompt, "echo": true, "logprobs": 3, "max_tokens": 0 });
+        server.ok("/v1/completions", &body)["choices"][0]["logprobs"].clone()
+    };
+    let (small, large) = (scored(100), scored(3000));
+    for (name, places) in small.as_object().unwrap() {
+        let (small, large) = (places.as_array().unwrap(), large[name].as_array().unwrap());
+        assert_eq!((small.len(), large.len()), (100, 3000), "{name}");
+        // What comes first is the same but for the last bits of a longer run's sums.
+        if name == "tokens" || name == "text_offset" {
+            assert_eq!(small[..], large[..100], "{name}");
+        }
+    }
+}
+
 /// Texts and token ids, alone and in company, with a cache and without: the same seed gives the same text.
 #[test]
 fn answers_follow_from_the_request_alone() {
@@ -176,8 +200,16 @@ fn answers_follow_from_the_request_alone() {
     assert_ne!(several[0], several[1]);
     // Without a seed another text each time.
     let mut free = hot(json!(PROMPT), 0);
-    free["seed"] = Value::Null;
-    assert_ne!(server.text(&free), server.text(&free));
+    for none in [Value::Null, json!(-1)] {
+        free["seed"] = none;
+        assert_ne!(server.text(&free), server.text(&free));
+    }
+    // With nothing but the likeliest token left, the temperature has no say.
+    let mut likeliest = hot(json!(PROMPT), 5);
+    likeliest["top_p"] = json!(0);
+    let hottest = server.text(&likeliest);
+    likeliest["temperature"] = json!(0);
+    assert_eq!(hottest, server.text(&likeliest));
     // A dialogue: what an earlier turn left in the cache changes nothing.
     let mut messages = vec![json!({ "role": "user", "content": "La città è più grande, perché no? ".repeat(6) })];
     for _ in 0..3 {
@@ -190,6 +222,9 @@ fn answers_follow_from_the_request_alone() {
         messages.push(json!({ "role": "assistant", "content": answer }));
         messages.push(json!({ "role": "user", "content": "perché?" }));
     }
+    // An answer without text, as one that called a tool.
+    messages.push(json!({ "role": "assistant", "content": null }));
+    server.ok("/v1/chat/completions", &json!({ "messages": messages, "max_tokens": 1 }));
 }
 
 #[test]

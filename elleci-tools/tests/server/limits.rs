@@ -41,14 +41,17 @@ fn what_has_no_meaning_is_refused_by_name() {
         ("completions", json!({ "prompt": [1, "x"] }), "prompt", "holds \"x\""),
         ("completions", json!({ "prompt": [1, 352] }), "prompt", "holds 352; tokens are 0 to 351"),
         ("completions", json!({ "prompt": long }), "prompt", &format!("the prompt has {tokens} and 16")),
-        ("completions", json!({ "prompt": "x", "max_tokens": 100 }), "prompt", "the context is 100 tokens"),
+        ("completions", json!({ "prompt": "x", "max_tokens": 100 }), "max_tokens", "the context is 100 tokens"),
         ("completions", json!({ "prompt": "x", "max_tokens": -1 }), "max_tokens", "is -1"),
         ("completions", json!({ "prompt": "x", "max_tokens": "5" }), "max_tokens", "not a string"),
         ("completions", json!({ "prompt": "x", "temperature": -1 }), "temperature", "is -1; it must be 0 to"),
         ("completions", json!({ "prompt": "x", "top_p": 1.5 }), "top_p", "is 1.5"),
         ("completions", json!({ "prompt": "x", "min_p": 2 }), "min_p", "is 2"),
-        ("completions", json!({ "prompt": "x", "n": 0 }), "n", "is 0; it must be 1 to 64"),
+        ("completions", json!({ "prompt": "x", "n": 0 }), "n", "is 0; it must be 1 to 128"),
         ("completions", json!({ "prompt": "x", "stop": 5 }), "stop", "list of strings"),
+        ("completions", json!({ "prompt": "x", "stop": ["é".repeat(501)] }), "stop", "1002 bytes; it may have 1000"),
+        ("completions", json!({ "prompt": "x", "repetition_penalty": 0 }), "repetition_penalty", "is 0"),
+        ("completions", json!({ "prompt": "x", "repeat_penalty": 0 }), "repeat_penalty", "is 0"),
         ("completions", json!({ "prompt": "x", "logprobs": 21 }), "logprobs", "0 to 20"),
         ("completions", json!({ "prompt": "x", "suffix": "y" }), "suffix", "not supported"),
         ("completions", json!({ "prompt": "x", "best_of": 2 }), "best_of", "not supported"),
@@ -73,7 +76,9 @@ fn what_has_no_meaning_is_refused_by_name() {
         assert_eq!(answer.json()["error"]["param"], param, "{body}");
     }
     let overlong = server.post("/v1/completions", &json!({ "prompt": long }));
-    assert_eq!(overlong.json()["error"]["code"], "context_length_exceeded");
+    let error = overlong.json()["error"].clone();
+    assert_eq!(error["code"], "context_length_exceeded");
+    assert_eq!((&error["n_prompt_tokens"], &error["n_ctx"]), (&json!(tokens), &json!(100)));
     for malformed in ["", "{", "[1]", "{\"prompt\": \"\u{7}\"", "null"] {
         let answer = server.request("POST", "/v1/completions", &[], malformed.as_bytes());
         assert_eq!((answer.status, answer.error().contains("JSON")), (400, true), "{malformed}");
@@ -143,6 +148,31 @@ fn names_of_other_machines_are_refused() {
     assert_eq!(ask(&server, "/health", "host: evil.example\r\n").status, 200);
 }
 
+/// A page elsewhere cannot read the answers, but its requests would be computed.
+#[test]
+fn pages_of_other_origins_are_refused() {
+    let from = |server: &Server, origin: &str| {
+        let body = json!({ "prompt": "La", "max_tokens": 1 }).to_string();
+        server.request(
+            "POST",
+            "/v1/completions",
+            &[&format!("origin: {origin}"), "content-type: text/plain"],
+            body.as_bytes(),
+        )
+    };
+    let server = Server::start(&["--cors", "https://example.org"]);
+    for own in ["http://localhost", "https://example.org"] {
+        assert_eq!(from(&server, own).status, 200, "{own}");
+    }
+    for other in ["https://evil.example", "http://localhost:9999", "http://127.0.0.1", "null"] {
+        let answer = from(&server, other);
+        assert_eq!((answer.status, &answer.json()["error"]["code"]), (403, &json!("unknown_origin")), "{other}");
+        assert!(answer.error().contains(&format!("--cors {other}")), "{}", answer.error());
+    }
+    assert_eq!(server.metric("elleci_generated_tokens_total"), 2.0);
+    assert_eq!(from(&Server::start(&["--cors", "*"]), "https://evil.example").status, 200);
+}
+
 #[test]
 fn keys_and_origins_are_checked() {
     let server = Server::start(&["--api-key", "segreta", "--cors", "https://example.org"]);
@@ -157,6 +187,7 @@ fn keys_and_origins_are_checked() {
             assert_eq!((answer.status, &answer.json()["error"]["code"]), (401, &json!("invalid_api_key")), "{path}");
         }
     }
+    assert_eq!(server.request("GET", "/v1/models", &["authorization: bearer segreta"], b"").status, 200);
     let key = "authorization: Bearer segreta";
     let answer = server.request("GET", "/v1/models", &[key, "origin: https://example.org"], b"");
     assert_eq!((answer.status, &answer.headers["access-control-allow-origin"][..]), (200, "https://example.org"));
@@ -166,7 +197,9 @@ fn keys_and_origins_are_checked() {
         "access-control-request-method: POST",
         "access-control-request-headers: authorization",
     ];
-    assert_eq!(server.request("OPTIONS", "/v1/completions", &asks, b"").status, 200);
+    let asked = server.request("OPTIONS", "/v1/completions", &asks, b"");
+    assert_eq!(asked.status, 200);
+    assert!(asked.headers["access-control-allow-headers"].contains("authorization"), "a `*` does not stand for it");
     let closed = Server::start(&[]);
     assert!(!closed.request("GET", "/health", &asks, b"").headers.contains_key("access-control-allow-origin"));
 }
@@ -265,8 +298,23 @@ fn slow_clients_are_cut_off() {
 
 #[test]
 fn connections_are_limited() {
-    let server = Server::start(&["--connections", "2"]);
-    let (_a, b) = (server.connect(), server.connect());
+    let server = Server::start(&[&ROOM[..], &["--connections", "2"]].concat());
+    // Whoever has sent nothing, or not all of it, makes room for others, the oldest first.
+    let mut idle = [server.connect(), server.connect()];
+    idle[0].write_all(b"GET /health HTTP/1.1\r\nx:").unwrap();
+    idle[1].write_all(b"POST /tokenize HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9\r\n\r\n{").unwrap();
+    let mut later = Vec::new();
+    for mut idle in idle {
+        assert_eq!(server.get("/health").status, 200);
+        assert_eq!(idle.read(&mut [0]).unwrap_or(0), 0, "the oldest is still there");
+        later.push(server.connect());
+    }
+    drop(later);
+    // Not whoever is being answered.
+    let mut streaming = endless();
+    streaming["stream"] = json!(true);
+    let stream = || first_event(server.send("POST", "/v1/completions", &[], streaming.to_string().as_bytes()));
+    let (_a, b) = (stream(), stream());
     let third = server.send("GET", "/health", &[], b"");
     third.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
     let mut byte = [0];
@@ -305,6 +353,23 @@ fn a_signal_ends_it_in_good_order() {
     assert!(TcpStream::connect(("127.0.0.1", server.port)).is_err());
 }
 
+/// More choices than there are places begin as these become free, and are the same as with places for all.
+#[test]
+fn choices_wait_for_places_and_hold_up_nobody() {
+    let asked = json!({ "prompt": "La città", "n": 7, "seed": 5, "max_tokens": 6, "ignore_eos": true, "logprobs": 1, "echo": true });
+    let wide = Server::start(&[]).ok("/v1/completions", &asked);
+    let server = Server::start(&[&ROOM[..], &["--parallel", "3"]].concat());
+    let narrow = server.ok("/v1/completions", &asked);
+    assert_eq!((&narrow["choices"], &narrow["usage"]), (&wide["choices"], &wide["usage"]));
+    assert_eq!(narrow["choices"].as_array().unwrap().len(), 7);
+    // Two of three places are free for good; the request wants seven.
+    let long = server.send("POST", "/v1/completions", &[], endless().to_string().as_bytes());
+    server.wait_for("elleci_active_sequences", |n| n == 1.0);
+    assert_eq!(server.ok("/v1/completions", &asked)["choices"], wide["choices"]);
+    assert_eq!(server.metric("elleci_active_sequences"), 1.0);
+    drop(long);
+}
+
 /// 64 streams at once, each with a prompt and a seed of its own: all complete, all what they would be alone, nobody long after the
 /// others.
 #[test]
@@ -339,6 +404,13 @@ fn starting_can_fail() {
     };
     let (code, message) = run(&["-m", "no-such.elleci", "--port", "0"]);
     assert!(code == Some(1) && message.contains("--model"), "{message}");
+    let (code, message) = run(&["-m", "x", "--cors", "https://example.org/"]);
+    assert!(code == Some(2) && message.contains("an origin is like https://example.org"), "{message}");
+    let (code, message) = run(&["-m", "x", "--host", "no.such.host.invalid"]);
+    assert!(code == Some(2) && message.contains("--host no.such.host.invalid"), "{message}");
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let (code, message) = run(&["-m", "x", "--port", &taken.local_addr().unwrap().port().to_string()]);
+    assert!(code == Some(1) && message.contains("--port 0 takes a free one"), "{message}");
     let (code, message) = run(&["-m", "x", "--cors", "here"]);
     assert!(code == Some(2) && message.contains("--cors here"), "{message}");
     let (code, message) = run(&["-m", "x", "--temp", "-1"]);

@@ -14,7 +14,7 @@ use elleci_core::simd::Isa;
 use super::cli::BenchArgs;
 use super::model::OpenModel;
 use crate::exit::usage;
-use crate::train::device::Device;
+use crate::train::device::{Device, available_memory};
 pub use table::{Row, render};
 
 /// What a test measures.
@@ -58,7 +58,6 @@ impl Test {
 /// [`crate::exit::Usage`] for options without a meaning; a model that cannot be used.
 pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
     let prompts = args.n_prompt.iter().map(|n| Test::Prompt(*n));
-    ensure!(!args.parallel.contains(&0), usage("--parallel: at least 1 sequence"));
     let texts = args.n_gen.iter().flat_map(|&tokens| {
         args.parallel.iter().map(move |&sequences| match sequences {
             1 => Test::Generate(tokens),
@@ -72,6 +71,8 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
         (Some(path), _) => open_timed(path).context("--model"),
         (None, Some(preset)) => match &args.save {
             Some(path) => {
+                let at = path.display();
+                ensure!(!path.exists(), usage(format!("--save: {at} is there already; -m {at} measures it")));
                 OpenModel::save_random(preset, path)?;
                 open_timed(path)
             }
@@ -146,6 +147,13 @@ fn measure(
     // A mark holds a second state once the session goes on: no more memory than the work needs.
     let mark = (rounds > 1).then(|| session.clone());
     let mut seconds = Vec::new();
+    if let Test::Together { sequences, .. } = test {
+        let (needed, free) = (session.bytes() as u64 * sequences as u64, available_memory());
+        ensure!(
+            needed <= free,
+            "--parallel {sequences} takes {needed} bytes, and {free} are free: fewer sequences fit"
+        );
+    }
     for _ in 0..rounds {
         if let Test::Together { sequences, .. } = test {
             others = vec![session.clone(); sequences];

@@ -3,7 +3,8 @@
 //! Layout: magic, version (u32), length of the JSON part (u32), the JSON part, the sampler's state, the session's state, and
 //! the BLAKE3 hash of everything before it. Integers are little-endian.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::Read;
 use std::path::Path;
 
 use anyhow::{Context, bail, ensure};
@@ -32,6 +33,13 @@ struct Head {
 /// # Errors
 /// Whatever the file system reports.
 pub fn save(dialogue: &Dialogue<'_>, path: &Path) -> anyhow::Result<()> {
+    if path.is_file() {
+        let mut begins = Vec::new();
+        let read = File::open(path).and_then(|file| file.take(MAGIC.len() as u64).read_to_end(&mut begins));
+        read.with_context(|| path.display().to_string())?;
+        let ours = begins.is_empty() || begins == MAGIC;
+        ensure!(ours, "{} is there already and is no dialogue: name another file", path.display());
+    }
     let head = Head {
         tokenizer_sha256: dialogue.tokenizer_sha256().to_string(),
         system: dialogue.system.clone(),
