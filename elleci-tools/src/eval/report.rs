@@ -6,7 +6,7 @@ use std::fmt::Write;
 use serde_json::{Map, Value, json};
 
 use super::item::Item;
-use super::metrics::{ItemValue, aggregate, standard_error};
+use super::metrics::{ItemValue, aggregate, guessed, standard_error};
 use super::task::{Aggregate, Metric, Task};
 
 /// A metric of a task or of a part of it.
@@ -60,10 +60,17 @@ pub struct Absent {
 pub fn measure(task: &Task, items: &[&Item], values: &[Vec<(Metric, ItemValue)>], seed: u64) -> Vec<Measured> {
     let chances: Option<Vec<f64>> = items.iter().map(|i| i.chance()).collect();
     let by_items = chances.map(|c| c.iter().sum::<f64>() / c.len() as f64);
+    // The same number for all items, or nothing.
+    let choices = items.first().map(|i| i.choices.len());
+    let choices = choices.filter(|n| *n > 0 && items.iter().all(|i| i.choices.len() == *n));
     let of = |(at, metric): (usize, &Metric)| {
         let values: Vec<ItemValue> = values.iter().map(|v| v[at].1).collect();
         let how = metric.aggregate();
-        let guess = if how == Aggregate::Mean { task.chance.or(by_items) } else { None };
+        let guess = match (how, choices) {
+            (Aggregate::Mean, _) => task.chance.or(by_items),
+            (_, Some(n)) => guessed(how, &values, n),
+            _ => None,
+        };
         Measured {
             metric: *metric,
             value: aggregate(how, &values),
