@@ -35,6 +35,8 @@ pub struct TaskResult {
     pub effective: usize,
     /// Items whose context lost its beginning.
     pub truncated: usize,
+    /// Tokens from the start of a window to that of the next, of texts that are scored whole.
+    pub stride: Option<usize>,
     /// What the answers depend on.
     pub key: String,
     /// Where the data were found.
@@ -50,10 +52,21 @@ pub struct TaskResult {
 pub struct Absent {
     /// Its name.
     pub name: String,
-    /// Why.
+    /// The reason in words.
     pub reason: String,
-    /// Whether only its data are missing.
-    pub no_data: bool,
+    /// Its kind.
+    pub why: Why,
+}
+
+/// Kinds of reasons that a task could not run for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Why {
+    /// The rows that are evaluated are not there.
+    NoData,
+    /// They are, but not those that examples are taken from.
+    NoExamples,
+    /// Everything else.
+    Failed,
 }
 
 /// The metrics of a task from what its items contribute; `values` has a row an item.
@@ -175,10 +188,12 @@ pub fn to_json(results: &[TaskResult], absent: &[Absent], facts: &Facts) -> Valu
             (part.clone(), json!({ "n": n, m.metric.name(): number(m.value), "stderr": m.stderr }))
         };
         let parts: Map<String, Value> = r.parts.iter().map(part).collect();
-        own.insert(
-            name,
-            json!({ "chance": chance, "truncated": r.truncated, "parts": parts, "data": r.place, "key": r.key }),
-        );
+        let mut about =
+            json!({ "chance": chance, "truncated": r.truncated, "parts": parts, "data": r.place, "key": r.key });
+        if let Some(stride) = r.stride {
+            about["stride"] = json!(stride);
+        }
+        own.insert(name, about);
     }
     let mut group_entries = Map::new();
     for (name, n, measured) in groups(results) {
