@@ -20,10 +20,18 @@ struct Head {
 }
 
 #[derive(Serialize, Deserialize)]
-struct Line {
-    doc: usize,
-    #[serde(flatten)]
-    kept: Kept,
+#[serde(untagged)]
+enum Line {
+    Answer {
+        doc: usize,
+        #[serde(flatten)]
+        kept: Kept,
+    },
+    Part {
+        doc: usize,
+        #[serde(flatten)]
+        part: Part,
+    },
 }
 
 /// An answer, and how it came about.
@@ -37,6 +45,15 @@ pub struct Kept {
     pub cut: bool,
 }
 
+/// What is known of a text whose windows are not all scored.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Part {
+    /// How many are: the first so many.
+    pub windows: usize,
+    /// Their log-likelihoods, added one after the other.
+    pub logprob: f64,
+}
+
 /// Where answers are kept, if anywhere.
 #[derive(Clone, Debug)]
 pub struct Cache {
@@ -44,9 +61,12 @@ pub struct Cache {
 }
 
 /// The answers of one task, open for more.
+#[derive(Default)]
 pub struct Answers {
     /// Those there are, by [`super::item::Item::doc`].
     pub known: BTreeMap<usize, Kept>,
+    /// Those that are begun.
+    pub parts: BTreeMap<usize, Part>,
     file: Option<(BufWriter<File>, PathBuf)>,
 }
 
@@ -69,27 +89,30 @@ impl Cache {
     /// # Errors
     /// The file system refuses.
     pub fn open(&self, model: &str, name: &str, key: &str) -> anyhow::Result<Answers> {
-        let Some(dir) = &self.dir else { return Ok(Answers { known: BTreeMap::new(), file: None }) };
+        let Some(dir) = &self.dir else { return Ok(Answers::default()) };
         let dir = dir.join(model);
         fs::create_dir_all(&dir).with_context(|| format!("{}: cannot create the cache; see --cache", dir.display()))?;
         let path = dir.join(format!("{name}-{}.jsonl", &key[..16]));
-        let known = read(&path, key).unwrap_or_default();
+        let (known, parts) = read(&path, key).unwrap_or_default();
         // Written anew, so that nothing half-written stays in the middle.
         let at = || format!("{}: cannot write the cache; see --cache", path.display());
         let partial = path.with_extension("partial");
         let mut file = BufWriter::new(File::create(&partial).with_context(at)?);
         write_line(&mut file, &Head { elleci_eval: FORMAT, key: key.to_string() }).with_context(at)?;
         for (doc, kept) in &known {
-            write_line(&mut file, &Line { doc: *doc, kept: kept.clone() }).with_context(at)?;
+            write_line(&mut file, &Line::Answer { doc: *doc, kept: kept.clone() }).with_context(at)?;
+        }
+        for (doc, part) in &parts {
+            write_line(&mut file, &Line::Part { doc: *doc, part: *part }).with_context(at)?;
         }
         file.flush().with_context(at)?;
         fs::rename(&partial, &path).with_context(at)?;
-        Ok(Answers { known, file: Some((file, path)) })
+        Ok(Answers { known, parts, file: Some((file, path)) })
     }
 }
 
 /// The answers in a file; `None` if it is not there or not of this key.
-fn read(path: &Path, key: &str) -> Option<BTreeMap<usize, Kept>> {
+fn read(path: &Path, key: &str) -> Option<(BTreeMap<usize, Kept>, BTreeMap<usize, Part>)> {
     let text = fs::read_to_string(path).ok()?;
     let mut lines = text.split_inclusive('\n').filter(|l| l.ends_with('\n'));
     let head: Head = serde_json::from_str(lines.next()?).ok()?;
@@ -97,7 +120,15 @@ fn read(path: &Path, key: &str) -> Option<BTreeMap<usize, Kept>> {
         return None;
     }
     let sound = |line: &str| serde_json::from_str::<Line>(line).ok();
-    Some(lines.map_while(sound).map(|line| (line.doc, line.kept)).collect())
+    let (mut known, mut parts) = (BTreeMap::new(), BTreeMap::new());
+    for line in lines.map_while(sound) {
+        match line {
+            Line::Answer { doc, kept } => _ = known.insert(doc, kept),
+            Line::Part { doc, part } => _ = parts.insert(doc, part),
+        }
+    }
+    parts.retain(|doc, _| !known.contains_key(doc));
+    Some((known, parts))
 }
 
 fn write_line(file: &mut impl Write, line: &impl Serialize) -> std::io::Result<()> {
@@ -112,16 +143,31 @@ impl Answers {
     /// The file system refuses.
     pub fn add(&mut self, answers: Vec<(usize, Kept)>) -> anyhow::Result<()> {
         for (doc, kept) in answers {
-            if let Some((file, path)) = &mut self.file {
-                let line = Line { doc, kept: kept.clone() };
-                write_line(file, &line).with_context(|| format!("{}: cannot write", path.display()))?;
-            }
+            self.write(&Line::Answer { doc, kept: kept.clone() })?;
+            self.parts.remove(&doc);
             self.known.insert(doc, kept);
         }
-        if let Some((file, path)) = &mut self.file {
-            file.flush().with_context(|| format!("{}: cannot write", path.display()))?;
-        }
-        Ok(())
+        self.flush()
+    }
+
+    /// Notes how far the text `doc` is, on disk too.
+    ///
+    /// # Errors
+    /// The file system refuses.
+    pub fn add_part(&mut self, doc: usize, part: Part) -> anyhow::Result<()> {
+        self.write(&Line::Part { doc, part })?;
+        self.parts.insert(doc, part);
+        self.flush()
+    }
+
+    fn write(&mut self, line: &Line) -> anyhow::Result<()> {
+        let Some((file, path)) = &mut self.file else { return Ok(()) };
+        write_line(file, line).with_context(|| format!("{}: cannot write", path.display()))
+    }
+
+    fn flush(&mut self) -> anyhow::Result<()> {
+        let Some((file, path)) = &mut self.file else { return Ok(()) };
+        file.flush().with_context(|| format!("{}: cannot write", path.display()))
     }
 }
 
@@ -154,5 +200,28 @@ mod tests {
         fs::write(&path, "no JSON\n").unwrap();
         assert!(cache.open("m", "t", key).unwrap().known.is_empty());
         assert!(Cache::new(None).open("m", "t", key).unwrap().known.is_empty());
+    }
+    #[test]
+    fn a_text_s_part_comes_back_to_the_bit_until_the_text_is_answered() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = Cache::new(Some(dir.path().to_path_buf()));
+        let key = "0123456789abcdef0123";
+        // A sum whose shortest decimal form has 17 digits.
+        let part = |windows| Part { windows, logprob: -(0.1 + 0.2) * windows as f64 };
+        {
+            let mut answers = cache.open("m", "t", key).unwrap();
+            answers.add_part(3, part(1)).unwrap();
+            answers.add_part(3, part(3)).unwrap();
+            answers.add_part(5, part(2)).unwrap();
+        }
+        {
+            let mut answers = cache.open("m", "t", key).unwrap();
+            assert_eq!(answers.parts, BTreeMap::from([(3, part(3)), (5, part(2))]));
+            assert!(answers.known.is_empty());
+            answers.add(vec![(3, Kept { answer: Answer::Rolling(-3.5), cut: false })]).unwrap();
+        }
+        let answers = cache.open("m", "t", key).unwrap();
+        assert_eq!(answers.parts, BTreeMap::from([(5, part(2))]));
+        assert_eq!(answers.known.keys().collect::<Vec<_>>(), [&3]);
     }
 }

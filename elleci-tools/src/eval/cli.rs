@@ -35,7 +35,7 @@ pub struct Cli {
 /// What else there is to do.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Lists the tasks: metrics, examples, source and licence
+    /// Lists the tasks: metrics, examples, chance, source and licence
     List(ListArgs),
     /// Compares two runs item by item
     Compare(CompareArgs),
@@ -66,6 +66,10 @@ pub struct RunArgs {
     /// Bits per byte of a text file (repeatable)
     #[arg(long, value_name = "FILE")]
     pub text: Vec<PathBuf>,
+    /// Tokens from the start of a window to that of the next, for --text: the fewer, the more each token sees before it, and
+    /// the longer it takes. The window's length: windows that share nothing, as tasks have them [default: half a window]
+    #[arg(long, value_name = "N", requires = "text", value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
+    pub stride: Option<u64>,
     /// Where the data of tasks lie; `elleci-data fetch --eval` fills it
     #[arg(long, value_name = "DIR")]
     pub data: Option<PathBuf>,

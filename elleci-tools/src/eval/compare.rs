@@ -1,7 +1,8 @@
 //! `elleci-eval compare`: two runs, item by item.
 //!
 //! Items are paired by task and number, and must have been asked the same. The difference of two runs on the same items is known
-//! much better than either value: its interval comes from a bootstrap that draws items, with both answers to each.
+//! much better than either value: its interval comes from a bootstrap that draws items, with both answers to each. The variants of a group ask
+//! about the same items, so the difference of its means draws an item with all of its variants.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -14,7 +15,7 @@ use serde_json::{Map, Value, json};
 use super::cli::CompareArgs;
 use super::metrics::{ItemValue, aggregate, bootstrap};
 use super::report::layout;
-use super::task::{Aggregate, Task};
+use super::task::{Aggregate, Metric, Task};
 
 /// The difference of two runs in a metric.
 #[derive(Clone, Debug, PartialEq)]
@@ -27,28 +28,42 @@ pub struct Difference {
     pub b: f64,
     /// The interval that holds 95 % of the bootstrap's differences b − a.
     pub interval: [f64; 2],
-    /// Two-sided: how often a difference at least as far from zero would be drawn if there were none.
+    /// Two-sided: 2·(k + 1) / (n + 1), at most 1, where k of n draws reach or cross zero on the rarer side. Never 0: n draws cannot tell
+    /// a smaller probability from none (Davison and Hinkley 1997).
     pub p: f64,
 }
 
-/// Compares paired values.
-pub fn difference(how: Aggregate, pairs: &[(ItemValue, ItemValue)], resamples: usize, seed: u64) -> Difference {
-    let all: Vec<usize> = (0..pairs.len()).collect();
-    let first = |items: &[usize]| aggregate(how, &items.iter().map(|i| pairs[*i].0).collect::<Vec<_>>());
-    let second = |items: &[usize]| aggregate(how, &items.iter().map(|i| pairs[*i].1).collect::<Vec<_>>());
+/// What two runs gave for an item.
+type Pair = (ItemValue, ItemValue);
+
+/// Compares paired values of `variants`, each of the same items in the same order: the means over the variants of what [`aggregate`] makes of
+/// each. One variant is a task by itself.
+pub fn difference(how: Aggregate, variants: &[Vec<Pair>], resamples: usize, seed: u64) -> Difference {
+    let items = variants.iter().map(Vec::len).min().unwrap_or(0);
+    let all: Vec<usize> = (0..items).collect();
+    let mean = |items: &[usize], of: fn(&Pair) -> ItemValue| {
+        let value = |pairs: &Vec<Pair>| aggregate(how, &items.iter().map(|i| of(&pairs[*i])).collect::<Vec<_>>());
+        variants.iter().map(value).sum::<f64>() / variants.len() as f64
+    };
+    let first = |items: &[usize]| mean(items, |p| p.0);
+    let second = |items: &[usize]| mean(items, |p| p.1);
     let (a, b) = (first(&all), second(&all));
-    let mut draws = bootstrap(pairs.len(), seed, resamples, |picked| second(picked) - first(picked));
+    let mut draws = bootstrap(items, seed, resamples, |picked| second(picked) - first(picked));
     draws.sort_by(f64::total_cmp);
     let quantile = |q: f64| draws[((q * draws.len() as f64) as usize).min(draws.len() - 1)];
-    let share = |hit: &dyn Fn(f64) -> bool| draws.iter().filter(|d| hit(**d)).count() as f64 / draws.len() as f64;
+    let count = |hit: fn(&f64) -> bool| draws.iter().filter(|d| hit(d)).count();
     // Draws of exactly zero count on both sides: equal runs have p = 1.
-    let p = (2.0 * share(&|d| d <= 0.0).min(share(&|d| d >= 0.0))).min(1.0);
-    Difference { n: pairs.len(), a, b, interval: [quantile(0.025), quantile(0.975)], p }
+    let rarer = count(|d| *d <= 0.0).min(count(|d| *d >= 0.0));
+    let p = (2.0 * (rarer + 1) as f64 / (draws.len() + 1) as f64).min(1.0);
+    Difference { n: items * variants.len(), a, b, interval: [quantile(0.025), quantile(0.975)], p }
 }
 
 #[derive(Deserialize)]
 struct Results {
     configs: BTreeMap<String, Task>,
+    /// The variants of a group; of other tasks none.
+    #[serde(default)]
+    group_subtasks: BTreeMap<String, Vec<String>>,
     #[serde(default)]
     model_name: String,
     #[serde(default)]
@@ -91,6 +106,94 @@ fn item_value(item: &Map<String, Value>, metric: &str) -> Option<ItemValue> {
     }
 }
 
+/// A task that both runs have: its items that both answered.
+struct Common<'a> {
+    task: &'a Task,
+    /// By number, of the first run and of the second
+    items: BTreeMap<u64, [Map<String, Value>; 2]>,
+}
+
+impl<'a> Common<'a> {
+    fn open(a: &Run, b: &Run, name: &str, task: &'a Task) -> anyhow::Result<Common<'a>> {
+        let (left, mut right) = (a.samples(name)?, b.samples(name)?);
+        let (n, m) = (left.len(), right.len());
+        let mut items = BTreeMap::new();
+        for (id, item) in left {
+            let Some(other) = right.remove(&id) else { continue };
+            ensure!(
+                item.get("prompt_hash") == other.get("prompt_hash"),
+                "{name}: item {id} was not asked the same in both runs (other data, examples or definition)"
+            );
+            items.insert(id, [item, other]);
+        }
+        if items.len() < n.max(m) {
+            eprintln!("{name}: {} items are in both runs, of {n} and {m}", items.len());
+        }
+        Ok(Common { task, items })
+    }
+
+    /// The values of the items that `wanted` likes.
+    fn pairs(&self, metric: Metric, wanted: impl Fn(u64, &Map<String, Value>) -> bool) -> anyhow::Result<Vec<Pair>> {
+        let value = |item: &Map<String, Value>| {
+            let missing = || format!("{}: an item lacks `{}`", self.task.name, metric.name());
+            item_value(item, metric.name()).with_context(missing)
+        };
+        let own = self.items.iter().filter(|(id, both)| wanted(**id, &both[0]));
+        own.map(|(_, [l, r])| Ok((value(l)?, value(r)?))).collect()
+    }
+
+    /// The part that an item belongs to.
+    fn part<'i>(&self, item: &'i Map<String, Value>) -> Option<&'i str> {
+        item.get("doc")?.get(self.task.part_column.as_ref()?)?.as_str()
+    }
+
+    /// The parts, in the order of their first items.
+    fn parts(&self) -> Vec<&str> {
+        let mut parts = Vec::new();
+        for part in self.items.values().filter_map(|both| self.part(&both[0])) {
+            if !parts.contains(&part) {
+                parts.push(part);
+            }
+        }
+        parts
+    }
+}
+
+/// The differences found so far, for people and for programs.
+struct Found {
+    resamples: usize,
+    seed: u64,
+    rows: Vec<Vec<String>>,
+    objects: Vec<Value>,
+}
+
+impl Found {
+    /// Compares, shown as `label`; `named` is what the object begins with.
+    fn add(&mut self, label: String, named: Value, metric: Metric, variants: &[Vec<Pair>]) {
+        if variants.iter().all(Vec::is_empty) {
+            return;
+        }
+        let d = difference(metric.aggregate(), variants, self.resamples, self.seed);
+        self.rows.push(vec![
+            label,
+            metric.name().into(),
+            d.n.to_string(),
+            format!("{:.4}", d.a),
+            format!("{:.4}", d.b),
+            format!("{:+.4}", d.b - d.a),
+            format!("{:+.4} … {:+.4}", d.interval[0], d.interval[1]),
+            format!("{:.4}", d.p),
+        ]);
+        let mut object = json!({
+            "metric": metric.name(), "n": d.n, "a": d.a, "b": d.b, "difference": d.b - d.a, "interval": d.interval, "p": d.p,
+        });
+        if let (Value::Object(object), Value::Object(named)) = (&mut object, named) {
+            object.extend(named);
+        }
+        self.objects.push(object);
+    }
+}
+
 /// Runs the verb.
 ///
 /// # Errors
@@ -101,59 +204,45 @@ pub fn run(args: &CompareArgs) -> anyhow::Result<()> {
     if settings(&a) != settings(&b) {
         eprintln!("warning: the windows of the two runs have different lengths");
     }
-    let mut rows = vec![["task", "metric", "n", "a", "b", "b − a", "95 % interval", "p"].map(String::from).to_vec()];
-    let mut objects = Vec::new();
+    let heads = ["task", "metric", "n", "a", "b", "b − a", "95 % interval", "p"].map(String::from).to_vec();
+    let resamples = args.resamples as usize;
+    let mut found = Found { resamples, seed: args.seed, rows: vec![heads], objects: Vec::new() };
+    let mut tasks = BTreeMap::new();
     for (name, task) in &a.results.configs {
         if !b.results.configs.contains_key(name) {
             eprintln!("{name}: only in {}", args.a.display());
             continue;
         }
-        let (left, right) = (a.samples(name)?, b.samples(name)?);
-        let mut both = Vec::new();
-        for (id, item) in &left {
-            let Some(other) = right.get(id) else { continue };
-            ensure!(
-                item.get("prompt_hash") == other.get("prompt_hash"),
-                "{name}: item {id} was not asked the same in both runs (other data, examples or definition)"
-            );
-            both.push((item, other));
-        }
-        if both.len() < left.len().max(right.len()) {
-            eprintln!("{name}: {} items are in both runs, of {} and {}", both.len(), left.len(), right.len());
-        }
+        let common = Common::open(&a, &b, name, task)?;
         for metric in &task.metrics {
-            let value = |item| item_value(item, metric.name());
-            let pairs: Option<Vec<_>> = both.iter().map(|(l, r)| Some((value(l)?, value(r)?))).collect();
-            let pairs = pairs.with_context(|| format!("{name}: an item lacks `{}`", metric.name()))?;
-            if pairs.is_empty() {
-                continue;
-            }
-            let d = difference(metric.aggregate(), &pairs, args.resamples as usize, args.seed);
-            rows.push(vec![
-                name.clone(),
-                metric.name().into(),
-                d.n.to_string(),
-                format!("{:.4}", d.a),
-                format!("{:.4}", d.b),
-                format!("{:+.4}", d.b - d.a),
-                format!("{:+.4} … {:+.4}", d.interval[0], d.interval[1]),
-                format!("{:.3}", d.p),
-            ]);
-            objects.push(json!({
-                "task": name, "metric": metric.name(), "n": d.n, "a": d.a, "b": d.b, "difference": d.b - d.a,
-                "interval": d.interval, "p": d.p,
-            }));
+            found.add(name.clone(), json!({ "task": name }), *metric, &[common.pairs(*metric, |_, _| true)?]);
         }
+        for part in common.parts() {
+            let pairs = common.pairs(task.metrics[0], |_, item| common.part(item) == Some(part))?;
+            found.add(format!("- {part}"), json!({ "task": name, "part": part }), task.metrics[0], &[pairs]);
+        }
+        tasks.insert(name, common);
     }
     b.results.configs.keys().filter(|name| !a.results.configs.contains_key(*name)).for_each(|name| {
         eprintln!("{name}: only in {}", args.b.display());
     });
-    ensure!(!objects.is_empty(), "the two runs have no items in common");
+    for (name, members) in &a.results.group_subtasks {
+        let variants: Vec<&Common<'_>> = members.iter().filter_map(|m| tasks.get(m)).collect();
+        let [first, ..] = variants.as_slice() else { continue };
+        let in_all = |id: u64| variants.iter().all(|v| v.items.contains_key(&id));
+        for metric in &first.task.metrics {
+            let pairs: anyhow::Result<Vec<_>> = variants.iter().map(|v| v.pairs(*metric, |id, _| in_all(id))).collect();
+            let named = json!({ "task": name, "variants": variants.len() });
+            found.add(format!("{name} (mean)"), named, *metric, &pairs?);
+        }
+    }
+    ensure!(!found.objects.is_empty(), "the two runs have no items in common");
     if args.json {
         let names = [&a, &b].map(|r| r.results.model_name.clone());
-        crate::exit::outln!("{}", json!({ "models": names, "resamples": args.resamples, "differences": objects }));
+        let all = json!({ "models": names, "resamples": args.resamples, "differences": found.objects });
+        crate::exit::outln!("{all}");
     } else {
-        crate::exit::out!("{}", layout(&rows));
+        crate::exit::out!("{}", layout(&found.rows));
     }
     Ok(())
 }
@@ -164,17 +253,30 @@ mod tests {
 
     #[test]
     fn equal_runs_do_not_differ_and_unequal_ones_do() {
-        let same: Vec<(ItemValue, ItemValue)> =
-            (0..50).map(|i| ([f64::from(i % 2), 0.0], [f64::from(i % 2), 0.0])).collect();
-        let d = difference(Aggregate::Mean, &same, 500, 1);
+        let same: Vec<Pair> = (0..50).map(|i| ([f64::from(i % 2), 0.0], [f64::from(i % 2), 0.0])).collect();
+        let d = difference(Aggregate::Mean, &[same], 500, 1);
         assert_eq!((d.a, d.b, d.interval, d.p), (0.5, 0.5, [0.0, 0.0], 1.0));
         // Every third item gained, none lost: the interval is around 1/3 and does not reach zero.
-        let better: Vec<(ItemValue, ItemValue)> =
-            (0..300).map(|i| ([0.0, 0.0], [f64::from(u8::from(i % 3 == 0)), 0.0])).collect();
+        let better: Vec<Pair> = (0..300).map(|i| ([0.0, 0.0], [f64::from(u8::from(i % 3 == 0)), 0.0])).collect();
+        let better = [better];
         let d = difference(Aggregate::Mean, &better, 500, 1);
         // sqrt(1/3 · 2/3 / 300) = 0.0272: 95 % lie within two of them, and all of 500 draws within five.
-        assert!((d.b - d.a - 1.0 / 3.0).abs() < 1e-12 && d.p == 0.0);
+        // None of them reaches zero.
+        assert!((d.b - d.a - 1.0 / 3.0).abs() < 1e-12 && d.p == 2.0 / 501.0);
         assert!((0.24..0.33).contains(&d.interval[0]) && (0.33..0.43).contains(&d.interval[1]), "{:?}", d.interval);
         assert_eq!(d, difference(Aggregate::Mean, &better, 500, 1), "the draws are seeded");
+    }
+
+    #[test]
+    fn variants_of_an_item_are_drawn_together() {
+        // Two variants with opposite differences: their mean has none in whatever draw.
+        let one =
+            |sign: f64| -> Vec<Pair> { (0..32).map(|i| ([0.5, 0.0], [0.5 + sign * f64::from(i % 2), 0.0])).collect() };
+        let d = difference(Aggregate::Mean, &[one(1.0), one(-1.0)], 200, 3);
+        assert_eq!((d.n, d.a, d.b, d.interval, d.p), (64, 0.5, 0.5, [0.0, 0.0], 1.0));
+        // The same variant twice is that variant, with its interval.
+        let (once, twice) = ([one(1.0)], [one(1.0), one(1.0)]);
+        let (once, twice) = [&once[..], &twice].map(|v| difference(Aggregate::Mean, v, 200, 3)).into();
+        assert_eq!(Difference { n: 2 * once.n, ..once }, twice);
     }
 }

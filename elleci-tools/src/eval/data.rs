@@ -45,11 +45,17 @@ pub struct Rows {
 
 /// Why a task cannot run: its data are not there.
 #[derive(Debug)]
-pub struct Missing(pub String);
+pub enum Missing {
+    /// Not those that are evaluated.
+    Split(String),
+    /// Those that are evaluated are, but not those that examples are taken from.
+    Examples(String),
+}
 
 impl std::fmt::Display for Missing {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(&self.0)
+        let (Missing::Split(text) | Missing::Examples(text)) = self;
+        f.write_str(text)
     }
 }
 
@@ -66,26 +72,36 @@ pub fn load(task: &Task, data: Option<&Path>, shots: usize) -> anyhow::Result<Ro
             return Ok(Rows { rows, shots, same_split: false, place: "bundled".into() });
         }
         let files = data.map_or_else(Vec::new, |dir| split_files(dir, task, None, ""));
-        ensure!(!files.is_empty(), Missing(format!("no file {}.jsonl (or .parquet, .csv) under --data", task.name)));
+        ensure!(
+            !files.is_empty(),
+            Missing::Split(format!("no file {}.jsonl (or .parquet, .csv) under --data", task.name))
+        );
         return Ok(Rows { rows: read_all(&files, task)?, place: place(&files), ..Rows::default() });
     };
-    let missing = |split: &str| {
-        let fetch = format!("elleci-data fetch --eval --tasks {} --out DIR", task.group.as_ref().unwrap_or(&task.name));
+    let name = task.group.as_ref().unwrap_or(&task.name);
+    let fetch = format!("`elleci-data fetch --eval --tasks {name} --out DIR`");
+    let of = |split: &str| format!("({} {} {split})", source.repo, source.config);
+    let find = |split: &str| data.map_or_else(Vec::new, |dir| split_files(dir, task, Some(source), split));
+    let files = find(&source.split);
+    ensure!(!files.is_empty(), {
         let at = data.map_or("no --data directory was given".into(), |d| format!("none under {}", d.display()));
-        Missing(format!("no data ({} {} {split}): {at}; `{fetch}`, then `--data DIR`", source.repo, source.config))
-    };
-    let find = |split: &str| -> anyhow::Result<Vec<PathBuf>> {
-        let files = data.map_or_else(Vec::new, |dir| split_files(dir, task, Some(source), split));
-        ensure!(!files.is_empty(), missing(split));
-        Ok(files)
-    };
-    let files = find(&source.split)?;
+        Missing::Split(format!("no data {}: {at}; {fetch}, then `--data DIR`", of(&source.split)))
+    });
     let rows = read_all(&files, task)?;
     let mut out = Rows { rows, place: place(&files), ..Rows::default() };
     if shots > 0 {
         let split = source.shots_split.as_ref().unwrap_or(&source.split);
         out.same_split = split == &source.split;
-        out.shots = if out.same_split { out.rows.clone() } else { read_all(&find(split)?, task)? };
+        let files = find(split);
+        ensure!(
+            out.same_split || !files.is_empty(),
+            Missing::Examples(format!(
+                "its examples are taken from the split `{split}` {}, which is missing: {fetch} gets it, a file \
+                 {name}/{split}.jsonl is as good, and `--shots 0` needs none",
+                of(split)
+            ))
+        );
+        out.shots = if out.same_split { out.rows.clone() } else { read_all(&files, task)? };
     }
     Ok(out)
 }

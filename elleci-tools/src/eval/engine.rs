@@ -8,6 +8,7 @@
 //! What a request is given does not depend on the others, nor on what is shared: a session computes the same bits in every company and,
 //! in the one form of attention that scoring has it use, however its tokens are cut into calls.
 
+mod windows;
 mod writing;
 
 use std::collections::HashMap;
@@ -21,6 +22,7 @@ use crate::data::tokenizer::{Cache, END_OF_TEXT_ID, Tokenizer};
 use crate::run::logprob::LogRow;
 use crate::run::model::OpenModel;
 
+pub use windows::Windows;
 pub use writing::{Continuation, Continue};
 
 /// Tokens of a call at least, where there are so many: some passes of the model for each of a few threads.
@@ -186,9 +188,9 @@ impl<'a> Engine<'a> {
     ///
     /// # Errors
     /// An overlap that leaves no room in the window.
-    pub fn windows(&mut self, text: &str, overlap: usize) -> anyhow::Result<Vec<Pair>> {
+    pub fn windows(&mut self, text: &str, overlap: usize) -> anyhow::Result<Windows> {
         let tokens = self.encode(text);
-        rolling_windows(&tokens, END_OF_TEXT_ID, self.max_length, overlap)
+        Windows::new(tokens, END_OF_TEXT_ID, self.max_length, overlap)
     }
 
     fn window(&self, mut context: Vec<u32>, continuation: Vec<u32>) -> anyhow::Result<Pair> {
@@ -383,29 +385,6 @@ fn add(score: &mut Score, row: &LogRow, logits: &[f32], token: u32) {
     score.logprob += row.of(from[0]);
     // Of several that are likeliest, the first counts.
     score.greedy = score.greedy && from[0] == row.max && !before.contains(&row.max);
-}
-
-/// See [`Engine::windows`].
-fn rolling_windows(tokens: &[u32], prefix: u32, max_length: usize, overlap: usize) -> anyhow::Result<Vec<Pair>> {
-    ensure!(
-        (1..=max_length).contains(&overlap),
-        "an overlap of {overlap} tokens does not fit a window of {max_length}; it must be 1 to {max_length}"
-    );
-    let pair =
-        |context: Vec<u32>, continuation: &[u32]| Pair { context, continuation: continuation.to_vec(), truncated: 0 };
-    let mut windows = Vec::new();
-    let mut done = max_length.min(tokens.len());
-    if done > 0 {
-        windows.push(pair(vec![prefix], &tokens[..done]));
-    }
-    while done < tokens.len() {
-        let end = (done + max_length - overlap + 1).min(tokens.len());
-        // The window's input ends one before its last token, and is as long as a window can be.
-        let start = end - max_length - 1;
-        windows.push(pair(tokens[start..done].to_vec(), &tokens[done..end]));
-        done = end;
-    }
-    Ok(windows)
 }
 
 #[cfg(test)]

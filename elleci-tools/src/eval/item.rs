@@ -82,6 +82,8 @@ pub fn items(task: &Task, rows: &Rows, shots: usize) -> anyhow::Result<Vec<Item>
         items.push(Item { doc, row: number, context, continuations, choices, gold, references, part });
     }
     ensure!(!items.is_empty(), "no rows are left after `where`");
+    let nothing = task.kind == Kind::Rolling && items.iter().all(|i| i.context.is_empty());
+    ensure!(!nothing, "all texts are empty, and there is nothing to score");
     Ok(items)
 }
 

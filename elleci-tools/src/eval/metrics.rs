@@ -143,6 +143,46 @@ fn both_classes(pairs: impl Iterator<Item = [bool; 2]> + Clone) -> f64 {
     (of(false) + of(true)) / 2.0
 }
 
+/// What guessing gets at a metric that counts classes: the expectation of [`aggregate`] where the chosen class is drawn from `choices`,
+/// all equally likely, for every item. `None` for other aggregates. Only the right classes of `values` count.
+pub fn guessed(how: Aggregate, values: &[ItemValue], choices: usize) -> Option<f64> {
+    let classes = |wanted: &[usize]| {
+        let right = values.iter().filter(|v| wanted.iter().any(|c| *c as f64 == v[0])).count();
+        (right, wanted.iter().filter(|c| **c < choices).count() as f64 / choices.max(1) as f64)
+    };
+    let n = values.len();
+    let one = |(right, p)| guessed_f1(n, right, p);
+    // An expectation of means is the mean of expectations.
+    let both = |(right, p)| (guessed_f1(n, right, p) + guessed_f1(n, n - right, 1.0 - p)) / 2.0;
+    match how {
+        Aggregate::F1 => Some(one(classes(&[1]))),
+        Aggregate::F1Sentipolc => Some((both(classes(&[0, 3])) + both(classes(&[1, 3]))) / 2.0),
+        _ => None,
+    }
+}
+
+/// The expected F1 of a class that `right` of `n` items have, where it is chosen with probability `p` for each.
+///
+/// F1 = 2·TP / (right + c), with c the items it is chosen for. c is binomial, and given c, TP is hypergeometric with the mean
+/// c·right / n: so E[F1] = Σ_c C(n, c) pᶜ (1 − p)ⁿ⁻ᶜ · 2·c·right / n / (right + c).
+fn guessed_f1(n: usize, right: usize, p: f64) -> f64 {
+    let (n_items, right) = (n as f64, right as f64);
+    if n == 0 || right == 0.0 || p <= 0.0 {
+        return 0.0;
+    }
+    if p >= 1.0 {
+        return 2.0 * right / (right + n_items);
+    }
+    // Logarithms: C(n, c) outgrows float64 beyond a thousand items.
+    let (mut sum, mut log) = (0.0, n_items * (1.0 - p).ln());
+    for c in 1..=n {
+        let c = c as f64;
+        log += ((n_items - c + 1.0) / c * p / (1.0 - p)).ln();
+        sum += log.exp() * 2.0 * c * right / n_items / (right + c);
+    }
+    sum
+}
+
 /// The standard error of [`aggregate`], where there is one. `seed` decides the bootstrap's draws.
 pub fn standard_error(how: Aggregate, values: &[ItemValue], seed: u64) -> Option<f64> {
     let n = values.len() as f64;

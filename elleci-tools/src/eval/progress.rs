@@ -32,11 +32,23 @@ impl Progress {
         Progress { bar, total, done: 0, start: now, told: now }
     }
 
+    /// So much of the work was done by an earlier run: it says nothing about the time that is left.
+    pub fn skip(&mut self, units: u64) {
+        self.total -= units.min(self.total - self.done);
+        if let Some(bar) = &self.bar {
+            bar.set_length(self.total);
+        }
+    }
+
     /// Some more is done, of the task `name`, which has answered `items` of `of`.
     pub fn step(&mut self, units: u64, name: &str, items: usize, of: usize) {
         self.done += units;
         let elapsed = self.start.elapsed().as_secs_f64();
-        let left = if self.done > 0 { elapsed * (self.total - self.done) as f64 / self.done as f64 } else { f64::NAN };
+        let left = if self.done > 0 {
+            elapsed * self.total.saturating_sub(self.done) as f64 / self.done as f64
+        } else {
+            f64::NAN
+        };
         let message = format!("{name} {items}/{of} | eta {}", duration(left));
         match &self.bar {
             Some(bar) => {

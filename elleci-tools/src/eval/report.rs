@@ -6,7 +6,7 @@ use std::fmt::Write;
 use serde_json::{Map, Value, json};
 
 use super::item::Item;
-use super::metrics::{ItemValue, aggregate, standard_error};
+use super::metrics::{ItemValue, aggregate, guessed, standard_error};
 use super::task::{Aggregate, Metric, Task};
 
 /// A metric of a task or of a part of it.
@@ -35,6 +35,8 @@ pub struct TaskResult {
     pub effective: usize,
     /// Items whose context lost its beginning.
     pub truncated: usize,
+    /// Tokens from the start of a window to that of the next, of texts that are scored whole.
+    pub stride: Option<usize>,
     /// What the answers depend on.
     pub key: String,
     /// Where the data were found.
@@ -50,20 +52,38 @@ pub struct TaskResult {
 pub struct Absent {
     /// Its name.
     pub name: String,
-    /// Why.
+    /// The reason in words.
     pub reason: String,
-    /// Whether only its data are missing.
-    pub no_data: bool,
+    /// Its kind.
+    pub why: Why,
+}
+
+/// Kinds of reasons that a task could not run for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Why {
+    /// The rows that are evaluated are not there.
+    NoData,
+    /// They are, but not those that examples are taken from.
+    NoExamples,
+    /// Everything else.
+    Failed,
 }
 
 /// The metrics of a task from what its items contribute; `values` has a row an item.
 pub fn measure(task: &Task, items: &[&Item], values: &[Vec<(Metric, ItemValue)>], seed: u64) -> Vec<Measured> {
     let chances: Option<Vec<f64>> = items.iter().map(|i| i.chance()).collect();
     let by_items = chances.map(|c| c.iter().sum::<f64>() / c.len() as f64);
+    // The same number for all items, or nothing.
+    let choices = items.first().map(|i| i.choices.len());
+    let choices = choices.filter(|n| *n > 0 && items.iter().all(|i| i.choices.len() == *n));
     let of = |(at, metric): (usize, &Metric)| {
         let values: Vec<ItemValue> = values.iter().map(|v| v[at].1).collect();
         let how = metric.aggregate();
-        let guess = if how == Aggregate::Mean { task.chance.or(by_items) } else { None };
+        let guess = match (how, choices) {
+            (Aggregate::Mean, _) => task.chance.or(by_items),
+            (_, Some(n)) => guessed(how, &values, n),
+            _ => None,
+        };
         Measured {
             metric: *metric,
             value: aggregate(how, &values),
@@ -168,10 +188,12 @@ pub fn to_json(results: &[TaskResult], absent: &[Absent], facts: &Facts) -> Valu
             (part.clone(), json!({ "n": n, m.metric.name(): number(m.value), "stderr": m.stderr }))
         };
         let parts: Map<String, Value> = r.parts.iter().map(part).collect();
-        own.insert(
-            name,
-            json!({ "chance": chance, "truncated": r.truncated, "parts": parts, "data": r.place, "key": r.key }),
-        );
+        let mut about =
+            json!({ "chance": chance, "truncated": r.truncated, "parts": parts, "data": r.place, "key": r.key });
+        if let Some(stride) = r.stride {
+            about["stride"] = json!(stride);
+        }
+        own.insert(name, about);
     }
     let mut group_entries = Map::new();
     for (name, n, measured) in groups(results) {

@@ -420,8 +420,12 @@ pub fn select(all: &[Task], names: &[String]) -> anyhow::Result<Vec<Task>> {
     let mut chosen: BTreeMap<usize, Task> = BTreeMap::new();
     let mut own = Vec::new();
     for name in names {
+        if name.trim().is_empty() {
+            return Err(usage("--tasks: a name is empty; `elleci-eval list` names the tasks"));
+        }
         if name.ends_with(".toml") {
-            let text = std::fs::read_to_string(name).with_context(|| format!("{name}: cannot read the task"))?;
+            let text =
+                std::fs::read_to_string(name).map_err(|e| usage(format!("{name}: cannot read the task: {e}")))?;
             let task = Task::parse(&text).map_err(|e| usage(format!("{name}: {e:#}")))?;
             own.extend(task.expand());
             continue;

@@ -21,6 +21,10 @@ const CONVERTED: &str = "refs/convert/parquet";
 /// # Errors
 /// Anything that could not be had.
 pub fn fetch(out: &Path, sources: &[Source], got: &mut dyn FnMut(&Path)) -> Result<()> {
+    if sources.is_empty() {
+        eprintln!("nothing to get: these tasks are part of elleci-eval, and need no data");
+        return Ok(());
+    }
     let client = Client::new()?;
     let mut wanted: BTreeSet<(&str, &str, &str)> = BTreeSet::new();
     let mut failed = Vec::new();

@@ -138,8 +138,17 @@ fn a_long_context_loses_its_beginning() {
 fn windows_are_the_harness_s() {
     let tokens: Vec<u32> = (1..=10).collect();
     let windows = |max, overlap| -> Vec<(Vec<u32>, Vec<u32>)> {
-        let all = rolling_windows(&tokens, 0, max, overlap).unwrap();
-        all.into_iter().map(|p| (p.context, p.continuation)).collect()
+        let mut all = Windows::new(tokens.clone(), 0, max, overlap).unwrap();
+        let mut cut = Vec::new();
+        loop {
+            let left = all.len();
+            let Some(p) = all.next() else {
+                assert_eq!(left, 0, "{max} {overlap}");
+                return cut;
+            };
+            assert_eq!(all.len() + 1, left, "{max} {overlap}");
+            cut.push((p.context, p.continuation));
+        }
     };
     // get_rolling_token_windows and make_disjoint_window of the harness, by hand.
     assert_eq!(windows(4, 1), [(vec![0], vec![1, 2, 3, 4]), (vec![4], vec![5, 6, 7, 8]), (vec![6, 7, 8], vec![9, 10])]);
@@ -150,8 +159,8 @@ fn windows_are_the_harness_s() {
         let scored: Vec<u32> = windows(max, overlap).into_iter().flat_map(|w| w.1).collect();
         assert_eq!(scored, tokens, "every token once: {max} {overlap}");
     }
-    assert!(rolling_windows(&tokens, 0, 4, 5).is_err());
-    assert!(rolling_windows(&[], 0, 4, 1).unwrap().is_empty());
+    assert!(Windows::new(tokens.clone(), 0, 4, 5).is_err());
+    assert!(Windows::new(Vec::new(), 0, 4, 1).unwrap().next().is_none());
 }
 
 #[test]

@@ -119,3 +119,34 @@ fn answers_are_extracted_before_they_are_compared() {
     let exact = |text: &str| value(&t, Metric::ExactMatch, &item, &Answer::Text { text: text.into(), ended: true });
     assert_eq!([" 12", "12.", " Sono 12 mele", "112", "dodici", ""].map(exact), [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]);
 }
+
+#[test]
+fn guessing_at_classes_gets_the_mean_over_all_guesses() {
+    // Every way to answer: n digits of base `choices`.
+    let mean = |how, right: &[usize], choices: usize| {
+        let ways = choices.pow(right.len() as u32);
+        let value = |way: usize| {
+            let chosen = (0..right.len()).map(|i| way / choices.pow(i as u32) % choices);
+            let values: Vec<ItemValue> = right.iter().zip(chosen).map(|(r, c)| [*r as f64, c as f64]).collect();
+            aggregate(how, &values)
+        };
+        (0..ways).map(value).sum::<f64>() / ways as f64
+    };
+    for (how, right, choices) in [
+        (Aggregate::F1, &[1, 0, 1, 1, 0, 0, 1, 0, 0][..], 2),
+        (Aggregate::F1, &[0, 0, 0], 2),
+        (Aggregate::F1, &[1, 1, 1], 2),
+        (Aggregate::F1, &[1, 2, 0, 1], 3),
+        (Aggregate::F1Sentipolc, &[2, 1, 0, 3, 2], 4),
+        (Aggregate::F1Sentipolc, &[2, 2, 2], 4),
+    ] {
+        let values: Vec<ItemValue> = right.iter().map(|r| [*r as f64, 0.0]).collect();
+        let (found, want) = (guessed(how, &values, choices).unwrap(), mean(how, right, choices));
+        assert!((found - want).abs() < 1e-12, "{how:?} {right:?}: {found} {want}");
+    }
+    assert_eq!(guessed(Aggregate::Mean, &[[1.0, 0.0]], 2), None);
+    // Of many items, half of them of the class: precision and recall are near 1/2.
+    let many: Vec<ItemValue> = (0..20_000).map(|i| [f64::from(i % 2), 0.0]).collect();
+    let large = guessed(Aggregate::F1, &many, 2).unwrap();
+    assert!((large - 0.5).abs() < 1e-4, "{large}");
+}

@@ -90,8 +90,8 @@ fn documents(text: &str) -> Vec<Row> {
     text.split("\n---\n").map(|d| row([("text", json!(d.trim()))])).collect()
 }
 
-/// The task of `--text`: bits per byte of a file; `number` keeps two files of one name apart.
-pub fn text_task(path: &Path, number: usize) -> Task {
+/// The task of `--text`: bits per byte of a file, in windows that share `overlap` tokens; `number` keeps two files of one name apart.
+pub fn text_task(path: &Path, number: usize, overlap: usize) -> Task {
     let stem = path.file_stem().unwrap_or_default().to_string_lossy();
     let plain: String = stem.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '_' }).collect();
     let name = format!("text_{number}_{plain}");
@@ -106,6 +106,7 @@ pub fn text_task(path: &Path, number: usize) -> Task {
     let mut task = Task::parse(rolling).unwrap_or_else(|_| unreachable!("the definition above is sound"));
     debug_assert!(task.kind == Kind::Rolling && task.metrics.contains(&Metric::BitsPerByte));
     task.name = name;
+    task.overlap = overlap;
     task
 }
 

@@ -1,5 +1,7 @@
 //! `elleci-eval` as a user meets it, on a tiny model with random weights.
 
+mod texts;
+
 use std::fs;
 use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
@@ -115,6 +117,12 @@ impl Scene {
             assert!(err.contains(part), "{args:?}: `{part}` is not in: {err}");
         }
     }
+}
+
+/// The tokens that a run says it has fed.
+fn fed(err: &str) -> u64 {
+    let line = err.lines().find_map(|l| l.split_once(" tokens in")).expect("tokens are counted");
+    line.0.replace(',', "").parse().unwrap()
 }
 
 const TWO: [&str; 6] = ["-m", "model.elleci", "--tasks", "multiblimp_ita,xcopa_it", "--data", "data"];
@@ -240,8 +248,20 @@ fn missing_data_is_told_and_the_others_go_on() {
     let (code, out, err) = s.run(&["-m", "model.elleci", "--tasks", "arc_it,xcopa_it", "--data", "data"]);
     assert_eq!((code, out.contains("xcopa_it")), (Some(1), true), "{err}");
     assert!(err.contains("arc_it.jsonl") && err.contains("no column `option_a`"), "{err}");
-    // A suite passes over what has no data.
+    // Rows that are there, but none for the examples.
     fs::remove_file(s.path("data/arc_it.jsonl")).unwrap();
+    s.put(
+        "data/m_mmlu_it.jsonl",
+        "{\"instruction\":\"a\",\"option_a\":\"b\",\"option_b\":\"c\",\"option_c\":\"d\",\"option_d\":\"e\",\"answer\":\"A\"}\n",
+    );
+    let (_, err) = s.ok(&["-m", "model.elleci", "--data", "data", "--limit", "2"]);
+    let line = err.lines().find(|l| l.starts_with("m_mmlu_it: ")).unwrap_or_else(|| panic!("{err}"));
+    assert!(line.contains("split `train`") && line.contains("--shots 0"), "{line}");
+    let none = err.lines().find(|l| l.contains("tasks have no data")).unwrap_or_else(|| panic!("{err}"));
+    assert!(none.contains("squad_it") && !none.contains("m_mmlu_it"), "{none}");
+    s.ok(&["-m", "model.elleci", "--data", "data", "--tasks", "m_mmlu_it", "--shots", "0"]);
+    fs::remove_file(s.path("data/m_mmlu_it.jsonl")).unwrap();
+    // A suite passes over what has no data.
     let (out, err) = s.ok(&["-m", "model.elleci", "--data", "data", "--limit", "2"]);
     assert!(err.contains("have no data") && err.contains("hellaswag_it"), "{err}");
     for name in ["it_minimal_pairs", "- subjunctive", "it_bits_per_byte", "it_generation", "xcopa_it"] {
@@ -250,22 +270,14 @@ fn missing_data_is_told_and_the_others_go_on() {
 }
 
 #[test]
-fn any_text_has_bits_per_byte() {
+fn answers_of_another_kernel_are_other_answers() {
     let s = Scene::new();
-    let text = "La città è più grande che bella: perché no? ".repeat(40);
-    s.put("romanzo.txt", &text);
-    let (out, _) = s.ok(&["-m", "model.elleci", "--text", "romanzo.txt", "--json", "-"]);
-    let r: Value = serde_json::from_str(&out).unwrap();
-    let entry = &r["results"]["text_0_romanzo"];
-    let bits = entry["bits_per_byte,none"].as_f64().unwrap();
-    assert_eq!(entry["bits_per_byte_stderr,none"], "N/A");
-    // Bits of a byte and perplexity of a byte are the same number in two forms.
-    let perplexity = entry["byte_perplexity,none"].as_f64().unwrap();
-    assert!((perplexity.log2() - bits).abs() < 1e-9 && bits > 0.0, "{entry}");
-    s.put("latin1.txt", "");
-    fs::write(s.path("latin1.txt"), b"citt\xe0").unwrap();
-    s.fails(&["-m", "model.elleci", "--text", "latin1.txt"], 1, &["latin1.txt", "UTF-8"]);
-    s.fails(&["-m", "model.elleci", "--text", "none.txt"], 1, &["none.txt"]);
+    let args = with(&TWO, &["--limit", "5"]);
+    s.ok(&args);
+    let output = s.command(&args).env("ELLECI_ISA", "portable").output().unwrap();
+    let err = String::from_utf8_lossy(&output.stderr);
+    let portable = elleci_core::simd::Isa::machine() == elleci_core::simd::Isa::Portable;
+    assert_eq!(err.contains("\n0 tokens in"), portable, "{err}");
 }
 
 #[test]
@@ -293,11 +305,50 @@ fn two_runs_are_compared_item_by_item() {
 }
 
 #[test]
+fn parts_and_means_of_groups_are_compared_and_guessing_at_classes_has_a_value() {
+    let s = Scene::new();
+    let row = |i: usize| format!("{{\"full_text\":\"Tweet {i}.\",\"hs\":{}}}\n", u8::from(i.is_multiple_of(3)));
+    s.put("data/evalita-mp_hs.jsonl", &(0..12).map(row).collect::<String>());
+    let args = ["--tasks", "it_minimal_pairs,evalita-mp_hs", "--data", "data", "--limit", "64"];
+    s.ok(&with(&args, &["-m", "model.elleci", "--log", "a"]));
+    s.ok(&with(&args, &["-m", "other.elleci", "--log", "b"]));
+    let results = |run: &str| s.json(&format!("{run}/results.json"));
+    let (a, b) = (results("a"), results("b"));
+    // 4 of 12 are of the class: guessing gets Σ C(12, c) / 2¹² · 2c · 4/12 / (4 + c) = 0.3912.
+    for name in ["evalita-mp_hs_prompt-1", "evalita-mp_hs_prompt-6"] {
+        let chance = a["elleci"]["tasks"][name]["chance"]["f1"].as_f64().unwrap();
+        assert!((chance - 0.3912).abs() < 5e-5, "{chance}");
+    }
+    let (json, _) = s.ok(&["compare", "a", "b", "--json", "--resamples", "100"]);
+    let r: Value = serde_json::from_str(&json).unwrap();
+    let all = r["differences"].as_array().unwrap();
+    let parts: Vec<&Value> = all.iter().filter(|d| !d["part"].is_null()).collect();
+    assert_eq!(parts.len(), 16);
+    for d in &parts {
+        let part = d["part"].as_str().unwrap();
+        let of = |run: &Value| run["elleci"]["tasks"]["it_minimal_pairs"]["parts"][part]["acc"].clone();
+        assert_eq!((&d["a"], &d["b"], &d["n"]), (&of(&a), &of(&b), &Value::from(4)), "{part}");
+    }
+    let mean = all.iter().find(|d| d["task"] == "evalita-mp_hs").expect("the group's mean");
+    for (key, run) in [("a", &a), ("b", &b)] {
+        let value = run["groups"]["evalita-mp_hs"]["f1,none"].as_f64().unwrap();
+        assert!((mean[key].as_f64().unwrap() - value).abs() < 1e-12, "{mean}");
+    }
+    assert_eq!((&mean["n"], &mean["variants"]), (&Value::from(72), &Value::from(6)));
+    // 100 draws cannot tell less than 2 in 101.
+    assert!(all.iter().all(|d| d["p"].as_f64().unwrap() >= 2.0 / 101.0), "{json}");
+    let (out, _) = s.ok(&["compare", "a", "b", "--resamples", "100"]);
+    assert!(out.contains("| - subjunctive") && out.contains("| evalita-mp_hs (mean)"), "{out}");
+}
+
+#[test]
 fn wrong_usage_and_hostile_definitions_are_told_by_name() {
     let s = Scene::new();
     // Without -m: the bundled model, which arc_it asks nothing for want of data.
     s.fails(&["--tasks", "arc_it"], 1, &["no data"]);
     s.fails(&["-m", "model.elleci", "--tasks", "arc_ti"], 2, &["arc_ti", "arc_it"]);
+    s.fails(&["-m", "model.elleci", "--tasks", ""], 2, &["--tasks", "empty"]);
+    s.fails(&["-m", "model.elleci", "--tasks", "nosuch.toml"], 2, &["nosuch.toml", "cannot read"]);
     s.fails(&["-m", "model.elleci", "--data", "nowhere"], 2, &["--data", "nowhere"]);
     s.fails(&["-m", "model.elleci", "--limit", "0"], 2, &["--limit"]);
     s.fails(&["-m", "nowhere.elleci"], 1, &["nowhere.elleci"]);
@@ -333,6 +384,7 @@ fn wrong_usage_and_hostile_definitions_are_told_by_name() {
     let (code, out, err) = s.run(&TWO);
     assert_eq!((code, out.contains("xcopa_it")), (Some(1), true), "{err}");
     assert!(err.contains("multiblimp_ita") && err.contains("--max-length"), "{err}");
+    assert!(err.contains(&long[..36]) && !err.contains(&long[..60]), "only its beginning is shown: {err}");
 }
 
 #[test]
@@ -345,4 +397,16 @@ fn tasks_are_listed_with_source_and_licence() {
     let (json, _) = s.ok(&["list", "--json"]);
     let tasks: Value = serde_json::from_str(&json).unwrap();
     assert!(tasks["tasks"].as_array().unwrap().len() > 50);
+}
+
+#[cfg(feature = "hub")]
+#[test]
+fn a_bundled_task_has_nothing_to_be_fetched() {
+    let s = Scene::new();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_elleci-data"));
+    let command =
+        command.args(["fetch", "--eval", "--tasks", "it_arithmetic", "--out", "eval"]).current_dir(s.dir.path());
+    let Output { status, stderr, .. } = command.output().unwrap();
+    let err = String::from_utf8_lossy(&stderr);
+    assert!(status.success() && err.contains("need no data"), "{err}");
 }
