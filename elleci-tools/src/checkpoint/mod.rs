@@ -76,11 +76,24 @@ impl Store {
         Store::list(&self.dir).ok()?.pop()
     }
 
-    /// The newest sound checkpoint under `dir`; every damaged one that is passed over goes to `report`.
+    /// The newest sound checkpoint under `dir`, for a run that goes on from it; every damaged one that is passed over goes to
+    /// `report`.
+    ///
+    /// # Errors
+    /// As [`Store::latest_or`].
+    pub fn latest(dir: &Path, report: impl FnMut(String)) -> anyhow::Result<Option<Checkpoint>> {
+        Store::latest_or(dir, "--resume never with another --out starts afresh", report)
+    }
+
+    /// As [`Store::latest`]; `remedy` is what the user may do where none is sound.
     ///
     /// # Errors
     /// When the directory cannot be listed, or when there are checkpoints but none is sound.
-    pub fn latest(dir: &Path, mut report: impl FnMut(String)) -> anyhow::Result<Option<Checkpoint>> {
+    pub fn latest_or(
+        dir: &Path,
+        remedy: &str,
+        mut report: impl FnMut(String),
+    ) -> anyhow::Result<Option<Checkpoint>> {
         let found = Store::list(dir)?;
         for (_, path) in found.iter().rev() {
             match Checkpoint::open(path) {
@@ -90,7 +103,7 @@ impl Store {
         }
         ensure!(
             found.is_empty(),
-            "none of the {} checkpoints in {} is sound; --resume never with another --out starts afresh",
+            "none of the {} checkpoints in {} is sound; {remedy}",
             found.len(),
             dir.display()
         );
