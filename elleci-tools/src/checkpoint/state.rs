@@ -251,8 +251,13 @@ mod tests {
         assert!(!text.contains("gemm"), "it must lack a field that this version writes");
         let state = State::from_json(text).unwrap();
         assert_eq!((state.step, state.config.training.batch), (10_000, 4));
-        assert_eq!(State::from_json(&state.to_json().unwrap()).unwrap(), state, "and this version writes it in its own way");
-        for (from, to) in [("10240000", "10240001"), ("\"grammar\": \"\"", "\"grammar\": \" \""), ("0.0025", "0.0035")] {
+        assert_eq!(
+            State::from_json(&state.to_json().unwrap()).unwrap(),
+            state,
+            "and this version writes it in its own way"
+        );
+        for (from, to) in [("10240000", "10240001"), ("\"grammar\": \"\"", "\"grammar\": \" \""), ("0.0025", "0.0035")]
+        {
             let damaged = text.replacen(from, to, 1);
             assert!(damaged != text && State::from_json(&damaged).is_err(), "{from}");
         }

@@ -6,6 +6,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use elleci_core::archive::DenseFormat;
 
 use super::dense_format;
+use super::source::extension;
 
 /// Converts models between training checkpoints, Hugging Face folders, PyTorch files and deployment archives.
 #[derive(Debug, Parser)]
@@ -111,7 +112,7 @@ pub struct ConvertArgs {
 impl ConvertArgs {
     /// Whether the destination is an archive.
     pub fn packs(&self) -> bool {
-        self.dst.as_ref().is_some_and(|d| d.extension().is_some_and(|e| e == "elleci"))
+        self.dst.as_ref().is_some_and(|dst| extension(dst) == "elleci")
     }
 }
 

@@ -12,6 +12,7 @@ mod packing;
 mod score;
 pub mod source;
 mod target;
+mod temporary;
 
 use std::path::Path;
 use std::time::Instant;

@@ -7,6 +7,7 @@ mod tensor_files;
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -279,13 +280,29 @@ fn open_dir(path: &Path, options: &Options) -> anyhow::Result<Source> {
 }
 
 fn open_file(path: &Path, options: &Options, job: &Job) -> anyhow::Result<Source> {
-    let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default();
     let map = mapped::map(path)?;
-    match extension {
+    match &*extension(path) {
         "elleci" => archive::open(path, map),
         "safetensors" => tensor_files::open_file(path),
         _ if archive::is_archive(&map) => archive::open(path, map),
         _ => pth::open(path, map, options, job),
+    }
+}
+
+/// What a file name ends in, in lower case: some systems do not tell `.ELLECI` from `.elleci`.
+pub fn extension(path: &Path) -> String {
+    path.extension().and_then(|e| e.to_str()).unwrap_or_default().to_ascii_lowercase()
+}
+
+/// The bytes of a file; `None` only where there is none.
+///
+/// # Errors
+/// A file that is there and cannot be read.
+pub fn read_if_there(path: &Path) -> anyhow::Result<Option<Vec<u8>>> {
+    match fs::read(path) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => Ok(None),
+        Err(e) => Err(e).with_context(|| path.display().to_string()),
     }
 }
 

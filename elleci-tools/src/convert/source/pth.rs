@@ -10,7 +10,7 @@ use memmap2::Mmap;
 
 use super::super::cli::Weights;
 use super::super::job::Job;
-use super::{Form, Options, Source, TensorInfo, Tensors};
+use super::{Form, Options, Source, TensorInfo, Tensors, read_if_there};
 use crate::exit::usage;
 use crate::hf;
 use crate::pth::{Checksums, Pth, Root, Tensor, describe_misfit};
@@ -82,12 +82,16 @@ pub fn open(path: &Path, map: Mmap, options: &Options, job: &Job) -> anyhow::Res
                 .map(|(t, _)| format!("`{}` has type {}; weights are floats", t.name, t.format)),
         );
     }
+    let tokenizer = read_if_there(&dir.join(hf::TOKENIZER)).unwrap_or_else(|e| {
+        problems.push(format!("{e:#}; mend it, or move it away"));
+        None
+    });
     Ok(Source {
         path: path.to_path_buf(),
         form: Form::Pth,
         facts: vec![("format", file.format().into()), ("tensors in the file", all.len().into())],
         config,
-        tokenizer: std::fs::read(dir.join(hf::TOKENIZER)).ok(),
+        tokenizer,
         tensors: Box::new(PthTensors { list, place, file }),
         averaged,
         notes,

@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{bail, ensure};
 use safetensors::Dtype;
 
-use super::{Form, Source, TensorInfo, Tensors};
+use super::{Form, Source, TensorInfo, Tensors, read_if_there};
 use crate::checkpoint::tensors::TensorFile;
 use crate::hf;
 
@@ -91,12 +91,16 @@ fn from_files(
     } else {
         None
     };
+    let tokenizer = read_if_there(&dir.join(hf::TOKENIZER)).unwrap_or_else(|e| {
+        problems.push(format!("{e:#}; mend it, or move it away"));
+        None
+    });
     Ok(Source {
         path: path.to_path_buf(),
         form,
         facts,
         config,
-        tokenizer: std::fs::read(dir.join(hf::TOKENIZER)).ok(),
+        tokenizer,
         tensors: Box::new(tensors),
         averaged: false,
         notes: Vec::new(),
