@@ -45,6 +45,18 @@ pub struct Written {
     pub packing: BTreeMap<&'static str, usize>,
     /// The format of embedding and head in an archive.
     pub dense: Option<&'static str>,
+    /// Values that are too large for their format in an archive, and were stored as its largest number.
+    pub clamped: usize,
+}
+
+impl Written {
+    /// What the user should know of values that did not fit.
+    pub fn clamped_note(&self) -> Option<String> {
+        let (count, dense) = (self.clamped, self.dense.filter(|_| self.clamped > 0)?);
+        Some(format!(
+            "{count} values are too large for --dense {dense} and became its largest number; --dense f32 keeps them"
+        ))
+    }
 }
 
 impl Target {
@@ -180,7 +192,7 @@ fn write_folder(path: &Path, source: &Source, model: &SourceModel, job: &Job) ->
         bytes += entry?.metadata()?.len();
     }
     temporary.publish(|there| check_replaceable(there, false))?;
-    Ok(Written { bytes, packing: BTreeMap::new(), dense: None })
+    Ok(Written { bytes, packing: BTreeMap::new(), dense: None, clamped: 0 })
 }
 
 fn write_archive(
@@ -221,6 +233,7 @@ fn write_archive(
         job.advance(param.len() as u64 * 4)?;
     }
     drop(values);
+    let clamped = writer.clamped();
     let header = writer.finish();
     let written = out.seek(SeekFrom::Start(0)).and_then(|_| out.write_all(&header)).and_then(|()| out.flush());
     written.with_context(at)?;
@@ -230,7 +243,7 @@ fn write_archive(
     let packing = check_archive(temporary.path(), source, model)?;
     let bytes = file.metadata().with_context(at)?.len();
     temporary.publish(|there| check_replaceable(there, true))?;
-    Ok(Written { bytes, packing, dense: Some(dense.name()) })
+    Ok(Written { bytes, packing, dense: Some(dense.name()), clamped })
 }
 
 /// What `--force` must not lose: a tokenizer in the folder to be replaced. Returns its config where the tokenizer is the new model's.

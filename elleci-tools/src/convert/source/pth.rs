@@ -10,7 +10,7 @@ use memmap2::Mmap;
 
 use super::super::cli::Weights;
 use super::super::job::Job;
-use super::{Form, Options, Source, TensorInfo, Tensors, read_if_there};
+use super::{Form, Options, Source, TensorInfo, Tensors, tokenizer_in};
 use crate::exit::usage;
 use crate::hf;
 use crate::pth::{Checksums, Pth, Root, Tensor, describe_misfit};
@@ -63,7 +63,14 @@ pub fn open(path: &Path, map: Mmap, options: &Options, job: &Job) -> anyhow::Res
         Some(_) => None,
         None if roots.is_empty() => None,
         None if hf::has_config(dir) => hf::read_config(dir).map_err(|e| problems.push(format!("{e:#}"))).ok(),
-        None => fitting_preset(&chosen, all),
+        None => fitting_preset(&chosen, all).map(|(name, config)| {
+            notes.push(format!(
+                "the file does not say the sizes of its model; its shapes are those of the preset {name}. Shapes cannot tell \
+                 max_seq_len, norm_eps and rope_base: taken are {}, {} and {}; --config gives others",
+                config.max_seq_len, config.norm_eps, config.rope_base
+            ));
+            config
+        }),
     };
     let mut tied = config.as_ref().is_some_and(|c| c.tie_embeddings);
     if let Some(named) = &options.config {
@@ -82,16 +89,14 @@ pub fn open(path: &Path, map: Mmap, options: &Options, job: &Job) -> anyhow::Res
                 .map(|(t, _)| format!("`{}` has type {}; weights are floats", t.name, t.format)),
         );
     }
-    let tokenizer = read_if_there(&dir.join(hf::TOKENIZER)).unwrap_or_else(|e| {
-        problems.push(format!("{e:#}; mend it, or move it away"));
-        None
-    });
+    let tokenizer = tokenizer_in(dir, options, &mut problems);
     Ok(Source {
         path: path.to_path_buf(),
         form: Form::Pth,
         facts: vec![("format", file.format().into()), ("tensors in the file", all.len().into())],
         config,
         tokenizer,
+        tokenizer_sha256: None,
         tensors: Box::new(PthTensors { list, place, file }),
         averaged,
         notes,
@@ -130,10 +135,10 @@ fn info(name: &str, tensor: &Tensor) -> TensorInfo {
 }
 
 /// The preset that has exactly these tensors, if one does.
-fn fitting_preset(chosen: &BTreeMap<String, usize>, all: &[Tensor]) -> Option<ModelConfig> {
+fn fitting_preset(chosen: &BTreeMap<String, usize>, all: &[Tensor]) -> Option<(&'static str, ModelConfig)> {
     let shapes: Vec<(&str, Vec<usize>)> = chosen.iter().map(|(n, &i)| (n.as_str(), all[i].shape())).collect();
     let found: BTreeMap<&str, &[usize]> = shapes.iter().map(|(n, s)| (*n, s.as_slice())).collect();
-    PRESETS.iter().filter_map(|name| ModelConfig::preset(name).ok()).find(|config| {
+    PRESETS.iter().filter_map(|name| Some((*name, ModelConfig::preset(name).ok()?))).find(|(_, config)| {
         let layout = ParamLayout::new(config);
         let expected = layout.params().iter().map(|p| (p.name.as_str(), p.shape.as_slice()));
         hf::check_tensors(expected, &found).is_ok()
