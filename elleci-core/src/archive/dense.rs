@@ -104,7 +104,10 @@ impl DenseFormat {
             DenseFormat::Int8 => {
                 for (r, row) in values.chunks_exact(cols).enumerate() {
                     let amax = row.iter().fold(f32::MIN_POSITIVE, |a, v| a.max(v.abs()));
-                    put(r, &(amax / 127.0).to_le_bytes(), scales);
+                    // Rounded up, the scale of the largest floats would give infinity back.
+                    let scale = amax / 127.0;
+                    let scale = if (scale * 127.0).is_finite() { scale } else { scale.next_down() };
+                    put(r, &scale.to_le_bytes(), scales);
                     for (code, v) in codes[r * cols..].iter_mut().zip(row) {
                         *code = libm::rintf(v * (127.0 / amax)).clamp(-127.0, 127.0) as i8 as u8;
                     }
@@ -450,6 +453,19 @@ mod tests {
         DenseFormat::Bf16.encode(&[f32::MAX, f32::MIN, 3.4e38, 1.0], 4, &mut bytes);
         let read: Vec<f32> = bytes[..8].chunks(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect();
         assert_eq!(read, [bf16::MAX.to_f32(), bf16::MIN.to_f32(), bf16::MAX.to_f32(), 1.0]);
+    }
+
+    #[test]
+    fn what_is_largest_stays_finite_in_int8() {
+        let mut bytes = super::super::AlignedBytes::zeroed(DenseFormat::Int8.bytes(2, 2).unwrap());
+        DenseFormat::Int8.encode(&[f32::MAX, 0.0, 3.4e38, f32::MIN], 2, bytes.as_mut_slice());
+        let matrix = DenseMatrix::new(DenseFormat::Int8, 2, 2, bytes.as_ref());
+        let mut row = [0.0; 2];
+        for (r, want) in [[f32::MAX, 0.0], [f32::MAX, f32::MIN]].iter().enumerate() {
+            matrix.row(r, &mut row);
+            // A scale one unit in the last place lower: 2^-23 of it, and half a code.
+            assert!(row.iter().zip(want).all(|(a, b)| (a - b).abs() <= f32::MAX / 254.0), "{row:?}");
+        }
     }
 
     #[test]

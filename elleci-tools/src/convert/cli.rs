@@ -26,6 +26,9 @@ Examples:
   elleci-convert inspect nano.elleci
   elleci-convert compare runs/nano nano.elleci --text held-out.txt
 
+DST is written under a hidden name beside it, .DST.PROCESS-NUMBER.tmp, and renamed when it is whole. A process that is killed, also by
+a second Ctrl-C, leaves that name; it may be removed.
+
 Exit codes: 0 done, 1 failed or not sound, 2 wrong usage, 130 stopped by Ctrl-C."
 )]
 pub struct Cli {

@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 
 use super::cli::InspectArgs;
 use super::job::Job;
-use super::source::{Options, Source, TensorInfo, plain};
+use super::source::{Options, Source, TensorInfo, plain, printable};
 use crate::report::format::thousands;
 
 /// Runs the verb. Every value of every tensor is read.
@@ -47,7 +47,7 @@ pub fn run(args: &InspectArgs) -> anyhow::Result<()> {
         false => print(&report),
     }
     if !source.problems.is_empty() {
-        bail!("{}: not sound: {}", args.file.display(), source.problems.join("; "));
+        bail!("{}: not sound: {}", args.file.display(), printable(&source.problems.join("; ")));
     }
     Ok(())
 }
@@ -134,12 +134,6 @@ fn report(source: &Source, rows: &[Map<String, Value>]) -> Value {
         "elements": elements, "tensor_bytes": bytes, "notes": source.notes, "sound": source.problems.is_empty(),
         "problems": source.problems,
     })
-}
-
-/// Text from a file for a terminal, which would obey its control characters.
-fn printable(text: &str) -> String {
-    let escape = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.to_string() };
-    text.chars().map(escape).collect()
 }
 
 fn print(report: &Value) {

@@ -247,7 +247,7 @@ impl Source {
     /// # Errors
     /// All problems.
     pub fn must_be_sound(&self) -> anyhow::Result<()> {
-        ensure!(self.problems.is_empty(), "{}: {}", self.path.display(), self.problems.join("; "));
+        ensure!(self.problems.is_empty(), "{}: {}", self.path.display(), printable(&self.problems.join("; ")));
         Ok(())
     }
 
@@ -275,6 +275,12 @@ impl Source {
         let index = layout.params().iter().map(|p| place(&p.name)).collect::<anyhow::Result<_>>()?;
         Ok(SourceModel { config, layout, index })
     }
+}
+
+/// Text from a file for a terminal, which would obey its control characters.
+pub fn printable(text: &str) -> String {
+    let escape = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.to_string() };
+    text.chars().map(escape).collect()
 }
 
 /// A fact without the quotes of JSON.

@@ -153,3 +153,52 @@ fn drop_tied_head(chosen: &mut BTreeMap<String, usize>, all: &[Tensor], file: &P
         chosen.remove("lm_head.weight");
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    /// A file of a preset's tensors alone, all of them zero.
+    fn preset_file(name: &str) -> Vec<u8> {
+        let int = |n: usize| [&b"J"[..], &(n as i32).to_le_bytes()].concat();
+        let tuple =
+            |items: &[usize]| [&b"("[..], &items.iter().flat_map(|&n| int(n)).collect::<Vec<_>>(), b"t"].concat();
+        let layout = ParamLayout::new(&ModelConfig::preset(name).unwrap());
+        let mut pickle = b"\x80\x02}".to_vec();
+        for p in layout.params() {
+            let strides: Vec<usize> = (1..=p.shape.len()).map(|i| p.shape[i..].iter().product()).collect();
+            pickle.extend([&[b'U', p.name.len() as u8], p.name.as_bytes()].concat());
+            pickle.extend(b"ctorch._utils\n_rebuild_tensor_v2\n((U\x07storagectorch\nFloatStorage\nU\x010U\x03cpu");
+            pickle.extend(
+                [int(layout.len()), b"tQ".to_vec(), int(p.range.start), tuple(&p.shape), tuple(&strides)].concat(),
+            );
+            pickle.extend(b"\x89}tRs");
+        }
+        pickle.push(b'.');
+        let mut zip = zip::ZipWriter::new(std::io::Cursor::new(Vec::new()));
+        for (name, data) in [("a/data.pkl", pickle), ("a/data/0", vec![0; 4 * layout.len()])] {
+            let options = zip::write::SimpleFileOptions::default();
+            zip.start_file(name, options.compression_method(zip::CompressionMethod::Stored)).unwrap();
+            zip.write_all(&data).unwrap();
+        }
+        zip.finish().unwrap().into_inner()
+    }
+
+    #[test]
+    fn a_preset_that_is_told_by_shapes_alone_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("nano.pth");
+        std::fs::write(&path, preset_file("nano")).unwrap();
+        let open = |options: &Options| Source::open(&path, options, &Job::quiet()).unwrap();
+        let source = open(&Options::default());
+        assert_eq!((source.config.unwrap(), source.problems), (ModelConfig::preset("nano").unwrap(), vec![]));
+        let [note] = &source.notes[..] else { panic!("{:?}", source.notes) };
+        assert!(
+            note.contains("preset nano") && note.contains("512, 0.00001 and 10000") && note.contains("--config"),
+            "{note}"
+        );
+        assert!(open(&Options { config: Some("nano".into()), ..Options::default() }).notes.is_empty());
+    }
+}
