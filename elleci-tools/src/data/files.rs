@@ -6,7 +6,7 @@ use std::hash::{BuildHasher, Hasher};
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
 use crate::exit::usage;
 
@@ -33,7 +33,7 @@ pub fn sync_dir(dir: &Path) -> Result<()> {
 /// one file do not meet, and nothing of the user's is in the way.
 ///
 /// # Errors
-/// [`crate::exit::Usage`] for a path without a name.
+/// A path without a name.
 pub fn unique_beside(target: &Path, end: &str) -> Result<PathBuf> {
     let number = RandomState::new().build_hasher().finish();
     Ok(parent_of(target).join(format!("{}{}-{number:016x}.{end}", unique_start(target)?, std::process::id())))
@@ -49,7 +49,7 @@ pub fn is_unique_beside(name: &str, target: &Path, end: &str) -> bool {
 }
 
 fn unique_start(target: &Path) -> Result<String> {
-    let name = target.file_name().ok_or_else(|| usage(format!("{}: not a file name", target.display())))?;
+    let name = target.file_name().with_context(|| format!("{}: not a file name", target.display()))?;
     // File systems take 255 bytes.
     let name: String = name.to_string_lossy().chars().take(50).collect();
     Ok(format!(".{name}."))
@@ -65,16 +65,17 @@ pub fn is_stream(path: &Path) -> bool {
 /// Whether [`write_atomic`] has a place for a file at `path`: for programs that work long before they write.
 ///
 /// # Errors
-/// [`crate::exit::Usage`] for a directory, or a path whose directory is not there.
+/// [`crate::exit::Usage`] for a directory, or a path whose directory is not there; [`write_atomic`] reports the same as any other
+/// failure.
 pub fn check_target(path: &Path) -> Result<()> {
-    target_of(path).map(|_| ())
+    target_of(path).map(|_| ()).map_err(|e| usage(format!("{e:#}")))
 }
 
 /// The file that is replaced when `path` is written: what a symbolic link leads to, and not the link.
 fn target_of(path: &Path) -> Result<PathBuf> {
     let at = path.display();
     match path.metadata() {
-        Ok(found) if found.is_dir() => Err(usage(format!("{at} is a directory; name a file"))),
+        Ok(found) if found.is_dir() => bail!("{at} is a directory; name a file"),
         Ok(_) if is_stream(path) => Ok(path.to_path_buf()),
         Ok(_) => path.canonicalize().with_context(|| at.to_string()),
         Err(e) if e.kind() == ErrorKind::NotFound => {
@@ -83,12 +84,12 @@ fn target_of(path: &Path) -> Result<PathBuf> {
                 target = parent_of(&target).join(next);
             }
             if target.file_name().is_none() {
-                return Err(usage(format!("{at}: not a file name")));
+                bail!("{at}: not a file name");
             }
             let parent = parent_of(&target);
             match parent.is_dir() {
                 true => Ok(target),
-                false => Err(usage(format!("{at}: there is no directory {}; create it first", parent.display()))),
+                false => bail!("{at}: there is no directory {}; create it first", parent.display()),
             }
         }
         Err(e) => Err(e).with_context(|| at.to_string()),
@@ -99,7 +100,7 @@ fn target_of(path: &Path) -> Result<PathBuf> {
 /// leads to is replaced; the permissions of what is replaced stay too. A device or a pipe is given to `write` itself.
 ///
 /// # Errors
-/// [`crate::exit::Usage`] as [`check_target`]. Whatever `write` or the file system reports; the temporary file is gone then, and an
+/// What [`check_target`] finds; whatever `write` or the file system reports; the temporary file is gone then, and an
 /// older file of that name untouched.
 pub fn write_atomic(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let at = || format!("writing {}", path.display());
@@ -191,13 +192,15 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_or_a_mistyped_path_is_wrong_usage() {
+    fn a_directory_or_a_mistyped_path_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         for (path, part) in
             [(".", "is a directory"), ("typo/a.json", "there is no directory"), ("..", "is a directory")]
         {
-            let error = write_atomically(&dir.path().join(path), b"x").unwrap_err();
-            assert!(error.downcast_ref::<Usage>().is_some() && format!("{error:#}").contains(part), "{error:#}");
+            let path = dir.path().join(path);
+            let (early, late) = (check_target(&path).unwrap_err(), write_atomically(&path, b"x").unwrap_err());
+            assert!(early.downcast_ref::<Usage>().is_some() && late.downcast_ref::<Usage>().is_none());
+            assert!(early.to_string().contains(part) && late.to_string().contains(part), "{late:#}");
         }
         assert!(names(dir.path()).is_empty());
     }

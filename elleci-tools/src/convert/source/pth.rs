@@ -196,7 +196,7 @@ mod tests {
         assert_eq!((source.config.unwrap(), source.problems), (ModelConfig::preset("nano").unwrap(), vec![]));
         let [note] = &source.notes[..] else { panic!("{:?}", source.notes) };
         assert!(
-            note.contains("preset nano") && note.contains("512, 0.00001 and 10000") && note.contains("--config"),
+            note.contains("preset nano") && note.contains("256, 0.00001 and 10000") && note.contains("--config"),
             "{note}"
         );
         assert!(open(&Options { config: Some("nano".into()), ..Options::default() }).notes.is_empty());
