@@ -18,6 +18,8 @@ const INDEX: &str = "model.safetensors.index.json";
 const CONFIG: &str = "config.json";
 /// The tokenizer of a folder.
 pub const TOKENIZER: &str = "tokenizer.json";
+/// What `elleci-data tokenizer` writes beside a tokenizer.
+pub const TOKENIZER_CONFIG: &str = "tokenizer.config.json";
 
 /// Reads `config.json`. Keys that are not ours (`architectures`, `torch_dtype`, …) are left alone.
 ///
@@ -40,7 +42,7 @@ pub fn is_folder(dir: &Path) -> bool {
 /// Whether a file of this name belongs to a folder that [`write()`] or `elleci-data tokenizer` wrote.
 pub fn is_own_file(name: &str) -> bool {
     let shard = name.starts_with("model-") && name.ends_with(".safetensors");
-    shard || [WEIGHTS, INDEX, CONFIG, TOKENIZER, "tokenizer.config.json"].contains(&name)
+    shard || [WEIGHTS, INDEX, CONFIG, TOKENIZER, TOKENIZER_CONFIG].contains(&name)
 }
 
 /// Reads a file with the contents of `config.json`.
@@ -220,7 +222,12 @@ pub fn write(
     tokenizer: Option<&Path>,
 ) -> anyhow::Result<PathBuf> {
     fs::create_dir_all(dir).with_context(|| format!("creating {}", dir.display()))?;
-    write_atomic(&dir.join(WEIGHTS), |path| tensors::write(path, weights).map(|_| ()))?;
+    let weights = |path: &Path| {
+        let written = tensors::write(path, weights)?;
+        ensure!(tensors::digest(path)? == written, "what was written does not read back");
+        Ok(())
+    };
+    write_atomic(&dir.join(WEIGHTS), weights)?;
     if let Some(tokenizer) = tokenizer {
         let copy = |path: &Path| {
             fs::copy(tokenizer, path).with_context(|| format!("copying {}", tokenizer.display())).map(|_| ())

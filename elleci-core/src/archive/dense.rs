@@ -41,6 +41,15 @@ impl DenseFormat {
         }
     }
 
+    /// The largest number that a value is stored as.
+    pub(super) fn largest(self) -> f32 {
+        match self {
+            DenseFormat::F16 => f16::MAX.to_f32(),
+            DenseFormat::Bf16 => bf16::MAX.to_f32(),
+            DenseFormat::F32 | DenseFormat::Int8 => f32::MAX,
+        }
+    }
+
     /// Bytes of one value.
     fn width(self) -> usize {
         match self {
@@ -81,21 +90,24 @@ impl DenseFormat {
     pub(super) fn encode(self, values: &[f32], cols: usize, bytes: &mut [u8]) {
         let rows = values.len() / cols.max(1);
         let (scales, codes) = bytes.split_at_mut(self.scales(rows).expect("the caller has made room for them"));
+        // What is too large becomes the largest number: no infinity gets into an archive.
+        let clamp = |v: &f32| v.clamp(-self.largest(), self.largest());
         let put = |at: usize, le: &[u8], codes: &mut [u8]| codes[at * le.len()..][..le.len()].copy_from_slice(le);
         match self {
             DenseFormat::F32 => values.iter().enumerate().for_each(|(i, v)| put(i, &v.to_le_bytes(), codes)),
             DenseFormat::F16 => {
-                // What is too large for binary16 becomes its largest number: no infinity gets into an archive.
-                let half = |v: f32| f16::from_f32(v.clamp(f16::MIN.to_f32(), f16::MAX.to_f32()));
-                values.iter().enumerate().for_each(|(i, v)| put(i, &half(*v).to_le_bytes(), codes));
+                values.iter().enumerate().for_each(|(i, v)| put(i, &f16::from_f32(clamp(v)).to_le_bytes(), codes));
             }
             DenseFormat::Bf16 => {
-                values.iter().enumerate().for_each(|(i, v)| put(i, &bf16::from_f32(*v).to_le_bytes(), codes));
+                values.iter().enumerate().for_each(|(i, v)| put(i, &bf16::from_f32(clamp(v)).to_le_bytes(), codes));
             }
             DenseFormat::Int8 => {
                 for (r, row) in values.chunks_exact(cols).enumerate() {
                     let amax = row.iter().fold(f32::MIN_POSITIVE, |a, v| a.max(v.abs()));
-                    put(r, &(amax / 127.0).to_le_bytes(), scales);
+                    // Rounded up, the scale of the largest floats would give infinity back.
+                    let scale = amax / 127.0;
+                    let scale = if (scale * 127.0).is_finite() { scale } else { scale.next_down() };
+                    put(r, &scale.to_le_bytes(), scales);
                     for (code, v) in codes[r * cols..].iter_mut().zip(row) {
                         *code = libm::rintf(v * (127.0 / amax)).clamp(-127.0, 127.0) as i8 as u8;
                     }
@@ -411,6 +423,28 @@ mod tests {
         DenseFormat::F16.encode(&[1e6, -1e6, 65504.0, 1.0], 4, &mut bytes);
         let read: Vec<f32> = bytes[..8].chunks(2).map(|b| f16_value(u16::from_le_bytes([b[0], b[1]]))).collect();
         assert_eq!(read, [65504.0, -65504.0, 65504.0, 1.0]);
+    }
+
+    /// Values above the largest bf16 are halfway to the next at most, and would round to infinity.
+    #[test]
+    fn what_is_too_large_for_bf16_stays_finite() {
+        let mut bytes = [0; ALIGNMENT];
+        DenseFormat::Bf16.encode(&[f32::MAX, f32::MIN, 3.4e38, 1.0], 4, &mut bytes);
+        let read: Vec<f32> = bytes[..8].chunks(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect();
+        assert_eq!(read, [bf16::MAX.to_f32(), bf16::MIN.to_f32(), bf16::MAX.to_f32(), 1.0]);
+    }
+
+    #[test]
+    fn what_is_largest_stays_finite_in_int8() {
+        let mut bytes = super::super::AlignedBytes::zeroed(DenseFormat::Int8.bytes(2, 2).unwrap());
+        DenseFormat::Int8.encode(&[f32::MAX, 0.0, 3.4e38, f32::MIN], 2, bytes.as_mut_slice());
+        let matrix = DenseMatrix::new(DenseFormat::Int8, 2, 2, bytes.as_ref());
+        let mut row = [0.0; 2];
+        for (r, want) in [[f32::MAX, 0.0], [f32::MAX, f32::MIN]].iter().enumerate() {
+            matrix.row(r, &mut row);
+            // A scale one unit in the last place lower: 2^-23 of it, and half a code.
+            assert!(row.iter().zip(want).all(|(a, b)| (a - b).abs() <= f32::MAX / 254.0), "{row:?}");
+        }
     }
 
     #[test]

@@ -11,6 +11,8 @@ pub enum ArchiveError {
     NotAnArchive,
     /// Another version of the format.
     Version(u32),
+    /// The prelude says something where this version says nothing.
+    Reserved,
     /// Fewer bytes than the archive says it has, or than a prelude has.
     Truncated {
         /// Bytes that should be there.
@@ -58,6 +60,12 @@ impl fmt::Display for ArchiveError {
             ArchiveError::NotAnArchive => write!(f, "this is no .elleci archive"),
             ArchiveError::Version(v) => {
                 write!(f, "the archive has format version {v}, this program reads version {VERSION}; {again}")
+            }
+            ArchiveError::Reserved => {
+                write!(
+                    f,
+                    "the archive uses what format version {VERSION} leaves empty: a later program wrote it; {again}"
+                )
             }
             ArchiveError::Truncated { expected, found } => {
                 write!(f, "the archive is cut off: {found} bytes of {expected}; copy it again")

@@ -65,6 +65,9 @@ impl Prelude {
         if checksum(&bytes[..56]) != word(56) {
             return Err(ArchiveError::Damaged("prelude".to_string()));
         }
+        if bytes[12..16].iter().chain(&bytes[40..56]).any(|b| *b != 0) {
+            return Err(ArchiveError::Reserved);
+        }
         let expected = word(24);
         if found < expected {
             return Err(ArchiveError::Truncated { expected, found });

@@ -203,6 +203,13 @@ fn faults_are_named() {
     other.as_mut_slice()[8] = 9;
     assert_eq!(Archive::open(&other).unwrap_err(), ArchiveError::Version(9));
     assert!(text(ArchiveError::Version(9)).contains("version 9"));
+    for at in [12, 15, 40, 55] {
+        let mut other = whole.clone();
+        other.as_mut_slice()[at] = 1;
+        let sum = checksum(&other.as_ref()[..56]);
+        other.as_mut_slice()[56..64].copy_from_slice(&sum.to_le_bytes());
+        assert_eq!(Archive::open(&other).unwrap_err(), ArchiveError::Reserved, "{at}");
+    }
     assert_eq!(Archive::open(b"not an archive of ours".to_vec().leak()).err().map(|_| ()), Some(()));
     let mut shifted = AlignedBytes::zeroed(8);
     shifted.extend_from_slice(whole.as_ref());

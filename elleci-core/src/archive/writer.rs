@@ -54,6 +54,7 @@ pub struct ArchiveWriter {
     tensors: Vec<Tensor>,
     start: usize,
     offset: usize,
+    clamped: usize,
 }
 
 impl ArchiveWriter {
@@ -69,7 +70,8 @@ impl ArchiveWriter {
         config.validate()?;
         let layout = ParamLayout::new(config);
         let (config, tokenizer) = (config.clone(), tokenizer.map(<[u8]>::to_vec));
-        let mut writer = ArchiveWriter { config, layout, options, tokenizer, tensors: Vec::new(), start: 0, offset: 0 };
+        let mut writer =
+            ArchiveWriter { config, layout, options, tokenizer, tensors: Vec::new(), start: 0, offset: 0, clamped: 0 };
         // The header's size does not depend on what is in its records, only on their number and names.
         let blank = |p: &Param| record(p, Format::Floats, 0.0);
         writer.tensors = writer.layout.params().iter().map(blank).collect();
@@ -126,7 +128,10 @@ impl ArchiveWriter {
                 gamma = matrix.gamma();
                 section.copy_from_slice(bytemuck::cast_slice(&pack(&matrix, packing)));
             }
-            Format::Dense(format) => format.encode(values, shape[1], &mut section),
+            Format::Dense(format) => {
+                self.clamped += values.iter().filter(|v| v.abs() > format.largest()).count();
+                format.encode(values, shape[1], &mut section);
+            }
             Format::Floats => {
                 for (bytes, v) in section.chunks_exact_mut(4).zip(values) {
                     bytes.copy_from_slice(&v.to_le_bytes());
@@ -148,6 +153,11 @@ impl ArchiveWriter {
         self.offset += section.len();
         self.tensors.push(tensor);
         section
+    }
+
+    /// Values so far that are too large for binary16 or bf16, and became its largest number.
+    pub fn clamped(&self) -> usize {
+        self.clamped
     }
 
     /// The start of the file, once all parameters have been stored.

@@ -9,12 +9,14 @@ mod state;
 pub mod tensors;
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
+use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
 
+use crate::data::files::sync_dir;
+pub use crate::data::files::write_atomic;
 pub use state::{FORMAT, RngState, State, TokenizerId};
 use tensors::{HashedFile, Tensor, TensorFile, digest};
 
@@ -76,11 +78,20 @@ impl Store {
         Store::list(&self.dir).ok()?.pop()
     }
 
-    /// The newest sound checkpoint under `dir`; every damaged one that is passed over goes to `report`.
+    /// The newest sound checkpoint under `dir`, for a run that goes on from it; every damaged one that is passed over goes to
+    /// `report`.
+    ///
+    /// # Errors
+    /// As [`Store::latest_or`].
+    pub fn latest(dir: &Path, report: impl FnMut(String)) -> anyhow::Result<Option<Checkpoint>> {
+        Store::latest_or(dir, "--resume never with another --out starts afresh", report)
+    }
+
+    /// As [`Store::latest`]; `remedy` is what the user may do where none is sound.
     ///
     /// # Errors
     /// When the directory cannot be listed, or when there are checkpoints but none is sound.
-    pub fn latest(dir: &Path, mut report: impl FnMut(String)) -> anyhow::Result<Option<Checkpoint>> {
+    pub fn latest_or(dir: &Path, remedy: &str, mut report: impl FnMut(String)) -> anyhow::Result<Option<Checkpoint>> {
         let found = Store::list(dir)?;
         for (_, path) in found.iter().rev() {
             match Checkpoint::open(path) {
@@ -88,12 +99,7 @@ impl Store {
                 Err(e) => report(format!("checkpoint {} is damaged and passed over: {e:#}", path.display())),
             }
         }
-        ensure!(
-            found.is_empty(),
-            "none of the {} checkpoints in {} is sound; --resume never with another --out starts afresh",
-            found.len(),
-            dir.display()
-        );
+        ensure!(found.is_empty(), "none of the {} checkpoints in {} is sound; {remedy}", found.len(), dir.display());
         Ok(None)
     }
 
@@ -184,7 +190,7 @@ fn write_all(dir: &Path, state: &mut State, groups: Vec<(&str, Vec<Tensor<'_>>)>
     file.write_all(state.to_json()?.as_bytes())
         .and_then(|()| file.finish())
         .with_context(|| format!("writing {}", path.display()))?;
-    sync(dir)
+    sync_dir(dir)
 }
 
 /// Renames `temporary` to `target`, and makes the new name durable.
@@ -195,7 +201,7 @@ fn publish(temporary: &Path, target: &Path) -> anyhow::Result<()> {
     }
     fs::rename(temporary, target).with_context(|| format!("renaming {}", temporary.display()))?;
     match target.parent() {
-        Some(parent) => sync(parent),
+        Some(parent) => sync_dir(parent),
         None => Ok(()),
     }
 }
@@ -207,32 +213,6 @@ fn remove(path: &Path) -> anyhow::Result<()> {
     fs::rename(path, &doomed)
         .and_then(|()| fs::remove_dir_all(&doomed))
         .with_context(|| format!("removing {}", path.display()))
-}
-
-/// Flushes a directory, and with it the names in it, to the disk.
-fn sync(dir: &Path) -> anyhow::Result<()> {
-    if cfg!(unix) {
-        File::open(dir).and_then(|d| d.sync_all()).with_context(|| format!("syncing {}", dir.display()))?;
-    }
-    Ok(())
-}
-
-/// Writes a file whole or not at all: a temporary name, sync, rename.
-///
-/// # Errors
-/// Whatever the file system reports; the temporary file is gone then, and an older file of that name untouched.
-pub fn write_atomic(path: &Path, write: impl FnOnce(&Path) -> anyhow::Result<()>) -> anyhow::Result<()> {
-    let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
-    let temporary = path.with_file_name(format!(".{name}.tmp"));
-    let _ = fs::remove_file(&temporary);
-    let result = write(&temporary).and_then(|()| {
-        File::open(&temporary)?.sync_all()?;
-        Ok(fs::rename(&temporary, path)?)
-    });
-    if result.is_err() {
-        let _ = fs::remove_file(&temporary);
-    }
-    result.with_context(|| format!("writing {}", path.display()))
 }
 
 #[cfg(test)]

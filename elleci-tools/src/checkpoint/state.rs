@@ -75,13 +75,38 @@ pub struct TokenizerId {
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Sealed<S> {
-    /// Of the JSON text of `state`.
+    /// Of the JSON text of `state`, without blanks.
     blake3: String,
     state: S,
 }
 
-fn seal(state: &State) -> anyhow::Result<String> {
-    Ok(blake3::hash(serde_json::to_string(state)?.as_bytes()).to_hex().to_string())
+fn seal(state: &str) -> String {
+    blake3::hash(state.as_bytes()).to_hex().to_string()
+}
+
+/// JSON text without the blanks between its parts: what the compact writer gives where the pretty one gave `text`.
+fn compact(text: &str) -> String {
+    let (mut out, mut quoted, mut escaped) = (String::with_capacity(text.len()), false, false);
+    for c in text.chars() {
+        if quoted {
+            quoted = escaped || c != '"';
+            escaped = !escaped && c == '\\';
+        } else if matches!(c, ' ' | '\t' | '\n' | '\r') {
+            continue;
+        } else {
+            quoted = c == '"';
+        }
+        out.push(c);
+    }
+    out
+}
+
+/// Whether the text of a `state.json` has this hash. The text decides, and not the [`State`] that is read from it: what an earlier
+/// version wrote has fewer fields, and the others by default.
+fn is_sealed(text: &str, blake3: &str) -> bool {
+    let text = compact(text);
+    let state = text.strip_prefix(&format!("{{\"blake3\":\"{blake3}\",\"state\":"));
+    state.and_then(|t| t.strip_suffix('}')).is_some_and(|state| seal(state) == blake3)
 }
 
 impl State {
@@ -90,7 +115,8 @@ impl State {
     /// # Errors
     /// When a value has no JSON form.
     pub fn to_json(&self) -> anyhow::Result<String> {
-        Ok(serde_json::to_string_pretty(&Sealed { blake3: seal(self)?, state: self })? + "\n")
+        let blake3 = seal(&serde_json::to_string(self)?);
+        Ok(serde_json::to_string_pretty(&Sealed { blake3, state: self })? + "\n")
     }
 
     /// Reads and checks the text of `state.json`.
@@ -100,7 +126,7 @@ impl State {
     pub fn from_json(text: &str) -> anyhow::Result<State> {
         let Sealed { blake3, state } = serde_json::from_str::<Sealed<State>>(text).context("not a training state")?;
         ensure!(state.format == FORMAT, "format {} is not known to this version, which reads {FORMAT}", state.format);
-        ensure!(seal(&state)? == blake3, "damaged: its contents do not have the hash that it carries");
+        ensure!(is_sealed(text, &blake3), "damaged: its contents do not have the hash that it carries");
         Ok(state)
     }
 
@@ -216,6 +242,28 @@ mod tests {
         assert_ne!(other, text);
         assert!(format!("{:#}", State::from_json(&other).unwrap_err()).contains("damaged"));
         assert!(State::from_json(&text[..text.len() / 2]).is_err());
+    }
+
+    /// A state from before `cuda.gemm`, `cuda.ternary` and `cuda.stream`, and one with text that looks like JSON in a string.
+    #[test]
+    fn an_earlier_version_is_no_damage() {
+        let text = include_str!("state-before-gemm.json");
+        assert!(!text.contains("gemm"), "it must lack a field that this version writes");
+        let state = State::from_json(text).unwrap();
+        assert_eq!((state.step, state.config.training.batch), (10_000, 4));
+        assert_eq!(
+            State::from_json(&state.to_json().unwrap()).unwrap(),
+            state,
+            "and this version writes it in its own way"
+        );
+        for (from, to) in [("10240000", "10240001"), ("\"grammar\": \"\"", "\"grammar\": \" \""), ("0.0025", "0.0035")]
+        {
+            let damaged = text.replacen(from, to, 1);
+            assert!(damaged != text && State::from_json(&damaged).is_err(), "{from}");
+        }
+        let mut quoted = State::sample(1);
+        quoted.config.training.prompts = vec!["\\\" { \"a\" : 1 }, ".into(), "\\".into(), " \t\"".into()];
+        assert_eq!(State::from_json(&quoted.to_json().unwrap()).unwrap(), quoted);
     }
 
     #[test]

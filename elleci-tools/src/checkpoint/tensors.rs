@@ -71,12 +71,12 @@ pub struct HashedFile {
 }
 
 impl HashedFile {
-    /// Creates `path`, which must not exist.
+    /// Creates `path`, which must not exist, or be a device or a pipe.
     ///
     /// # Errors
     /// Whatever the file system reports.
     pub fn create(path: &Path) -> std::io::Result<HashedFile> {
-        let file = File::create_new(path)?;
+        let file = crate::data::files::create(path)?;
         Ok(HashedFile { out: BufWriter::with_capacity(1 << 20, file), hash: blake3::Hasher::new(), bytes: 0 })
     }
 
@@ -86,7 +86,9 @@ impl HashedFile {
     /// Whatever the file system reports, a full disk above all.
     pub fn finish(self) -> std::io::Result<Digest> {
         let file = self.out.into_inner().map_err(std::io::IntoInnerError::into_error)?;
-        file.sync_all()?;
+        if file.metadata()?.is_file() {
+            file.sync_all()?;
+        }
         Ok(Digest { bytes: self.bytes, blake3: self.hash.finalize().to_hex().to_string() })
     }
 }

@@ -6,6 +6,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use elleci_core::archive::DenseFormat;
 
 use super::dense_format;
+use super::source::extension;
 
 /// Converts models between training checkpoints, Hugging Face folders, PyTorch files and deployment archives.
 #[derive(Debug, Parser)]
@@ -24,6 +25,9 @@ Examples:
   elleci-convert nano.elleci model/                    gives γ·W₃: what was quantised stays quantised
   elleci-convert inspect nano.elleci
   elleci-convert compare runs/nano nano.elleci --text held-out.txt
+
+DST is written under a hidden name beside it, .DST.PROCESS-NUMBER.tmp, and renamed when it is whole. A process that is killed, also by
+a second Ctrl-C, leaves that name; it may be removed.
 
 Exit codes: 0 done, 1 failed or not sound, 2 wrong usage, 130 stopped by Ctrl-C."
 )]
@@ -94,7 +98,7 @@ pub struct ConvertArgs {
     /// Replaces DST
     #[arg(long)]
     pub force: bool,
-    /// Reports bits per byte of this text for every choice of --dense
+    /// Reports bits per byte of this text for every choice of --dense, read in windows of max_seq_len tokens (4,096 at most)
     #[arg(long, value_name = "FILE")]
     pub text: Option<PathBuf>,
     /// Tokens of the text at most; 0 = all
@@ -111,12 +115,18 @@ pub struct ConvertArgs {
 impl ConvertArgs {
     /// Whether the destination is an archive.
     pub fn packs(&self) -> bool {
-        self.dst.as_ref().is_some_and(|d| d.extension().is_some_and(|e| e == "elleci"))
+        self.dst.as_ref().is_some_and(|dst| extension(dst) == "elleci")
     }
 }
 
 /// Looking.
 #[derive(Clone, Debug, Default, Args)]
+#[command(after_help = "Examples:
+  elleci-convert inspect nano.elleci
+  elleci-convert inspect runs/nano --weights swa
+  elleci-convert inspect weights.pth --config nano --json
+
+Exit codes: 0 sound, 1 not sound, 2 wrong usage, 130 stopped by Ctrl-C.")]
 pub struct InspectArgs {
     /// What to look at
     pub file: PathBuf,
@@ -133,15 +143,20 @@ pub struct InspectArgs {
 
 /// Comparing.
 #[derive(Clone, Debug, Args)]
+#[command(after_help = "Examples:
+  elleci-convert compare runs/nano nano.elleci --text held-out.txt
+  elleci-convert compare nano.elleci mini.elleci --text held-out.txt --text-tokens 0 --json
+
+Exit codes: 0 done, 1 failed or not sound, 2 wrong usage, 130 stopped by Ctrl-C.")]
 pub struct CompareArgs {
     /// A model of any form
     pub a: PathBuf,
     /// Another
     pub b: PathBuf,
-    /// UTF-8 text
+    /// UTF-8 text, the same bytes for both; read in windows of max_seq_len tokens (4,096 at most)
     #[arg(long, value_name = "FILE")]
     pub text: PathBuf,
-    /// Tokens of the text at most; 0 = all
+    /// Tokens of the text at most, in the tokenizer that makes more of them; 0 = all
     #[arg(long, value_name = "N", default_value_t = 16_384)]
     pub text_tokens: usize,
     /// Sizes of a model that does not say them

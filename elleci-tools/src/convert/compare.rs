@@ -4,8 +4,9 @@ use serde_json::{Value, json};
 
 use super::cli::CompareArgs;
 use super::job::Job;
-use super::score;
+use super::score::{self, Text};
 use super::source::{Options, Source};
+use super::tokenizer;
 use crate::train::device::Device;
 
 /// Runs the verb.
@@ -15,10 +16,17 @@ use crate::train::device::Device;
 pub fn run(args: &CompareArgs) -> anyhow::Result<()> {
     let device = Device::choose("cpu", args.threads)?;
     let job = Job::start()?;
+    let open = |path| Source::open(path, &Options::from(args), &job);
+    let sources = [open(&args.a)?, open(&args.b)?];
+    let mut tokenizers = Vec::new();
+    for source in &sources {
+        source.must_be_sound()?;
+        tokenizers.push(tokenizer(source)?);
+    }
+    let texts = Text::read_for_all(&args.text, &tokenizers, args.text_tokens)?;
     let mut scores = Vec::new();
-    for path in [&args.a, &args.b] {
-        let source = Source::open(path, &Options::from(args), &job)?;
-        scores.push(device.install(|| score::one(&source, &args.text, args.text_tokens, &job))?);
+    for (source, text) in sources.iter().zip(&texts) {
+        scores.push(device.install(|| score::one(source, text, &job))?);
     }
     job.finish();
     let bpb = |s: &Value| s["bits_per_byte"].as_f64().unwrap_or(f64::NAN);

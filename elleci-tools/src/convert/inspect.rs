@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 
 use super::cli::InspectArgs;
 use super::job::Job;
-use super::source::{Options, Source, TensorInfo, plain};
+use super::source::{Options, Source, TensorInfo, plain, printable};
 use crate::report::format::thousands;
 
 /// Runs the verb. Every value of every tensor is read.
@@ -47,7 +47,7 @@ pub fn run(args: &InspectArgs) -> anyhow::Result<()> {
         false => print(&report),
     }
     if !source.problems.is_empty() {
-        bail!("{}: not sound: {}", args.file.display(), source.problems.join("; "));
+        bail!("{}: not sound: {}", args.file.display(), printable(&source.problems.join("; ")));
     }
     Ok(())
 }
@@ -138,6 +138,7 @@ fn report(source: &Source, rows: &[Map<String, Value>]) -> Value {
 
 fn print(report: &Value) {
     let text = |v: &Value, key: &str| plain(&v[key]);
+    let shown = |v: &Value, key: &str| printable(&text(v, key));
     let figure = |v: &Value| v.as_f64().map_or_else(String::new, |v| format!("{v:.4}"));
     crate::exit::outln!("{}: {}", text(report, "path"), text(report, "form"));
     for (name, value) in report["facts"].as_object().into_iter().flatten() {
@@ -152,7 +153,7 @@ fn print(report: &Value) {
         None => crate::exit::outln!("  tokenizer: none"),
     }
     let rows = report["tensors"].as_array().map(Vec::as_slice).unwrap_or_default();
-    let width = rows.iter().map(|r| text(r, "name").chars().count()).max().unwrap_or(0);
+    let width = rows.iter().map(|r| shown(r, "name").chars().count()).max().unwrap_or(0);
     crate::exit::outln!(
         "\n{:width$}  {:14} {:5} {:>12} {:>9} {:>9} {:>8} {:>8}  zero",
         "tensor",
@@ -167,10 +168,10 @@ fn print(report: &Value) {
     for row in rows {
         let zero = row.get("zero").and_then(Value::as_f64).map_or_else(String::new, |z| format!("{:.1} %", z * 100.0));
         let mark = if row.get("extra").is_some() { "  not of this model" } else { "" };
-        let stored = row.get("stored_as").map_or_else(String::new, |s| format!("  as {}", plain(s)));
+        let stored = row.get("stored_as").map_or_else(String::new, |s| format!("  as {}", printable(&plain(s))));
         crate::exit::outln!(
             "{:width$}  {:14} {:5} {:>12} {:>9} {:>9} {:>8} {:>8}  {zero}{mark}{stored}",
-            text(row, "name"),
+            shown(row, "name"),
             row["shape"].to_string(),
             text(row, "format"),
             thousands(row["bytes"].as_u64().unwrap_or(0)),

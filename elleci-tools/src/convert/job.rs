@@ -22,8 +22,28 @@ impl Job {
     /// # Errors
     /// When the signal handler cannot be installed.
     pub fn start() -> anyhow::Result<Job> {
-        ctrlc::set_handler(|| STOP.store(true, Ordering::Relaxed)).context("installing the signal handler")?;
+        let handler = || {
+            // The first asks for the end. What is between two looks at it may take long: one more does not wait.
+            if STOP.swap(true, Ordering::Relaxed) {
+                std::process::exit(130);
+            }
+        };
+        ctrlc::set_handler(handler).context("installing the signal handler")?;
         Ok(Job::quiet())
+    }
+
+    /// Makes a write past the limit on file sizes an error, as a full disk is, where it would end the process without a word and
+    /// leave what is half-written. For threads that are started from now on too.
+    ///
+    /// # Errors
+    /// When the system refuses.
+    pub fn outlive_size_limit() -> anyhow::Result<()> {
+        #[cfg(unix)]
+        {
+            use nix::sys::signal::{SigSet, Signal};
+            SigSet::from(Signal::SIGXFSZ).thread_block().context("holding back SIGXFSZ")?;
+        }
+        Ok(())
     }
 
     /// Without signals.

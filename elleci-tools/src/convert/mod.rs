@@ -12,6 +12,7 @@ mod packing;
 mod score;
 pub mod source;
 mod target;
+mod temporary;
 
 use std::path::Path;
 use std::time::Instant;
@@ -34,6 +35,7 @@ use crate::train::device::Device;
 /// # Errors
 /// Whatever stops it, with its exit code as [`crate::exit::finish`] has it.
 pub fn run(cli: &Cli) -> anyhow::Result<()> {
+    Job::outlive_size_limit()?;
     match &cli.command {
         Some(Command::Inspect(args)) => inspect::run(args),
         Some(Command::Compare(args)) => compare::run(args),
@@ -51,7 +53,6 @@ fn convert(args: &ConvertArgs) -> anyhow::Result<()> {
     let job = Job::start()?;
     let source = Source::open(from, &Options::from(args), &job)?;
     source.must_be_sound()?;
-    let note = if args.packs() { None } else { source.lossy_note() };
     let model = source.model()?;
     eprintln!("{}: {}", from.display(), source.title());
     let scores = match &args.text {
@@ -61,11 +62,12 @@ fn convert(args: &ConvertArgs) -> anyhow::Result<()> {
     // Last: what is stopped before leaves nothing.
     let written = device.install(|| target.write(&source, &model, &job))?;
     job.finish();
+    let notes = [if args.packs() { None } else { source.lossy_note() }, written.clamped_note()];
     let report = json!({
         "source": from, "source_form": source.form.name(), "destination": to, "destination_form": target.form(),
         "parameters": model.layout.len(), "tensors": model.layout.params().len(), "bytes": written.bytes,
         "packing": written.packing, "dense": written.dense, "tokenizer": source.tokenizer.is_some(),
-        "weights": if source.averaged { "swa" } else { "last" }, "notes": note.iter().chain(&source.notes).collect::<Vec<_>>(),
+        "weights": if source.averaged { "swa" } else { "last" }, "notes": notes.iter().flatten().chain(&source.notes).collect::<Vec<_>>(),
         "bits_per_byte": scores, "seconds": began.elapsed().as_secs_f64(),
     });
     match args.json {

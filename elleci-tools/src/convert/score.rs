@@ -3,7 +3,6 @@
 use std::f64::consts::LN_2;
 use std::path::Path;
 
-use anyhow::Context;
 use elleci_core::archive::{Archive, DenseFormat, PackOptions, to_bytes};
 use elleci_core::model::{Batch, Checkpointing, Model, Workspace};
 use elleci_core::params::{Id, ParamKind, Params};
@@ -18,6 +17,10 @@ use crate::exit::usage;
 /// Sequences that go through the model together.
 const ROWS: usize = 4;
 
+/// Tokens of a window at most: models that were trained with longer sequences are scored on shorter ones, in memory and time that
+/// every machine has.
+const WINDOW: usize = 4096;
+
 /// A text as tokens: the first is `<|endoftext|>`, the others are predicted.
 pub struct Text {
     tokens: Vec<u32>,
@@ -31,17 +34,34 @@ impl Text {
     /// # Errors
     /// [`crate::exit::Usage`] for a file that is missing, no text, or empty.
     pub fn read(path: &Path, tokenizer: &Tokenizer, most: usize) -> anyhow::Result<Text> {
-        let text = std::fs::read_to_string(path).map_err(|e| usage(format!("--text {}: {e}", path.display())))?;
+        Ok(Text::new(&read_text(path)?, tokenizer, most))
+    }
+
+    /// The same bytes for several tokenizers: as many as `most` tokens of the one that has fewer bytes a token stand for.
+    ///
+    /// # Errors
+    /// As [`Text::read`].
+    pub fn read_for_all(path: &Path, tokenizers: &[Tokenizer], most: usize) -> anyhow::Result<Vec<Text>> {
+        let text = read_text(path)?;
+        let whole: Vec<Text> = tokenizers.iter().map(|tokenizer| Text::new(&text, tokenizer, most)).collect();
+        let bytes = whole.iter().map(|t| t.bytes).min().unwrap_or(0);
+        // A token may end inside of a character: at its end, so that something is left.
+        let cut = (bytes as usize..text.len()).find(|at| text.is_char_boundary(*at)).unwrap_or(text.len());
+        let same = |(t, tokenizer): (Text, &Tokenizer)| match t.bytes == cut as u64 {
+            true => t,
+            false => Text::new(&text[..cut], tokenizer, 0),
+        };
+        Ok(whole.into_iter().zip(tokenizers).map(same).collect())
+    }
+
+    fn new(text: &str, tokenizer: &Tokenizer, most: usize) -> Text {
         let mut tokens = vec![END_OF_TEXT_ID];
-        tokens.extend(tokenizer.encode(&text));
+        tokens.extend(tokenizer.encode(text));
         if most > 0 {
             tokens.truncate(most + 1);
         }
-        if tokens.len() < 2 {
-            return Err(usage(format!("--text {}: it is empty", path.display())));
-        }
         let bytes = tokenizer.decode_bytes(&tokens[1..]).len() as u64;
-        Ok(Text { tokens, bytes })
+        Text { tokens, bytes }
     }
 
     fn predicted(&self) -> usize {
@@ -49,10 +69,19 @@ impl Text {
     }
 }
 
-/// Bits per byte of a text, read in windows of the length that the model was trained with.
+/// The file of `--text`.
+fn read_text(path: &Path) -> anyhow::Result<String> {
+    let text = std::fs::read_to_string(path).map_err(|e| usage(format!("--text {}: {e}", path.display())))?;
+    match text.is_empty() {
+        true => Err(usage(format!("--text {}: it is empty", path.display()))),
+        false => Ok(text),
+    }
+}
+
+/// Bits per byte of a text, read in windows of the length that the model was trained with, [`WINDOW`] at most.
 pub fn bits_per_byte(model: &Model, text: &Text, job: &Job) -> anyhow::Result<f64> {
     let config = model.config();
-    let seq = config.max_seq_len.min(text.predicted());
+    let seq = config.max_seq_len.min(WINDOW).min(text.predicted());
     let mut workspace = Workspace::new(config, ROWS, seq, Checkpointing::EveryLayer);
     let (size, mut nats) = (ROWS * seq, 0.0);
     let (mut tokens, mut targets, mut weights) = (vec![0; size], vec![0; size], vec![0.0; size]);
@@ -80,11 +109,6 @@ pub fn load(source: &Source, model: &SourceModel) -> anyhow::Result<Model> {
     Ok(Model::new(model.config.clone(), params)?)
 }
 
-/// Opens the text of a command line for a source.
-pub fn text(source: &Source, path: &Path, most: usize) -> anyhow::Result<Text> {
-    Text::read(path, &tokenizer(source)?, most)
-}
-
 /// Bits per byte of every choice of `--dense`, `f32` first: what was trained.
 pub fn dense_choices(
     source: &Source,
@@ -93,7 +117,7 @@ pub fn dense_choices(
     most: usize,
     job: &Job,
 ) -> anyhow::Result<Value> {
-    let text = text(source, path, most)?;
+    let text = Text::read(path, &tokenizer(source)?, most)?;
     let mut model = load(source, shape)?;
     job.begin("scoring", text.predicted() as u64 * DenseFormat::ALL.len() as u64);
     let dense = |kind| matches!(kind, ParamKind::Embedding | ParamKind::Matrix);
@@ -143,13 +167,12 @@ pub fn print(report: &Value) {
     }
 }
 
-/// `--text` scored by one source.
-pub fn one(source: &Source, path: &Path, most: usize, job: &Job) -> anyhow::Result<Value> {
+/// A text scored by one source.
+pub fn one(source: &Source, text: &Text, job: &Job) -> anyhow::Result<Value> {
     let shape = source.model()?;
-    let text = text(source, path, most).with_context(|| source.path.display().to_string())?;
     let model = load(source, &shape)?;
     job.begin("scoring", text.predicted() as u64);
-    let score = bits_per_byte(&model, &text, job)?;
+    let score = bits_per_byte(&model, text, job)?;
     Ok(json!({ "model": source.path, "form": source.form.name(), "bits_per_byte": score, "tokens": text.predicted(),
         "bytes": text.bytes }))
 }

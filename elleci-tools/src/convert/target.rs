@@ -1,7 +1,7 @@
 //! Where models go: under a temporary name first, and to their own only when they are whole and on the disk.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
+use std::fs;
 use std::io::{BufWriter, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
@@ -14,10 +14,11 @@ use safetensors::Dtype;
 use super::cli::{ConvertArgs, PackChoice};
 use super::job::Job;
 use super::packing::Chooser;
-use super::source::{Source, SourceModel};
+use super::source::{Source, SourceModel, read_if_there};
+use super::temporary::{Temporary, recover};
 use super::{is_packed, read_finite};
-use crate::checkpoint::tensors::{Bytes, Tensor, f32_bytes};
-use crate::data::files::{parent_of, sync_dir};
+use crate::checkpoint::tensors::{Bytes, Tensor, TensorFile, f32_bytes};
+use crate::data::files::{sync_dir, write_atomically};
 use crate::exit::usage;
 use crate::{hf, mapped};
 
@@ -44,6 +45,18 @@ pub struct Written {
     pub packing: BTreeMap<&'static str, usize>,
     /// The format of embedding and head in an archive.
     pub dense: Option<&'static str>,
+    /// Values that are too large for their format in an archive, and were stored as its largest number.
+    pub clamped: usize,
+}
+
+impl Written {
+    /// What the user should know of values that did not fit.
+    pub fn clamped_note(&self) -> Option<String> {
+        let (count, dense) = (self.clamped, self.dense.filter(|_| self.clamped > 0)?);
+        Some(format!(
+            "{count} values are too large for --dense {dense} and became its largest number; --dense f32 keeps them"
+        ))
+    }
 }
 
 impl Target {
@@ -56,15 +69,29 @@ impl Target {
         if path.file_name().is_none() {
             return Err(usage(format!("{at}: not a name that can be written to")));
         }
-        let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default();
-        if ["pth", "pt", "bin", "safetensors", "gguf", "onnx"].contains(&extension) {
+        let extension = super::source::extension(path);
+        if ["pth", "pt", "bin", "safetensors", "gguf", "onnx"].contains(&&*extension) {
             return Err(usage(format!(
                 "{at}: .{extension} files are not written; name a folder, or a file in .elleci"
             )));
         }
-        let same = |src: &PathBuf| Some(src.canonicalize().ok()? == path.canonicalize().ok()?);
-        if args.src.as_ref().and_then(same) == Some(true) {
-            return Err(usage(format!("{at}: source and destination are the same")));
+        if let (Some(Ok(src)), Ok(dst)) = (args.src.as_ref().map(|src| src.canonicalize()), path.canonicalize()) {
+            if src == dst {
+                return Err(usage(format!("{at}: source and destination are the same")));
+            }
+            if src.starts_with(&dst) {
+                return Err(usage(format!(
+                    "{at}: the source lies in it, and would be replaced with it; name another destination"
+                )));
+            }
+        }
+        if !args.packs()
+            && let Some(old) = recover(path)?
+        {
+            eprintln!(
+                "note: a conversion that was killed had moved {at} aside; it is back from {}",
+                old.file_name().unwrap_or_default().display()
+            );
         }
         if path.symlink_metadata().is_ok() {
             if !args.force {
@@ -130,59 +157,9 @@ fn check_replaceable(path: &Path, packs: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A temporary name beside the final one; what is there when it is dropped goes away.
-struct Temporary {
-    path: PathBuf,
-    target: PathBuf,
-}
-
-impl Temporary {
-    fn beside(target: &Path) -> anyhow::Result<Temporary> {
-        let parent = parent_of(target);
-        fs::create_dir_all(&parent).with_context(|| format!("creating {}", parent.display()))?;
-        let name = target.file_name().context("a path without a name")?.to_string_lossy().into_owned();
-        let temporary = Temporary { path: parent.join(format!(".{name}.tmp")), target: target.to_path_buf() };
-        // What a killed process left.
-        temporary.remove();
-        Ok(temporary)
-    }
-
-    fn remove(&self) {
-        let _ = match self.path.is_dir() {
-            true => fs::remove_dir_all(&self.path),
-            false => fs::remove_file(&self.path),
-        };
-    }
-
-    /// Gives it the final name. A folder cannot replace another in one step: the old one is moved aside, and back if the new
-    /// one cannot take its place.
-    fn publish(self) -> anyhow::Result<()> {
-        let parent = parent_of(&self.target);
-        let at = || format!("renaming {}", self.path.display());
-        if self.target.is_dir() {
-            let old = self.path.with_extension("old");
-            fs::rename(&self.target, &old).with_context(at)?;
-            if let Err(e) = fs::rename(&self.path, &self.target) {
-                fs::rename(&old, &self.target)
-                    .with_context(|| format!("{} is now {}", self.target.display(), old.display()))?;
-                return Err(e).with_context(at);
-            }
-            sync_dir(&parent)?;
-            return fs::remove_dir_all(&old).with_context(|| format!("removing {}", old.display()));
-        }
-        fs::rename(&self.path, &self.target).with_context(at)?;
-        sync_dir(&parent)
-    }
-}
-
-impl Drop for Temporary {
-    fn drop(&mut self) {
-        self.remove();
-    }
-}
-
 fn write_folder(path: &Path, source: &Source, model: &SourceModel, job: &Job) -> anyhow::Result<Written> {
-    let temporary = Temporary::beside(path)?;
+    let kept = kept_tokenizer(path, source)?;
+    let temporary = Temporary::folder(path)?;
     let tensor = |(i, &index): (usize, &usize)| {
         let param = &model.layout.params()[i];
         let make = move || {
@@ -199,18 +176,23 @@ fn write_folder(path: &Path, source: &Source, model: &SourceModel, job: &Job) ->
         }
     };
     let weights = model.index.iter().enumerate().map(tensor).collect();
-    hf::write(&temporary.path, &model.config, weights, None)?;
+    let dir = temporary.path();
+    hf::write(dir, &model.config, weights, None)?;
     if let Some(json) = &source.tokenizer {
-        crate::data::files::write_atomically(&temporary.path.join(hf::TOKENIZER), json)?;
+        write_atomically(&dir.join(hf::TOKENIZER), json)?;
+    }
+    if let Some(config) = kept {
+        write_atomically(&dir.join(hf::TOKENIZER_CONFIG), &config)?;
     }
     job.check()?;
-    sync_dir(&temporary.path)?;
+    sync_dir(dir)?;
+    check_folder(dir, source, model)?;
     let mut bytes = 0;
-    for entry in fs::read_dir(&temporary.path)? {
+    for entry in fs::read_dir(dir)? {
         bytes += entry?.metadata()?.len();
     }
-    temporary.publish()?;
-    Ok(Written { bytes, packing: BTreeMap::new(), dense: None })
+    temporary.publish(|there| check_replaceable(there, false))?;
+    Ok(Written { bytes, packing: BTreeMap::new(), dense: None, clamped: 0 })
 }
 
 fn write_archive(
@@ -221,7 +203,7 @@ fn write_archive(
     model: &SourceModel,
     job: &Job,
 ) -> anyhow::Result<Written> {
-    let temporary = Temporary::beside(path)?;
+    let (temporary, file) = Temporary::file(path)?;
     let at = || format!("writing {}", path.display());
     let fixed = match pack {
         PackChoice::Auto => None,
@@ -232,7 +214,6 @@ fn write_archive(
     let mut chooser = Chooser::new(fixed, &model.layout);
     let options = PackOptions { dense, ..PackOptions::default() };
     let mut writer = ArchiveWriter::new(&model.config, source.tokenizer.as_deref(), options)?;
-    let file = File::create_new(&temporary.path).with_context(at)?;
     let mut out = BufWriter::with_capacity(1 << 20, file);
     out.seek(SeekFrom::Start(writer.header_bytes() as u64)).with_context(at)?;
     let mut values = Vec::new();
@@ -252,16 +233,44 @@ fn write_archive(
         job.advance(param.len() as u64 * 4)?;
     }
     drop(values);
+    let clamped = writer.clamped();
     let header = writer.finish();
     let written = out.seek(SeekFrom::Start(0)).and_then(|_| out.write_all(&header)).and_then(|()| out.flush());
     written.with_context(at)?;
     let file = out.into_inner().map_err(std::io::IntoInnerError::into_error).with_context(at)?;
     file.sync_all().with_context(at)?;
     job.check()?;
-    let packing = check_archive(&temporary.path, source, model)?;
+    let packing = check_archive(temporary.path(), source, model)?;
     let bytes = file.metadata().with_context(at)?.len();
-    temporary.publish()?;
-    Ok(Written { bytes, packing, dense: Some(dense.name()) })
+    temporary.publish(|there| check_replaceable(there, true))?;
+    Ok(Written { bytes, packing, dense: Some(dense.name()), clamped })
+}
+
+/// What `--force` must not lose: a tokenizer in the folder to be replaced. Returns its config where the tokenizer is the new model's.
+fn kept_tokenizer(path: &Path, source: &Source) -> anyhow::Result<Option<Vec<u8>>> {
+    let old = path.join(hf::TOKENIZER);
+    let (at, there) = (old.display(), read_if_there(&old)?);
+    match (&there, &source.tokenizer) {
+        (Some(_), None) => Err(usage(format!(
+            "{at} would be lost: {} has no tokenizer; keep it by --tokenizer {at}, or move it away",
+            source.path.display()
+        ))),
+        (Some(old), Some(new)) if old == new => read_if_there(&path.join(hf::TOKENIZER_CONFIG)),
+        _ => Ok(None),
+    }
+}
+
+/// Opens a folder that was written as a reader would. Its weights have been compared with what was to be written already.
+fn check_folder(dir: &Path, source: &Source, model: &SourceModel) -> anyhow::Result<()> {
+    let lost = "what was written does not read back";
+    ensure!(hf::read_config(dir).context(lost)? == model.config, "what was written has another configuration");
+    let files = hf::weight_files(dir).context(lost)?;
+    let found = files.iter().flat_map(TensorFile::entries).map(|(n, e)| (n.as_str(), e.shape.as_slice())).collect();
+    let expected = model.layout.params().iter().map(|p| (p.name.as_str(), p.shape.as_slice()));
+    hf::check_tensors(expected, &found).context(lost)?;
+    let tokenizer = read_if_there(&dir.join(hf::TOKENIZER))?;
+    ensure!(tokenizer == source.tokenizer, "what was written has another tokenizer");
+    Ok(())
 }
 
 /// Opens what was written as a reader would; counts packings.

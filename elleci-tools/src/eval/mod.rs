@@ -79,6 +79,13 @@ fn evaluate(args: &RunArgs) -> anyhow::Result<()> {
     let start = Instant::now();
     let date = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64();
     let tasks = chosen(args)?;
+    // A place that cannot be written is found before hours of answers.
+    if let Some(path) = args.json.as_deref().filter(|path| *path != Path::new("-")) {
+        crate::data::files::check_target(path).context("--json")?;
+    }
+    if let Some(dir) = &args.log {
+        std::fs::create_dir_all(dir).with_context(|| format!("--log: creating {}", dir.display()))?;
+    }
     let device = Device::choose(&args.device.device, args.device.threads)?;
     eprintln!("{}", device.announcement);
     device.install(|| {

@@ -94,6 +94,7 @@ pub fn open(path: &Path, map: Mmap) -> anyhow::Result<Source> {
         facts,
         config: Some(config),
         tokenizer,
+        tokenizer_sha256: None,
         tensors: Box::new(ArchiveTensors { archive, list }),
         averaged: false,
         notes: Vec::new(),

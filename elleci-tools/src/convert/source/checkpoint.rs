@@ -7,14 +7,15 @@ use sha2::{Digest, Sha256};
 
 use super::super::cli::Weights;
 use super::tensor_files::TensorFiles;
-use super::{Form, Source};
+use super::{Form, Source, read_if_there};
 use crate::checkpoint::{CHECKPOINTS, Checkpoint, State, Store};
 use crate::exit::usage;
 use crate::train::backend::Group;
 
 /// The newest sound checkpoint of a run.
 pub fn open_newest(run: &Path, weights: Weights) -> anyhow::Result<Source> {
-    let found = Store::latest(&run.join(CHECKPOINTS), |message| eprintln!("warning: {message}"))?;
+    let remedy = "copy the run again, or name a folder with weights, as its final/";
+    let found = Store::latest_or(&run.join(CHECKPOINTS), remedy, |message| eprintln!("warning: {message}"))?;
     let checkpoint = found.with_context(|| format!("{} holds no checkpoint yet", run.display()))?;
     from_checkpoint(checkpoint, weights)
 }
@@ -38,11 +39,14 @@ fn from_checkpoint(checkpoint: Checkpoint, weights: Weights) -> anyhow::Result<S
         )));
     }
     let tensors = TensorFiles::new(vec![checkpoint.tensors(group.file())?])?;
-    let tokenizer = tokenizer(dir, state);
+    let mut unreadable = String::new();
+    let tokenizer = tokenizer(dir, state, &mut unreadable);
     let mut notes = Vec::new();
     if tokenizer.is_none() {
         let hash = &state.tokenizer.hash;
-        notes.push(format!("the tokenizer of this run (SHA-256 {hash:.12}…) was not found; give --tokenizer"));
+        notes.push(format!(
+            "the tokenizer of this run (SHA-256 {hash:.12}…) was not found{unreadable}; give --tokenizer"
+        ));
     }
     Ok(Source {
         path: dir.clone(),
@@ -54,6 +58,7 @@ fn from_checkpoint(checkpoint: Checkpoint, weights: Weights) -> anyhow::Result<S
         ],
         config: Some(state.config.model.clone()),
         tokenizer,
+        tokenizer_sha256: Some(state.tokenizer.hash.clone()),
         tensors: Box::new(tensors),
         averaged: weights == Weights::Swa,
         notes,
@@ -61,8 +66,9 @@ fn from_checkpoint(checkpoint: Checkpoint, weights: Weights) -> anyhow::Result<S
     })
 }
 
-/// The tokenizer that has the hash of the run's, from wherever the run may have left it.
-fn tokenizer(dir: &Path, state: &State) -> Option<Vec<u8>> {
+/// The tokenizer that has the hash of the run's, from wherever the run may have left it. Files that are there and cannot be read are
+/// added to `unreadable`.
+fn tokenizer(dir: &Path, state: &State, unreadable: &mut String) -> Option<Vec<u8>> {
     let run = dir.canonicalize().ok()?.parent()?.parent()?.to_path_buf();
     let data = &state.config.data;
     let places: [PathBuf; 5] = [
@@ -77,7 +83,16 @@ fn tokenizer(dir: &Path, state: &State) -> Option<Vec<u8>> {
         near.map(|d| d.unwrap_or(Path::new("")).join("tokenizer.json"))
     });
     let candidates = places.into_iter().chain(sources);
-    candidates.filter_map(|path| std::fs::read(path).ok()).find(|json| has_hash(json, &state.tokenizer.hash))
+    let mut read = |path: PathBuf| {
+        read_if_there(&path).unwrap_or_else(|e| {
+            unreadable.push_str(&format!(", {e:#}"));
+            None
+        })
+    };
+    candidates
+        .filter(|path| path.file_name().is_some())
+        .filter_map(&mut read)
+        .find(|json| has_hash(json, &state.tokenizer.hash))
 }
 
 /// Whether a file has a SHA-256.

@@ -7,6 +7,7 @@ mod tensor_files;
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -141,6 +142,8 @@ pub struct Source {
     pub config: Option<ModelConfig>,
     /// `tokenizer.json`.
     pub tokenizer: Option<Vec<u8>>,
+    /// SHA-256 of the `tokenizer.json` that the model was trained with, where the source says it.
+    pub tokenizer_sha256: Option<String>,
     /// The tensors.
     pub tensors: Box<dyn Tensors>,
     /// Whether the weights are a running mean.
@@ -173,7 +176,7 @@ impl Source {
         } else if path.is_file() {
             open_file(path, options, job)?
         } else {
-            return Err(usage(format!("{}: there is no such file or directory", path.display())));
+            return Err(usage(format!("{}: {}", path.display(), unusable(path))));
         };
         if options.weights == Weights::Swa && !source.averaged {
             let form = source.form.name();
@@ -188,6 +191,13 @@ impl Source {
         }
         if let Some(tokenizer) = &options.tokenizer {
             let json = fs::read(tokenizer).map_err(|e| usage(format!("--tokenizer {}: {e}", tokenizer.display())))?;
+            if let Some(hash) = source.tokenizer_sha256.as_ref().filter(|hash| !checkpoint::has_hash(&json, hash)) {
+                return Err(usage(format!(
+                    "--tokenizer {}: {} was trained with another tokenizer (SHA-256 {hash}); give that one",
+                    tokenizer.display(),
+                    path.display()
+                )));
+            }
             source.tokenizer = Some(json);
         }
         source.check();
@@ -204,8 +214,18 @@ impl Source {
             if let Err(e) = hf::check_tensors(expected, &found) {
                 self.problems.push(format!("{e:#}"));
             }
-            if let Some(Err(e)) = self.tokenizer.as_ref().map(|json| check_tokenizer(json, config)) {
-                self.problems.push(format!("{e:#}"));
+            match self.tokenizer.as_ref().map(|json| tokens_that_fit(json, config)) {
+                Some(Err(e)) => self.problems.push(format!("{e:#}")),
+                Some(Ok(tokens))
+                    if self.tokenizer_sha256.is_none() && tokens.next_multiple_of(PADDING) < config.vocab_size =>
+                {
+                    self.notes.push(format!(
+                        "the tokenizer has {tokens} tokens and the model {}: if it is another model's, give --tokenizer the \
+                         right one",
+                        config.vocab_size
+                    ));
+                }
+                _ => {}
             }
         } else if self.problems.is_empty() {
             self.problems.push(format!(
@@ -227,15 +247,15 @@ impl Source {
     /// # Errors
     /// All problems.
     pub fn must_be_sound(&self) -> anyhow::Result<()> {
-        ensure!(self.problems.is_empty(), "{}: {}", self.path.display(), self.problems.join("; "));
+        ensure!(self.problems.is_empty(), "{}: {}", self.path.display(), printable(&self.problems.join("; ")));
         Ok(())
     }
 
     /// What is lost when the values are written as floats.
     pub fn lossy_note(&self) -> Option<String> {
         (self.form == Form::Archive).then(|| {
-            "ternary projections are γ·W₃, the values that the archive computes with; the trained float weights are not in \
-             it. Quantised again, their scale comes out as γ times the share of weights that are not 0: train or pack from \
+            "ternary projections are γ·W₃, the values that the archive computes with, and embedding, head and mamba.bcdt are as \
+             its --dense has rounded them; the trained float weights are not in it. Quantised again, the projections' scale comes out as γ times the share of weights that are not 0: train or pack from \
              a checkpoint instead"
                 .to_string()
         })
@@ -257,18 +277,34 @@ impl Source {
     }
 }
 
+/// Text from a file for a terminal, which would obey its control characters.
+pub fn printable(text: &str) -> String {
+    let escape = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.to_string() };
+    text.chars().map(escape).collect()
+}
+
 /// A fact without the quotes of JSON.
 pub fn plain(value: &Value) -> String {
     value.as_str().map_or_else(|| value.to_string(), str::to_string)
 }
 
+/// Why a path is neither a directory nor a file.
+fn unusable(path: &Path) -> String {
+    match path.metadata() {
+        Ok(_) => "a device or a pipe; models are read from files and directories".into(),
+        Err(e) if e.kind() == ErrorKind::NotFound => "there is no such file or directory".into(),
+        Err(e) => e.to_string(),
+    }
+}
+
 fn open_dir(path: &Path, options: &Options) -> anyhow::Result<Source> {
+    fs::read_dir(path).with_context(|| format!("listing {}", path.display()))?;
     if path.join(STATE_FILE).is_file() {
         checkpoint::open(path, options.weights)
     } else if path.join(CHECKPOINTS).is_dir() {
         checkpoint::open_newest(path, options.weights)
     } else if hf::is_folder(path) {
-        tensor_files::open_folder(path)
+        tensor_files::open_folder(path, options)
     } else {
         Err(usage(format!(
             "{}: neither a training checkpoint ({STATE_FILE}), nor a run ({CHECKPOINTS}/), nor a Hugging Face folder \
@@ -279,13 +315,29 @@ fn open_dir(path: &Path, options: &Options) -> anyhow::Result<Source> {
 }
 
 fn open_file(path: &Path, options: &Options, job: &Job) -> anyhow::Result<Source> {
-    let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default();
     let map = mapped::map(path)?;
-    match extension {
+    match &*extension(path) {
         "elleci" => archive::open(path, map),
-        "safetensors" => tensor_files::open_file(path),
+        "safetensors" => tensor_files::open_file(path, options),
         _ if archive::is_archive(&map) => archive::open(path, map),
         _ => pth::open(path, map, options, job),
+    }
+}
+
+/// What a file name ends in, in lower case: some systems do not tell `.ELLECI` from `.elleci`.
+pub fn extension(path: &Path) -> String {
+    path.extension().and_then(|e| e.to_str()).unwrap_or_default().to_ascii_lowercase()
+}
+
+/// The bytes of a file; `None` only where there is none.
+///
+/// # Errors
+/// A file that is there and cannot be read.
+pub fn read_if_there(path: &Path) -> anyhow::Result<Option<Vec<u8>>> {
+    match fs::read(path) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => Ok(None),
+        Err(e) => Err(e).with_context(|| path.display().to_string()),
     }
 }
 
@@ -305,9 +357,13 @@ fn named_config(given: &str) -> anyhow::Result<ModelConfig> {
     Ok(config)
 }
 
-/// Whether a tokenizer is one, and its tokens fit the embedding.
-fn check_tokenizer(json: &[u8], config: &ModelConfig) -> anyhow::Result<()> {
-    let tokenizer = Tokenizer::from_json(json.to_vec(), None).context("the tokenizer is unusable")?;
+/// Vocabularies are padded to a multiple of this at most.
+const PADDING: usize = 256;
+
+/// The number of a tokenizer's tokens, if it is one and they fit the embedding.
+fn tokens_that_fit(json: &[u8], config: &ModelConfig) -> anyhow::Result<usize> {
+    let tokenizer = Tokenizer::from_json(json.to_vec(), None)
+        .context("the tokenizer is unusable (--tokenizer gives another in its place)")?;
     let tokens = tokenizer.vocab_size();
     if tokens > config.vocab_size {
         bail!(
@@ -316,5 +372,17 @@ fn check_tokenizer(json: &[u8], config: &ModelConfig) -> anyhow::Result<()> {
             config.vocab_size
         );
     }
-    Ok(())
+    Ok(tokens)
+}
+
+/// The tokenizer that lies in a directory, unless the command line gives another. One that is there and cannot be read is a problem, and
+/// not the same as none.
+fn tokenizer_in(dir: &Path, options: &Options, problems: &mut Vec<String>) -> Option<Vec<u8>> {
+    if options.tokenizer.is_some() {
+        return None;
+    }
+    read_if_there(&dir.join(hf::TOKENIZER)).unwrap_or_else(|e| {
+        problems.push(format!("{e:#}; mend it, or give --tokenizer another in its place"));
+        None
+    })
 }

@@ -10,7 +10,7 @@ use memmap2::Mmap;
 
 use super::super::cli::Weights;
 use super::super::job::Job;
-use super::{Form, Options, Source, TensorInfo, Tensors};
+use super::{Form, Options, Source, TensorInfo, Tensors, tokenizer_in};
 use crate::exit::usage;
 use crate::hf;
 use crate::pth::{Checksums, Pth, Root, Tensor, describe_misfit};
@@ -63,7 +63,14 @@ pub fn open(path: &Path, map: Mmap, options: &Options, job: &Job) -> anyhow::Res
         Some(_) => None,
         None if roots.is_empty() => None,
         None if hf::has_config(dir) => hf::read_config(dir).map_err(|e| problems.push(format!("{e:#}"))).ok(),
-        None => fitting_preset(&chosen, all),
+        None => fitting_preset(&chosen, all).map(|(name, config)| {
+            notes.push(format!(
+                "the file does not say the sizes of its model; its shapes are those of the preset {name}. Shapes cannot tell \
+                 max_seq_len, norm_eps and rope_base: taken are {}, {} and {}; --config gives others",
+                config.max_seq_len, config.norm_eps, config.rope_base
+            ));
+            config
+        }),
     };
     let mut tied = config.as_ref().is_some_and(|c| c.tie_embeddings);
     if let Some(named) = &options.config {
@@ -82,12 +89,14 @@ pub fn open(path: &Path, map: Mmap, options: &Options, job: &Job) -> anyhow::Res
                 .map(|(t, _)| format!("`{}` has type {}; weights are floats", t.name, t.format)),
         );
     }
+    let tokenizer = tokenizer_in(dir, options, &mut problems);
     Ok(Source {
         path: path.to_path_buf(),
         form: Form::Pth,
         facts: vec![("format", file.format().into()), ("tensors in the file", all.len().into())],
         config,
-        tokenizer: std::fs::read(dir.join(hf::TOKENIZER)).ok(),
+        tokenizer,
+        tokenizer_sha256: None,
         tensors: Box::new(PthTensors { list, place, file }),
         averaged,
         notes,
@@ -126,10 +135,10 @@ fn info(name: &str, tensor: &Tensor) -> TensorInfo {
 }
 
 /// The preset that has exactly these tensors, if one does.
-fn fitting_preset(chosen: &BTreeMap<String, usize>, all: &[Tensor]) -> Option<ModelConfig> {
+fn fitting_preset(chosen: &BTreeMap<String, usize>, all: &[Tensor]) -> Option<(&'static str, ModelConfig)> {
     let shapes: Vec<(&str, Vec<usize>)> = chosen.iter().map(|(n, &i)| (n.as_str(), all[i].shape())).collect();
     let found: BTreeMap<&str, &[usize]> = shapes.iter().map(|(n, s)| (*n, s.as_slice())).collect();
-    PRESETS.iter().filter_map(|name| ModelConfig::preset(name).ok()).find(|config| {
+    PRESETS.iter().filter_map(|name| Some((*name, ModelConfig::preset(name).ok()?))).find(|(_, config)| {
         let layout = ParamLayout::new(config);
         let expected = layout.params().iter().map(|p| (p.name.as_str(), p.shape.as_slice()));
         hf::check_tensors(expected, &found).is_ok()
@@ -142,5 +151,54 @@ fn drop_tied_head(chosen: &mut BTreeMap<String, usize>, all: &[Tensor], file: &P
         && file.same_memory(&all[head], &all[embedding])
     {
         chosen.remove("lm_head.weight");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    /// A file of a preset's tensors alone, all of them zero.
+    fn preset_file(name: &str) -> Vec<u8> {
+        let int = |n: usize| [&b"J"[..], &(n as i32).to_le_bytes()].concat();
+        let tuple =
+            |items: &[usize]| [&b"("[..], &items.iter().flat_map(|&n| int(n)).collect::<Vec<_>>(), b"t"].concat();
+        let layout = ParamLayout::new(&ModelConfig::preset(name).unwrap());
+        let mut pickle = b"\x80\x02}".to_vec();
+        for p in layout.params() {
+            let strides: Vec<usize> = (1..=p.shape.len()).map(|i| p.shape[i..].iter().product()).collect();
+            pickle.extend([&[b'U', p.name.len() as u8], p.name.as_bytes()].concat());
+            pickle.extend(b"ctorch._utils\n_rebuild_tensor_v2\n((U\x07storagectorch\nFloatStorage\nU\x010U\x03cpu");
+            pickle.extend(
+                [int(layout.len()), b"tQ".to_vec(), int(p.range.start), tuple(&p.shape), tuple(&strides)].concat(),
+            );
+            pickle.extend(b"\x89}tRs");
+        }
+        pickle.push(b'.');
+        let mut zip = zip::ZipWriter::new(std::io::Cursor::new(Vec::new()));
+        for (name, data) in [("a/data.pkl", pickle), ("a/data/0", vec![0; 4 * layout.len()])] {
+            let options = zip::write::SimpleFileOptions::default();
+            zip.start_file(name, options.compression_method(zip::CompressionMethod::Stored)).unwrap();
+            zip.write_all(&data).unwrap();
+        }
+        zip.finish().unwrap().into_inner()
+    }
+
+    #[test]
+    fn a_preset_that_is_told_by_shapes_alone_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("nano.pth");
+        std::fs::write(&path, preset_file("nano")).unwrap();
+        let open = |options: &Options| Source::open(&path, options, &Job::quiet()).unwrap();
+        let source = open(&Options::default());
+        assert_eq!((source.config.unwrap(), source.problems), (ModelConfig::preset("nano").unwrap(), vec![]));
+        let [note] = &source.notes[..] else { panic!("{:?}", source.notes) };
+        assert!(
+            note.contains("preset nano") && note.contains("256, 0.00001 and 10000") && note.contains("--config"),
+            "{note}"
+        );
+        assert!(open(&Options { config: Some("nano".into()), ..Options::default() }).notes.is_empty());
     }
 }

@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{bail, ensure};
 use safetensors::Dtype;
 
-use super::{Form, Source, TensorInfo, Tensors};
+use super::{Form, Options, Source, TensorInfo, Tensors, tokenizer_in};
 use crate::checkpoint::tensors::TensorFile;
 use crate::hf;
 
@@ -65,24 +65,24 @@ impl Tensors for TensorFiles {
 }
 
 /// A Hugging Face folder.
-pub fn open_folder(dir: &Path) -> anyhow::Result<Source> {
+pub fn open_folder(dir: &Path, options: &Options) -> anyhow::Result<Source> {
     let files = hf::weight_files(dir)?;
     let shards = files.len();
-    from_files(dir, dir, Form::Folder, files, vec![("shards", shards.into())])
+    from_files((dir, dir), Form::Folder, files, vec![("shards", shards.into())], options)
 }
 
 /// A safetensors file; configuration and tokenizer may stand beside it.
-pub fn open_file(path: &Path) -> anyhow::Result<Source> {
+pub fn open_file(path: &Path, options: &Options) -> anyhow::Result<Source> {
     let dir = path.parent().unwrap_or(Path::new("."));
-    from_files(path, dir, Form::Safetensors, vec![TensorFile::open(path)?], Vec::new())
+    from_files((path, dir), Form::Safetensors, vec![TensorFile::open(path)?], Vec::new(), options)
 }
 
 fn from_files(
-    path: &Path,
-    dir: &Path,
+    (path, dir): (&Path, &Path),
     form: Form,
     files: Vec<TensorFile>,
     facts: Vec<(&'static str, serde_json::Value)>,
+    options: &Options,
 ) -> anyhow::Result<Source> {
     let tensors = TensorFiles::new(files)?;
     let mut problems = tensors.unreadable();
@@ -91,12 +91,14 @@ fn from_files(
     } else {
         None
     };
+    let tokenizer = tokenizer_in(dir, options, &mut problems);
     Ok(Source {
         path: path.to_path_buf(),
         form,
         facts,
         config,
-        tokenizer: std::fs::read(dir.join(hf::TOKENIZER)).ok(),
+        tokenizer,
+        tokenizer_sha256: None,
         tensors: Box::new(tensors),
         averaged: false,
         notes: Vec::new(),

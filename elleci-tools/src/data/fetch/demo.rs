@@ -178,8 +178,10 @@ pub fn fetch(out: &Path, any_version: bool) -> Result<Report> {
         let _ = fs::remove_dir_all(&unpacked);
         let row = row?;
         for (language, corpus) in [("it", &row.italian), ("en", &row.english)] {
-            let path = out.join(language).join(format!("{}.jsonl", package.name));
+            let dir = out.join(language);
+            let path = dir.join(format!("{}.jsonl", package.name));
             if corpus.documents > 0 {
+                fs::create_dir_all(&dir).with_context(|| format!("{}: cannot create", dir.display()))?;
                 write_atomically(&path, corpus.jsonl.as_bytes())?;
             } else if path.exists() {
                 fs::remove_file(&path).with_context(|| format!("{}: cannot remove", path.display()))?;

@@ -120,13 +120,15 @@ impl Tokenizer {
         Ok(Tokenizer { json, config, encoder, token_text })
     }
 
-    /// Writes `tokenizer.json` to `path` and the config beside it.
+    /// Writes `tokenizer.json` to `path` and the config beside it; creates the directory.
     ///
     /// # Errors
     /// The file system refuses.
     pub fn save(&self, path: &Path) -> Result<()> {
         let mut config = serde_json::to_vec_pretty(&self.config)?;
         config.push(b'\n');
+        let parent = super::files::parent_of(path);
+        fs::create_dir_all(&parent).with_context(|| format!("{}: cannot create", parent.display()))?;
         super::files::write_atomically(path, &self.json)?;
         super::files::write_atomically(&config_path(path), &config)
     }
