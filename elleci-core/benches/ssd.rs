@@ -9,8 +9,7 @@ use std::time::Instant;
 
 use elleci_core::ops::conv::{ConvShape, conv_silu_backward, conv_silu_forward};
 use elleci_core::ops::ssd::{CHUNK, ScanState, SsdScratch, SsdShape, ssd_backward, ssd_forward, ssd_steps};
-use elleci_core::simd::Isa;
-use pulp::{Simd, WithSimd};
+use elleci_core::simd::{Isa, multiply_adds};
 
 /// CPU time of this thread in seconds, from Linux; it leaves out what other programs take of a shared machine.
 fn cpu_seconds() -> Option<f64> {
@@ -36,47 +35,10 @@ fn seconds(batch: usize, mut f: impl FnMut()) -> f64 {
     least
 }
 
-/// Twelve independent chains of fused multiply-adds in registers; gives the FLOP.
-struct Chains(usize);
-
-impl WithSimd for Chains {
-    type Output = usize;
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) -> usize {
-        let mut sums = [simd.splat_f32s(black_box(1.0)); 12];
-        let (a, b) = (simd.splat_f32s(black_box(0.999)), simd.splat_f32s(black_box(0.001)));
-        for _ in 0..self.0 {
-            // A closure would be compiled without the instruction set's features.
-            for i in 0..12 {
-                sums[i] = simd.mul_add_e_f32s(sums[i], a, b);
-            }
-        }
-        black_box(sums);
-        2 * 12 * self.0 * S::F32_LANES
-    }
-}
-
-/// Runs [`Chains`] with the vectors that the core uses on this machine.
-fn chains(n: usize) -> usize {
-    #[cfg(target_arch = "x86_64")]
-    {
-        use pulp::x86::{V3, V4};
-        if let Some(simd) = V4::try_new().filter(|_| Isa::detect() >= Isa::Avx512) {
-            return Simd::vectorize(simd, Chains(n));
-        }
-        if let Some(simd) = V3::try_new().filter(|_| Isa::detect() >= Isa::Avx2) {
-            return Simd::vectorize(simd, Chains(n));
-        }
-        Simd::vectorize(pulp::Scalar::new(), Chains(n))
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    pulp::Arch::new().dispatch(Chains(n))
-}
-
 /// FLOP/s of multiply-adds in registers, on every thread at once.
 fn peak(threads: usize) -> f64 {
     const STEPS: usize = 200_000;
-    let work = || chains(STEPS);
+    let work = || multiply_adds(STEPS);
     let flop = work() * threads;
     let seconds = seconds(30, || {
         rayon::scope(|scope| {

@@ -3,6 +3,8 @@
 //! Detection happens at run time, never at compile time. The environment variable `ELLECI_ISA`
 //! (`portable`, `avx2`, `avx512`, `avx512vnni`, `avx512vbmi`; on ARM `neon`, `neondot`) lowers the ceiling, for tests and for telling an ISA's fault from others.
 
+use core::hint::black_box;
+
 /// Instruction-set levels. Those of one architecture include one another, in this order; those of another are none of a machine's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Isa {
@@ -113,6 +115,33 @@ pub fn vectorize<R>(f: impl FnOnce() -> R) -> R {
         }
     }
     f()
+}
+
+/// Twelve independent chains of multiply-adds in registers, `rounds` long, with the vectors of the detected instruction set; the
+/// number of operations, two a multiply-add. What the machine does of these a second is its float32 peak. They are fused where there
+/// is an instruction for that.
+pub fn multiply_adds(rounds: usize) -> usize {
+    crate::ops::lanes::dispatch(Chains(rounds))
+}
+
+struct Chains(usize);
+
+impl pulp::WithSimd for Chains {
+    type Output = usize;
+    #[inline(always)]
+    fn with_simd<S: pulp::Simd>(self, simd: S) -> usize {
+        // As many as hide the latency of two units. Fixed point 1: the values neither grow, nor vanish, nor become subnormal.
+        let mut sums = [simd.splat_f32s(black_box(0.75)); 12];
+        let (a, b) = (simd.splat_f32s(black_box(0.5)), simd.splat_f32s(black_box(0.5)));
+        for _ in 0..self.0 {
+            // A closure would be compiled without the instruction set's features.
+            for i in 0..12 {
+                sums[i] = simd.mul_add_e_f32s(sums[i], a, b);
+            }
+        }
+        black_box(sums);
+        2 * 12 * self.0 * S::F32_LANES
+    }
 }
 
 /// Asks for memory that will be read soon. The machine's own prefetcher follows one run of addresses to the end of its page of

@@ -76,7 +76,7 @@ pub fn prepare_in(out: &Path, vocab_size: usize) -> anyhow::Result<PathBuf> {
         // The first error is the one to report; the next start removes what may be left.
         let _ = fs::remove_dir_all(&temporary);
     }
-    result.context("preparing the bundled texts")?;
+    result.with_context(|| format!("preparing the bundled texts for model.vocab_size = {vocab_size}"))?;
     Ok(target)
 }
 

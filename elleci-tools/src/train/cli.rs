@@ -6,6 +6,7 @@ use clap::{Args, Parser, Subcommand};
 use toml::Value;
 
 use super::layers::Layer;
+use crate::exit::usage;
 
 /// Trains an Elleci model: a ternary Mamba-2 + MLA language model.
 #[derive(Debug, Parser)]
@@ -81,7 +82,7 @@ pub struct TrainArgs {
     #[arg(long, value_name = "DEVICE")]
     pub device: Option<String>,
     /// Worker threads (training.threads) [default: all]
-    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=4096))]
+    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1024))]
     pub threads: Option<u64>,
     /// Seed of weights, data order and samples (training.seed)
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(..=i64::MAX as u64))]
@@ -156,7 +157,15 @@ impl TrainArgs {
         };
         let text = |s: &str| Value::String(s.to_string());
         let number = |n: u64| Value::Integer(i64::try_from(n).unwrap_or(i64::MAX));
-        flag("data", "data.dir", self.data.as_ref().map(|d| text(&d.to_string_lossy())));
+        // Kept as it is from everywhere: the run may be resumed from another folder.
+        let data = self.data.as_ref().map(|dir| std::path::absolute(dir).unwrap_or_else(|_| dir.clone()));
+        if let Some(dir) = data.as_ref().filter(|dir| dir.to_str().is_none()) {
+            return Err(usage(format!(
+                "--data {}: the path is not UTF-8, and a configuration cannot hold it",
+                dir.display()
+            )));
+        }
+        flag("data", "data.dir", data.as_ref().map(|dir| text(&dir.to_string_lossy())));
         flag("steps", "training.steps", self.steps.filter(|_| !self.dry_run).map(number));
         flag("device", "training.device", self.device.as_deref().map(text));
         flag("threads", "training.threads", self.threads.map(number));

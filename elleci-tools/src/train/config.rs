@@ -415,6 +415,13 @@ impl RunConfig {
             decay,
             "it must be 0 or a positive number",
         )?;
+        let most = 1.0 / o.peak_lr;
+        expect(
+            decay <= most,
+            "optimizer.weight_decay",
+            decay,
+            "a step must not take off more than there is: at most 1/peak_lr",
+        )?;
         let s = &o.schedule;
         expect(share(s.warmup), "optimizer.schedule.warmup", s.warmup, "it is a share of the steps: 0 to 1")?;
         expect(share(s.cooldown), "optimizer.schedule.cooldown", s.cooldown, "it is a share of the steps: 0 to 1")?;

@@ -20,6 +20,7 @@ use super::log::Log;
 use super::plan::{Plan, checkpointing, gradients, head, largest_pass, precision};
 use super::session::{card_backend, cpu_backend, weights};
 use super::{Progress, Run};
+use crate::exit::usage;
 use crate::report::format::{duration, si, thousands};
 use crate::report::{Goal, Peak};
 
@@ -33,6 +34,7 @@ const STEPS: u64 = 20;
 pub fn run(args: &TrainArgs, config: RunConfig) -> anyhow::Result<()> {
     let schedule = Plan::new(&config, &config.data.sources.keys().cloned().collect::<Vec<_>>());
     match Target::parse(&config.training.device)? {
+        Target::Cpu if args.cuda_memory.is_some() => Err(usage("--cuda-memory is for --device cuda")),
         Target::Cpu => on_cpu(args, config, &schedule),
         Target::Cuda(ordinal) => on_card(args, config, &schedule, ordinal),
     }

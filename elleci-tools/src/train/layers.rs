@@ -109,8 +109,12 @@ fn over(base: Table, base_origin: &str, preset: &str, layers: &[Layer]) -> anyho
     }
     merged.insert("preset".into(), preset.into());
     let origin = |key: &str| origin_of(key, layers).unwrap_or(base_origin).to_string();
-    let config: RunConfig = serde_path_to_error::deserialize(Value::Table(merged))
-        .map_err(|e| usage(format!("{}: `{}`: {}", origin(&e.path().to_string()), e.path(), e.inner())))?;
+    let config: RunConfig = serde_path_to_error::deserialize(Value::Table(merged)).map_err(|e| {
+        // What follows in toml's own words is the place in a text that nobody has written.
+        let inner = e.inner().to_string();
+        let problem = inner.lines().next().unwrap_or_default().replace("u64", "a whole number from 0 on");
+        usage(format!("{}: `{}`: {}", origin(&e.path().to_string()), e.path(), problem.replace("f64", "a number")))
+    })?;
     config.validate(origin)?;
     Ok(config)
 }

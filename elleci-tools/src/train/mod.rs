@@ -23,6 +23,8 @@ mod tests;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
+use anyhow::ensure;
+
 use crate::checkpoint::Store;
 use crate::exit::Interrupted;
 use crate::report::{Peak, StepRecord};
@@ -84,6 +86,9 @@ pub struct Ahead {
     cursor: serde_json::Value,
 }
 
+/// Steps in a row that may come to nothing; clipping and a spike explain one, not so many.
+const SKIPS: u64 = 10;
+
 /// What a call of [`Run::train`] did.
 #[derive(Clone, Debug, Default)]
 pub struct Outcome {
@@ -100,6 +105,7 @@ impl Run<'_> {
     /// A fault of data, device or disk; [`Interrupted`], after saving, when `stop` was set.
     pub fn train(&mut self, until: u64) -> anyhow::Result<Outcome> {
         let mut outcome = Outcome::default();
+        let mut in_a_row = 0;
         while self.progress.step < until {
             let started = Instant::now();
             let step = self.plan.at(self.progress.step);
@@ -127,6 +133,7 @@ impl Run<'_> {
             }
             let came = self.backend.outcome()?;
             self.progress.skipped += u64::from(!came.updated);
+            in_a_row = if came.updated { 0 } else { in_a_row + 1 };
 
             let seconds = started.elapsed().as_secs_f64();
             let rate = data.tokens as f64 / seconds;
@@ -149,6 +156,9 @@ impl Run<'_> {
             self.log.step(&record)?;
             outcome.losses.push(record.loss);
             outcome.seconds.push(seconds);
+
+            // Without a checkpoint: those from before must not give way to one of this.
+            ensure!(in_a_row < SKIPS, self.diverged());
 
             let stop = self.stop.load(Ordering::Relaxed);
             let last = self.progress.step == until;

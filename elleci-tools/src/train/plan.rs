@@ -6,6 +6,7 @@ use elleci_core::ops::head::HeadPrecision;
 use elleci_core::optim::StatePrecision;
 use elleci_core::optim::schedule::{Cooldown, Lerac, Phases, SequenceCurriculum, StepShape, Wsd, boundary};
 use elleci_core::ternary::GradPrecision;
+use serde_json::Value;
 
 use super::backend::{StepForm, cpu_pass_rows};
 use super::batches::phase_weights;
@@ -199,9 +200,10 @@ pub fn largest_pass(config: &RunConfig, plan: &Plan) -> (usize, usize) {
     passes.max_by_key(|&(rows, seq)| (rows * seq, seq)).unwrap_or((1, config.model.max_seq_len))
 }
 
-/// One more check of a model's shape: named by its config field.
-pub fn same_model(ours: &ModelConfig, theirs: &ModelConfig) -> Option<(String, String, String)> {
-    let (a, b) = (serde_json::to_value(ours).ok()?, serde_json::to_value(theirs).ok()?);
-    let keys = a.as_object()?.keys().find(|k| a[k.as_str()] != b[k.as_str()])?;
-    Some((keys.clone(), a[keys].to_string(), b[keys].to_string()))
+/// The fields in which two shapes of models differ, with the values of both.
+pub fn differences(ours: &ModelConfig, theirs: &ModelConfig) -> Vec<(String, String, String)> {
+    let fields = |config| serde_json::to_value(config).ok();
+    let (Some(Value::Object(a)), Some(Value::Object(b))) = (fields(ours), fields(theirs)) else { return Vec::new() };
+    let other = a.into_iter().filter(|(key, value)| b.get(key) != Some(value));
+    other.map(|(key, value)| (key.clone(), value.to_string(), b[&key].to_string())).collect()
 }

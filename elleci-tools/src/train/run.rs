@@ -8,7 +8,7 @@ use elleci_core::memory::work_per_token;
 use super::backend::{Counters, Group};
 use super::eval::{EvalShape, Evaluation, evaluate};
 use super::samples::{Sampling, sample};
-use super::{Progress, Run};
+use super::{Progress, Run, SKIPS};
 use crate::checkpoint::{Checkpoint, FORMAT, RngState, State};
 
 impl Run<'_> {
@@ -114,6 +114,20 @@ impl Run<'_> {
     pub(super) fn utilisation(&self, seq: usize, tokens_per_second: f64) -> f64 {
         let flops = work_per_token(&self.config.model, seq).flops() * tokens_per_second;
         self.peak.map_or(f64::NAN, |peak| peak.utilisation(flops, 1.0))
+    }
+
+    /// What a run says that has come to nothing.
+    pub(super) fn diverged(&self) -> String {
+        let newest = self.store.as_ref().and_then(|store| store.newest());
+        let kept = newest.map_or_else(
+            || "there is no checkpoint yet".to_string(),
+            |(step, path)| format!("the newest checkpoint is of step {step} ({})", path.display()),
+        );
+        format!(
+            "the loss or the gradient norm of the last {SKIPS} steps, to step {}, was not finite: the run has diverged; {kept}. Begin \
+             another with a smaller optimizer.peak_lr or a longer optimizer.schedule.warmup",
+            self.progress.step
+        )
     }
 
     /// What an interrupted run says.

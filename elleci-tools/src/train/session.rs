@@ -21,7 +21,7 @@ use super::cuda::CudaBackend;
 use super::cuda::choice::{Choice, choose, describe, settle};
 use super::device::{Device, available_memory};
 use super::log::{Log, first_and_last_loss, write_text};
-use super::plan::{Plan, precision, same_model, step_form};
+use super::plan::{Plan, differences, precision, step_form};
 use super::record::Recorder;
 use super::samples::Text;
 use super::step::load_model;
@@ -36,6 +36,11 @@ use crate::report::{Goal, Peak};
 
 const FINAL: &str = "final";
 const FINAL_AVERAGE: &str = "final-swa";
+/// Held by the process that writes to a run.
+const LOCK: &str = ".lock";
+/// What a run writes under its folder.
+const RUN_FILES: [&str; 8] =
+    [CHECKPOINTS, FINAL, FINAL_AVERAGE, "config.toml", "metrics.jsonl", "metrics.csv", "report.html", "loss.svg"];
 
 /// Runs plain training, or a dry run.
 ///
@@ -43,23 +48,41 @@ const FINAL_AVERAGE: &str = "final-swa";
 /// Whatever stops the run, with its exit code as [`crate::exit::finish`] has it.
 pub fn run(args: &TrainArgs) -> anyhow::Result<()> {
     let layers = args.layers()?;
-    if args.dry_run {
-        return dry_run::run(args, layers::load(args.preset.as_deref(), &layers)?);
-    }
-    let (out, resumed) = find(args, &layers)?;
-    let config = match &resumed {
+    let config_with = |resumed: Option<&Checkpoint>| match resumed {
         // What is not said again stays as it was.
         Some(checkpoint) if args.preset.is_none() && args.config.is_none() => {
-            layers::load_over(&checkpoint.state.config, &layers)?
+            layers::load_over(&checkpoint.state.config, &layers)
         }
-        _ => layers::load(args.preset.as_deref(), &layers)?,
+        _ => layers::load(args.preset.as_deref(), &layers),
     };
+    if args.dry_run {
+        let resumed = match args.resume.as_str() {
+            "auto" | "never" => None,
+            dir => Some(open_resume(Path::new(dir), |message| eprintln!("warning: {message}"))?.1),
+        };
+        return dry_run::run(args, config_with(resumed.as_ref())?);
+    }
+    let (out, resumed) = find(args, &layers)?;
+    let config = config_with(resumed.as_ref())?;
+    if let Some(Checkpoint { state, .. }) = &resumed {
+        // Before anything is said of a run that is finished: it may be another than is asked for.
+        state.accepts(&config)?;
+        if state.step > config.training.steps && !is_finished(&out, state, &config) {
+            return Err(usage(format!(
+                "training.steps is {}, and the checkpoint is of step {}: give --steps at least as many",
+                config.training.steps, state.step
+            )));
+        }
+    }
     let device = Device::for_training(&config.training.device, config.training.threads)?;
     eprintln!("elleci-train {} | {}", env!("CARGO_PKG_VERSION"), device.announcement);
     if let Some(checkpoint) = &resumed
         && is_finished(&out, &checkpoint.state, &config)
     {
         say_finished(&out, &checkpoint.state);
+        if args.init.is_some() {
+            eprintln!("--init is not used: it is for a run that begins");
+        }
         return Ok(());
     }
     fs::create_dir_all(&out).with_context(|| format!("creating {}", out.display()))?;
@@ -77,6 +100,9 @@ fn find(args: &TrainArgs, layers: &[layers::Layer]) -> anyhow::Result<(PathBuf, 
         "auto" => {
             let out = given.map_or_else(preset, Ok)?;
             let found = Store::latest(&out.join(CHECKPOINTS), report)?;
+            if found.is_none() {
+                check_fresh(&out)?;
+            }
             Ok((out, found))
         }
         "never" => {
@@ -87,12 +113,21 @@ fn find(args: &TrainArgs, layers: &[layers::Layer]) -> anyhow::Result<(PathBuf, 
                     out.display()
                 )));
             }
+            check_fresh(&out)?;
             Ok((out, None))
         }
         dir => {
             let dir = PathBuf::from(dir);
             let (run, checkpoint) = open_resume(&dir, report)?;
             let out = given.unwrap_or_else(|| run.clone());
+            let own = out.exists() && out.canonicalize()? == run.canonicalize()?;
+            if let Some(name) = RUN_FILES.iter().find(|name| !own && out.join(name).exists()) {
+                return Err(usage(format!(
+                    "--resume {}: {} holds another run already (`{name}`); give another --out to branch off",
+                    dir.display(),
+                    out.display()
+                )));
+            }
             let newer = Store::list(&out.join(CHECKPOINTS))?.into_iter().find(|(s, _)| *s > checkpoint.state.step);
             if let Some((step, _)) = newer {
                 return Err(usage(format!(
@@ -103,6 +138,20 @@ fn find(args: &TrainArgs, layers: &[layers::Layer]) -> anyhow::Result<(PathBuf, 
             }
             Ok((out, Some(checkpoint)))
         }
+    }
+}
+
+/// What a run begins in must be empty, or a run's that has no checkpoint yet: its files would be written over others of their names.
+fn check_fresh(out: &Path) -> anyhow::Result<()> {
+    if out.join(LOCK).exists() {
+        return Ok(());
+    }
+    match RUN_FILES.iter().find(|name| out.join(name).exists()) {
+        None => Ok(()),
+        Some(name) => Err(usage(format!(
+            "--out {}: it holds `{name}`, which is not of a run of elleci-train; give another --out",
+            out.display()
+        ))),
     }
 }
 
@@ -139,7 +188,7 @@ fn say_finished(out: &Path, state: &State) {
 
 /// One process at a time writes to a run.
 fn lock(out: &Path) -> anyhow::Result<File> {
-    let path = out.join(".lock");
+    let path = out.join(LOCK);
     let file = File::create(&path).with_context(|| format!("creating {}", path.display()))?;
     match file.try_lock() {
         Ok(()) => Ok(file),
@@ -186,13 +235,19 @@ fn train(
     stop: &AtomicBool,
 ) -> anyhow::Result<()> {
     let mut located = config.clone();
+    if located.data.tokenizer.is_dir() {
+        located.data.tokenizer.push("tokenizer.json");
+    }
     if bundled::applies(&config) {
         located.data.dir = bundled::prepare_in(out, config.model.vocab_size)?;
     }
     let feed = ShardFeed::open(&located)?;
     let tokenizer = feed.tokenizer_file(&located);
     if !config.data.tokenizer.as_os_str().is_empty() {
-        check_tokenizer(&config.data.tokenizer, &feed)?;
+        check_tokenizer(&located.data.tokenizer, &feed)?;
+    }
+    if let Some(init) = args.init.as_deref().filter(|_| resumed.is_none()) {
+        compare_tokenizers(init, &feed);
     }
     let plan = Plan::new(&config, &feed.sources());
     let weights = weights(&config, args.init.as_deref(), resumed.is_some())?;
@@ -282,6 +337,21 @@ fn check_tokenizer(path: &Path, feed: &ShardFeed) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Says so where the weights to start from were trained with other tokens than the data has: as many may mean something else.
+fn compare_tokenizers(init: &Path, feed: &ShardFeed) {
+    let newest = || Store::latest(&init.join(CHECKPOINTS), |_| ()).ok().flatten();
+    let theirs = match Checkpoint::open(init).ok().or_else(newest) {
+        Some(checkpoint) => Some(checkpoint.state.tokenizer.hash),
+        None => Tokenizer::load(&init.join(hf::TOKENIZER)).ok().map(|t| t.sha256().to_string()),
+    };
+    if theirs.is_some_and(|theirs| theirs != feed.tokenizer().hash) {
+        eprintln!(
+            "warning: --init {}: its tokenizer is not the one that made the data: what its tokens mean must be learnt anew",
+            init.display()
+        );
+    }
+}
+
 /// Fresh weights, or those of `--init`. Where a checkpoint follows, fresh weights need not be drawn.
 pub(super) fn weights(config: &RunConfig, init: Option<&Path>, resumed: bool) -> anyhow::Result<Params> {
     let Some(path) = init.filter(|_| !resumed) else {
@@ -291,10 +361,15 @@ pub(super) fn weights(config: &RunConfig, init: Option<&Path>, resumed: bool) ->
         });
     };
     let (model, params) = load_model(path).with_context(|| format!("--init {}", path.display()))?;
-    if let Some((key, theirs, ours)) = same_model(&model, &config.model) {
+    let other = differences(&model, &config.model);
+    if !other.is_empty() {
+        let told = other.iter().map(|(key, theirs, ours)| format!("`{key}` is {theirs}, this run has {ours}"));
+        let set = other.iter().map(|(key, theirs, _)| format!("model.{key}={theirs}"));
         return Err(usage(format!(
-            "--init {}: its `{key}` is {theirs}, this run has {ours}; set model.{key}={theirs}",
-            path.display()
+            "--init {}: its {}; set {}",
+            path.display(),
+            told.collect::<Vec<_>>().join("; its "),
+            set.collect::<Vec<_>>().join(" ")
         )));
     }
     Ok(params)

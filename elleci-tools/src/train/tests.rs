@@ -25,7 +25,8 @@ struct Bigram {
     grads: Vec<f32>,
     counters: Counters,
     /// The loss of this call of `accumulate` (counted over all) is not a number.
-    poison: Option<u64>,
+    /// Calls whose loss is not a number
+    poison: std::ops::Range<u64>,
     calls: u64,
     loss: f64,
     ended: Option<StepOutcome>,
@@ -40,7 +41,7 @@ impl Bigram {
             average: zeros(),
             grads: zeros(),
             counters: Counters::default(),
-            poison: None,
+            poison: 0..0,
             calls: 0,
             loss: 0.0,
             ended: None,
@@ -79,7 +80,7 @@ impl Backend for Bigram {
     fn accumulate(&mut self, batch: &Batch<'_>, scale: f32) -> anyhow::Result<()> {
         self.calls += 1;
         let loss = Bigram::forward(&self.weights, batch, scale, Some(&mut self.grads));
-        self.loss += if self.poison == Some(self.calls) { f64::NAN } else { loss };
+        self.loss += if self.poison.contains(&self.calls) { f64::NAN } else { loss };
         Ok(())
     }
 
@@ -289,13 +290,32 @@ fn accumulation_equals_the_large_batch() {
 fn a_step_that_is_not_finite_is_skipped_and_counted() {
     let mut poisoned = run(None, &[], &GO);
     let mut bigram = Bigram::new();
-    bigram.poison = Some(11);
+    bigram.poison = 11..12;
     poisoned.backend = Box::new(bigram);
     let losses = poisoned.train(30).unwrap().losses;
     assert_eq!(losses.iter().filter(|l| !l.is_finite()).count(), 1);
     assert!(losses[10].is_nan());
     assert_eq!((poisoned.progress.step, poisoned.progress.skipped, poisoned.backend.counters().updates), (30, 1, 29));
     assert!(losses[29] < 0.7 * losses[0]);
+}
+
+/// A run that has diverged is no success, and its checkpoints from before stay.
+#[test]
+fn a_run_that_is_not_finite_any_more_ends() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut diverged = run(Some(dir.path()), &[], &GO);
+    let mut bigram = Bigram::new();
+    bigram.poison = 16..u64::MAX;
+    diverged.backend = Box::new(bigram);
+    let error = format!("{:#}", diverged.train(30).unwrap_err());
+    assert!(error.contains("to step 25") && error.contains("diverged") && error.contains("peak_lr"), "{error}");
+    assert!(latest(dir.path()).state.step >= 14, "{}", latest(dir.path()).state.step);
+    // Nine are borne.
+    let mut bigram = Bigram::new();
+    bigram.poison = 11..20;
+    let mut borne = run(None, &[], &GO);
+    borne.backend = Box::new(bigram);
+    assert_eq!((borne.train(30).map(|_| ()).is_ok(), borne.progress.skipped), (true, 9));
 }
 
 #[test]

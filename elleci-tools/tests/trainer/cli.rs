@@ -99,6 +99,43 @@ fn another_configuration_is_not_resumed() {
     assert_eq!(scene.checkpoints("run"), ["step-00000003"]);
 }
 
+/// What another run or person has put there is not written over.
+#[test]
+fn folders_of_others_are_refused() {
+    let scene = Scene::new();
+    scene.expect(scene.command("run", &["--steps", "3"]), 0);
+    scene.expect(scene.command("other", &["--steps", "2"]), 0);
+    let kept = std::fs::read(scene.path("other/final/model.safetensors")).unwrap();
+    let (_, err) = scene.expect(scene.command("other", &["--resume", "run", "--steps", "6"]), 2);
+    assert!(err.contains("other holds another run already") && err.contains("--out"), "{err}");
+    scene.expect(scene.command("branch", &["--resume", "run", "--steps", "6"]), 0);
+    assert_eq!(scene.losses("branch").len(), 3);
+    std::fs::create_dir(scene.path("mine")).unwrap();
+    std::fs::write(scene.path("mine/config.toml"), "# mine\n[training]\nsteps = 2\n").unwrap();
+    for resume in ["auto", "never"] {
+        let (_, err) = scene.expect(scene.command("mine", &["--config", "mine/config.toml", "--resume", resume]), 2);
+        assert!(err.contains("--out mine") && err.contains("`config.toml`"), "{err}");
+    }
+    assert!(std::fs::read_to_string(scene.path("mine/config.toml")).unwrap().starts_with("# mine"));
+    assert_eq!(std::fs::read(scene.path("other/final/model.safetensors")).unwrap(), kept);
+}
+
+/// A finished run is no answer to whoever asks for another one.
+#[test]
+fn a_finished_run_is_compared_first() {
+    let scene = Scene::new();
+    scene.expect(scene.command("run", &["--steps", "3"]), 0);
+    for (args, key) in [(["--set", "model.d_state=16"], "model.d_state"), (["--seed", "99"], "training.seed")] {
+        let (_, err) = scene.expect(scene.command("run", &[&["--steps", "3"], &args[..]].concat()), 2);
+        assert!(err.contains("cannot resume") && err.contains(key), "{err}");
+    }
+    let (_, err) = scene.expect(scene.command("run", &["--steps", "3", "--init", "run/final"]), 0);
+    assert!(err.contains("finished run") && err.contains("--init is not used"), "{err}");
+    std::fs::remove_dir_all(scene.path("run/final")).unwrap();
+    let (_, err) = scene.expect(scene.command("run", &["--steps", "2"]), 2);
+    assert!(err.contains("training.steps is 2") && err.contains("step 3"), "{err}");
+}
+
 #[test]
 fn wrong_usage_is_named_with_exit_code_2() {
     let scene = Scene::new();
@@ -116,6 +153,10 @@ fn wrong_usage_is_named_with_exit_code_2() {
         (&["--device", "tpu"], &["tpu", "cuda:N"]),
         (&["--device", "cuda:x"], &["cuda:x", "cuda:N"]),
         (&["--cuda-memory", "12GiB"], &["--dry-run"]),
+        (&["--dry-run", "--cuda-memory", "12GiB"], &["--device cuda"]),
+        (&["--threads", "2000"], &["--threads", "1024"]),
+        (&["--set", "training.steps=-1"], &["--set training.steps=-1", "a whole number from 0 on"]),
+        (&["--set", "optimizer.weight_decay=1e300"], &["optimizer.weight_decay", "1/peak_lr"]),
         (&["--dry-run", "--cuda-memory", "a lot"], &["12GiB"]),
         (&["--set", "cuda.product=bf16"], &["cuda.product", "`products`"]),
         (&["--set", "cuda.masters=f16"], &["cuda.masters", "float32"]),
