@@ -1,5 +1,5 @@
 //! How a tool ends: 0 done, 1 failed, 2 wrong usage or configuration, 130 stopped by the user. And how it speaks on the way: the standard
-//! library's `println!` panics where nobody reads (`elleci-convert inspect X | head`) or nothing can be written.
+//! library's `println!` and `eprintln!` panic where nobody reads (`elleci-convert inspect X | head`) or nothing can be written.
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -15,6 +15,11 @@ pub fn write(text: fmt::Arguments<'_>) {
     if let Err(error) = io::stdout().lock().write_fmt(text) {
         note(error);
     }
+}
+
+/// Writes to standard error, if that can be.
+pub fn tell(text: fmt::Arguments<'_>) {
+    let _ = io::stderr().lock().write_fmt(text);
 }
 
 fn note(error: io::Error) {
@@ -34,7 +39,17 @@ macro_rules! outln {
     ($($text:tt)*) => { $crate::exit::write(format_args!("{}\n", format_args!($($text)*))) };
 }
 
-pub(crate) use {out, outln};
+/// `eprint!` that does not panic: what is told on the way may get lost, the work goes on.
+macro_rules! err {
+    ($($text:tt)*) => { $crate::exit::tell(format_args!($($text)*)) };
+}
+
+/// `eprintln!` likewise.
+macro_rules! errln {
+    ($($text:tt)*) => { $crate::exit::tell(format_args!("{}\n", format_args!($($text)*))) };
+}
+
+pub(crate) use {err, errln, out, outln};
 
 /// A mistake in the arguments or the configuration: exit code 2.
 #[derive(Debug)]
@@ -73,10 +88,10 @@ pub fn finish(result: anyhow::Result<()>) -> ExitCode {
     let lost = || LOST.get().map(|e| io::Error::new(e.kind(), format!("standard output: {e}")).into());
     let Some(error) = result.err().or_else(lost) else { return ExitCode::SUCCESS };
     if let Some(interrupted) = error.downcast_ref::<Interrupted>() {
-        eprintln!("{interrupted}");
+        errln!("{interrupted}");
         return ExitCode::from(130);
     }
-    eprintln!("error: {error:#}{}", remedy(&error));
+    errln!("error: {error:#}{}", remedy(&error));
     ExitCode::from(if error.downcast_ref::<Usage>().is_some() { 2 } else { 1 })
 }
 

@@ -54,7 +54,7 @@ fn convert(args: &ConvertArgs) -> anyhow::Result<()> {
     let source = Source::open(from, &Options::from(args), &job)?;
     source.must_be_sound()?;
     let model = source.model()?;
-    eprintln!("{}: {}", from.display(), source.title());
+    crate::exit::errln!("{}: {}", from.display(), source.title());
     let scores = match &args.text {
         Some(text) => Some(device.install(|| score::dense_choices(&source, &model, text, args.text_tokens, &job))?),
         None => None,

@@ -88,7 +88,7 @@ impl Target {
         if !args.packs()
             && let Some(old) = recover(path)?
         {
-            eprintln!(
+            crate::exit::errln!(
                 "note: a conversion that was killed had moved {at} aside; it is back from {}",
                 old.file_name().unwrap_or_default().display()
             );

@@ -127,7 +127,7 @@ impl<'a> Common<'a> {
             items.insert(id, [item, other]);
         }
         if items.len() < n.max(m) {
-            eprintln!("{name}: {} items are in both runs, of {n} and {m}", items.len());
+            crate::exit::errln!("{name}: {} items are in both runs, of {n} and {m}", items.len());
         }
         Ok(Common { task, items })
     }
@@ -202,7 +202,7 @@ pub fn run(args: &CompareArgs) -> anyhow::Result<()> {
     let (a, b) = (Run::open(&args.a)?, Run::open(&args.b)?);
     let settings = |run: &Run| run.results.config.pointer("/model_args/max_length").cloned();
     if settings(&a) != settings(&b) {
-        eprintln!("warning: the windows of the two runs have different lengths");
+        crate::exit::errln!("warning: the windows of the two runs have different lengths");
     }
     let heads = ["task", "metric", "n", "a", "b", "b − a", "95 % interval", "p"].map(String::from).to_vec();
     let resamples = args.resamples as usize;
@@ -210,7 +210,7 @@ pub fn run(args: &CompareArgs) -> anyhow::Result<()> {
     let mut tasks = BTreeMap::new();
     for (name, task) in &a.results.configs {
         if !b.results.configs.contains_key(name) {
-            eprintln!("{name}: only in {}", args.a.display());
+            crate::exit::errln!("{name}: only in {}", args.a.display());
             continue;
         }
         let common = Common::open(&a, &b, name, task)?;
@@ -224,7 +224,7 @@ pub fn run(args: &CompareArgs) -> anyhow::Result<()> {
         tasks.insert(name, common);
     }
     b.results.configs.keys().filter(|name| !a.results.configs.contains_key(*name)).for_each(|name| {
-        eprintln!("{name}: only in {}", args.b.display());
+        crate::exit::errln!("{name}: only in {}", args.b.display());
     });
     for (name, members) in &a.results.group_subtasks {
         let variants: Vec<&Common<'_>> = members.iter().filter_map(|m| tasks.get(m)).collect();

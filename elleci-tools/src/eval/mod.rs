@@ -87,10 +87,10 @@ fn evaluate(args: &RunArgs) -> anyhow::Result<()> {
         std::fs::create_dir_all(dir).with_context(|| format!("--log: creating {}", dir.display()))?;
     }
     let device = Device::choose(&args.device.device, args.device.threads)?;
-    eprintln!("{}", device.announcement);
+    crate::exit::errln!("{}", device.announcement);
     device.install(|| {
         let open = OpenModel::chosen(args.model.as_deref())?;
-        eprintln!("{}", open.announcement());
+        crate::exit::errln!("{}", open.announcement());
         let max_length = args.max_length.map_or(open.config().max_seq_len, |n| n as usize);
         if let Some(n) = args.stride.filter(|n| *n > max_length as u64) {
             return Err(usage(format!("--stride: {n} tokens are more than the window of {max_length} (--max-length)")));
@@ -113,7 +113,11 @@ fn evaluate(args: &RunArgs) -> anyhow::Result<()> {
             seconds,
         };
         write_results(args, &prepared, &absent, &facts)?;
-        eprintln!("{} tokens in {:.1} s", crate::report::format::thousands(engine.fed), start.elapsed().as_secs_f64());
+        crate::exit::errln!(
+            "{} tokens in {:.1} s",
+            crate::report::format::thousands(engine.fed),
+            start.elapsed().as_secs_f64()
+        );
         if !finished {
             let kept =
                 if args.no_cache { "nothing was kept (--no-cache)" } else { "answers are kept: run again to go on" };
@@ -156,7 +160,9 @@ fn prepare_all(
 ) -> anyhow::Result<(Vec<Prepared>, Vec<Absent>)> {
     let dir = args.cache.clone().or_else(Cache::default_dir).filter(|_| !args.no_cache);
     if dir.is_none() && !args.no_cache {
-        eprintln!("warning: there is no place for a cache (HOME is not set); answers are not kept. See --cache");
+        crate::exit::errln!(
+            "warning: there is no place for a cache (HOME is not set); answers are not kept. See --cache"
+        );
     }
     let cache = Cache::new(dir);
     let (mut prepared, mut absent) = (Vec::new(), Vec::new());
@@ -223,7 +229,7 @@ fn prepare(
 /// only lack examples. The variants of a task are told once.
 fn report_absent(absent: &[Absent]) {
     for a in absent.iter().filter(|a| a.why == Why::Failed) {
-        eprintln!("{}: cannot run: {}", a.name, a.reason);
+        crate::exit::errln!("{}: cannot run: {}", a.name, a.reason);
     }
     let of = |why: Why| -> Vec<(&str, &str)> {
         let own = absent.iter().filter(|a| a.why == why);
@@ -232,14 +238,14 @@ fn report_absent(absent: &[Absent]) {
         named
     };
     for (name, reason) in of(Why::NoExamples) {
-        eprintln!("{name}: left out: {reason}");
+        crate::exit::errln!("{name}: left out: {reason}");
     }
     match of(Why::NoData).as_slice() {
         [] => {}
-        [(name, reason)] => eprintln!("{name}: {reason}"),
+        [(name, reason)] => crate::exit::errln!("{name}: {reason}"),
         several @ [(name, reason), ..] => {
             let names: Vec<&str> = several.iter().map(|a| a.0).collect();
-            eprintln!(
+            crate::exit::errln!(
                 "{} tasks have no data and are left out: {}\n  {name}: {reason}\n  `elleci-data fetch --eval --out DIR` \
                  gets them all, then `--data DIR`",
                 names.len(),
@@ -285,10 +291,12 @@ fn write_results(args: &RunArgs, prepared: &[Prepared], absent: &[Absent], facts
             parts: parts.into_iter().map(part).collect(),
         };
         if truncated > 0 {
-            eprintln!(
+            crate::exit::errln!(
                 "{}: {truncated} of {} contexts are longer than the window of {} tokens and lost their beginning \
                  (--max-length)",
-                p.task.name, result.effective, facts.max_length
+                p.task.name,
+                result.effective,
+                facts.max_length
             );
         }
         if let Some(dir) = &args.log {

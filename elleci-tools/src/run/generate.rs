@@ -27,7 +27,7 @@ pub fn run(args: &GenerateArgs) -> anyhow::Result<()> {
     let prompt = read_prompt(args)?;
     let report = |line: &str| {
         if !args.quiet {
-            eprintln!("{line}");
+            crate::exit::errln!("{line}");
         }
     };
     report(&device.announcement);

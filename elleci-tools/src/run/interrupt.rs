@@ -21,7 +21,7 @@ impl Generating {
                 }
             };
             if let Err(e) = ctrlc::set_handler(handler) {
-                eprintln!("warning: Ctrl-C will end the program at once: {e}");
+                crate::exit::errln!("warning: Ctrl-C will end the program at once: {e}");
             }
         });
         REQUESTED.store(false, SeqCst);

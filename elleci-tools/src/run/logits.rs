@@ -26,10 +26,10 @@ pub fn run(args: &LogitsArgs) -> anyhow::Result<()> {
         );
     }
     let device = Device::choose(&args.model.device.device, args.model.device.threads)?;
-    eprintln!("{}", device.announcement);
+    crate::exit::errln!("{}", device.announcement);
     device.install(|| {
         let open = OpenModel::chosen(args.model.model.as_deref())?;
-        eprintln!("{}", open.announcement());
+        crate::exit::errln!("{}", open.announcement());
         let vocab_size = open.config().vocab_size;
         let ([rows, seq], tokens) = read_batch(args, vocab_size)?;
         let (needed, free) = ((rows * seq) as u64 * vocab_size as u64 * 4, available_memory());

@@ -220,7 +220,7 @@ fn pack(path: &Path) -> anyhow::Result<ModelBytes> {
     let source = Source::open(path, &Options::default(), &Job::quiet())?;
     let model = source.model()?;
     let at = path.display();
-    eprintln!("packing {at} ({}) in memory; `elleci-convert {at} MODEL.elleci` does it once", source.title());
+    crate::exit::errln!("packing {at} ({}) in memory; `elleci-convert {at} MODEL.elleci` does it once", source.title());
     let mut index = model.index.iter();
     let bytes = archive(&model.config, source.tokenizer.as_deref(), |param, values| {
         source.tensors.read(*index.next().context("more parameters than tensors")?, values)?;

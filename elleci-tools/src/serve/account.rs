@@ -106,7 +106,7 @@ impl Drop for Account {
         let gone = if complete { "" } else { " | client gone" };
         let name = StatusCode::from_u16(status).ok().and_then(|s| s.canonical_reason()).unwrap_or_default();
         let (method, path, ms) = (&self.method, &self.path, took.as_secs_f64() * 1e3);
-        eprintln!("{method} {path} {status} {name}{tokens} | {ms:.1} ms{gone}");
+        crate::exit::errln!("{method} {path} {status} {name}{tokens} | {ms:.1} ms{gone}");
     }
 }
 

@@ -56,7 +56,7 @@ pub async fn run(
             Ok((stream, _)) => stream,
             Err(error) => {
                 // Mostly no more file descriptors: some will come back.
-                eprintln!("warning: a connection could not be taken: {error}");
+                crate::exit::errln!("warning: a connection could not be taken: {error}");
                 tokio::time::sleep(Duration::from_millis(100)).await;
                 continue;
             }
@@ -156,7 +156,10 @@ async fn stop(app: &App, connections: GracefulShutdown) {
     let open = connections.count();
     let grace = app.settings.grace;
     if open > 0 {
-        eprintln!("stopping: {open} connections have {} s to finish; Ctrl-C again ends at once", grace.as_secs_f64());
+        crate::exit::errln!(
+            "stopping: {open} connections have {} s to finish; Ctrl-C again ends at once",
+            grace.as_secs_f64()
+        );
     }
     let finished = connections.shutdown();
     tokio::pin!(finished);
@@ -164,5 +167,5 @@ async fn stop(app: &App, connections: GracefulShutdown) {
         app.engine.cut();
         let _ = tokio::time::timeout(LAST_WORDS, finished).await;
     }
-    eprintln!("stopped");
+    crate::exit::errln!("stopped");
 }

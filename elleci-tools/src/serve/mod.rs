@@ -130,7 +130,7 @@ fn json_text(status: StatusCode, body: String) -> Response {
 pub fn run(args: &ServeArgs) -> anyhow::Result<()> {
     let settings = Settings::new(args)?;
     let device = Device::choose(&args.model.device.device, args.model.device.threads)?;
-    eprintln!("{}", device.announcement);
+    crate::exit::errln!("{}", device.announcement);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("starting the server")?;
     runtime.block_on(serve(args, settings, device))
 }
@@ -142,9 +142,12 @@ async fn serve(args: &ServeArgs, settings: Settings, device: Device) -> anyhow::
         port => format!("listening on {address} (--port {port}; --port 0 takes a free one)"),
     })?;
     let address = listener.local_addr().context("the address to listen on")?;
-    eprintln!("listening on http://{address} | API key {}", if settings.has_key() { "needed" } else { "not needed" });
+    crate::exit::errln!(
+        "listening on http://{address} | API key {}",
+        if settings.has_key() { "needed" } else { "not needed" }
+    );
     if !address.ip().is_loopback() && !settings.has_key() {
-        eprintln!("warning: whoever reaches {address} can use this server; --api-key protects it");
+        crate::exit::errln!("warning: whoever reaches {address} can use this server; --api-key protects it");
     }
     let (handle, inbox) = Handle::new(settings.queue, settings.timeout);
     let app = Arc::new(App {
@@ -175,13 +178,13 @@ fn start_engine(
         let threads = device.threads;
         device.install(move || {
             let open = Arc::new(OpenModel::chosen(path.as_deref())?);
-            eprintln!("{}", open.announcement());
+            crate::exit::errln!("{}", open.announcement());
             let (loaded, options) = load(open, &app.settings, threads)?;
             let open = loaded.open.clone();
             let metrics = app.metrics.clone();
             let mut engine = Engine::new(&open, options, &metrics)?;
             let Limits { context, .. } = loaded.limits;
-            eprintln!("ready | context {context} | {} sequences together | Ctrl-C ends", options.parallel);
+            crate::exit::errln!("ready | context {context} | {} sequences together | Ctrl-C ends", options.parallel);
             // Only this thread ever sets it.
             let _ = app.loaded.set(Arc::new(loaded));
             // The handle lives in what this thread would keep alive.

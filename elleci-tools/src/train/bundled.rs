@@ -82,7 +82,7 @@ pub fn prepare_in(out: &Path, vocab_size: usize) -> anyhow::Result<PathBuf> {
 
 fn prepare_all(dir: &Path, vocab_size: usize) -> anyhow::Result<()> {
     fs::create_dir_all(dir).with_context(|| format!("creating {}", dir.display()))?;
-    eprintln!("preparing the bundled texts: a tokenizer of {vocab_size} tokens, then shards");
+    crate::exit::errln!("preparing the bundled texts: a tokenizer of {vocab_size} tokens, then shards");
     let texts = SOURCES.iter().flat_map(|(_, files)| files.iter().map(|(_, text)| text.to_string()));
     let tokenizer = train_tokenizer(texts, &TrainOptions::new(vocab_size, vocab_size))?;
     let raw = dir.join("texts");

@@ -53,7 +53,7 @@ fn on_card(args: &TrainArgs, mut config: RunConfig, schedule: &Plan, ordinal: us
         (None, Ok(card)) => (Some(card.room()), format!("cuda:{ordinal} {}", card.name)),
         (None, Err(e)) => (None, format!("no card: {e}")),
     };
-    eprintln!("elleci-train {} | {what}", env!("CARGO_PKG_VERSION"));
+    crate::exit::errln!("elleci-train {} | {what}", env!("CARGO_PKG_VERSION"));
     crate::exit::out!("{}", describe_run(&config, schedule));
     let Some(room) = room else {
         crate::exit::out!("{}", choice::describe(&config, &choice::choose(&config, schedule, u64::MAX)?));
@@ -73,7 +73,7 @@ fn on_card(args: &TrainArgs, mut config: RunConfig, schedule: &Plan, ordinal: us
 
 fn on_cpu(args: &TrainArgs, config: RunConfig, schedule: &Plan) -> anyhow::Result<()> {
     let device = Device::cpu(config.training.threads);
-    eprintln!("elleci-train {} | {}", env!("CARGO_PKG_VERSION"), device.announcement);
+    crate::exit::errln!("elleci-train {} | {}", env!("CARGO_PKG_VERSION"), device.announcement);
     let peak = Peak::measure(device.threads);
     let kept = kept_on_cpu(&config, schedule);
     let memory = memory_of(&config, schedule, kept, precision(&config));
@@ -118,7 +118,7 @@ fn time_steps(
     steps: u64,
 ) -> anyhow::Result<f64> {
     let feed: Box<dyn Feed> = if config.data.dir.as_os_str().is_empty() {
-        eprintln!("no --data: the steps are timed on random tokens");
+        crate::exit::errln!("no --data: the steps are timed on random tokens");
         Box::new(RandomFeed::new(config))
     } else {
         Box::new(ShardFeed::open(config)?)

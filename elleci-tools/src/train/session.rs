@@ -58,7 +58,7 @@ pub fn run(args: &TrainArgs) -> anyhow::Result<()> {
     if args.dry_run {
         let resumed = match args.resume.as_str() {
             "auto" | "never" => None,
-            dir => Some(open_resume(Path::new(dir), |message| eprintln!("warning: {message}"))?.1),
+            dir => Some(open_resume(Path::new(dir), |message| crate::exit::errln!("warning: {message}"))?.1),
         };
         return dry_run::run(args, config_with(resumed.as_ref())?);
     }
@@ -75,13 +75,13 @@ pub fn run(args: &TrainArgs) -> anyhow::Result<()> {
         }
     }
     let device = Device::for_training(&config.training.device, config.training.threads)?;
-    eprintln!("elleci-train {} | {}", env!("CARGO_PKG_VERSION"), device.announcement);
+    crate::exit::errln!("elleci-train {} | {}", env!("CARGO_PKG_VERSION"), device.announcement);
     if let Some(checkpoint) = &resumed
         && is_finished(&out, &checkpoint.state, &config)
     {
         say_finished(&out, &checkpoint.state);
         if args.init.is_some() {
-            eprintln!("--init is not used: it is for a run that begins");
+            crate::exit::errln!("--init is not used: it is for a run that begins");
         }
         return Ok(());
     }
@@ -93,7 +93,7 @@ pub fn run(args: &TrainArgs) -> anyhow::Result<()> {
 
 /// Where the run goes, and the checkpoint that it goes on from.
 fn find(args: &TrainArgs, layers: &[layers::Layer]) -> anyhow::Result<(PathBuf, Option<Checkpoint>)> {
-    let report = |message: String| eprintln!("warning: {message}");
+    let report = |message: String| crate::exit::errln!("warning: {message}");
     let given = args.out.clone();
     let preset = || layers::load(args.preset.as_deref(), layers).map(|c| PathBuf::from("runs").join(c.preset));
     match args.resume.as_str() {
@@ -178,7 +178,7 @@ fn is_finished(out: &Path, state: &State, config: &RunConfig) -> bool {
 
 fn say_finished(out: &Path, state: &State) {
     let (at, steps) = (out.display(), thousands(state.step));
-    eprintln!(
+    crate::exit::errln!(
         "{at} holds a finished run of {steps} steps; its model is {at}/{FINAL}. Nothing was changed. To go on:\n  \
          elleci-train --resume {at} --steps {}    the same run, longer\n  \
          elleci-train --out DIR                   another run",
@@ -204,7 +204,7 @@ fn stop_on_signals() -> anyhow::Result<&'static AtomicBool> {
         if STOP.swap(true, Ordering::Relaxed) {
             std::process::exit(130);
         }
-        eprintln!("\nfinishing this step, then saving; once more to stop at once");
+        crate::exit::errln!("\nfinishing this step, then saving; once more to stop at once");
     })
     .context("installing the signal handler")?;
     Ok(&STOP)
@@ -277,17 +277,23 @@ fn train(
         ahead: None,
     };
     if run.text.is_none() {
-        eprintln!("warning: no tokenizer.json beside the data: no samples, and the exported model will have none");
+        crate::exit::errln!(
+            "warning: no tokenizer.json beside the data: no samples, and the exported model will have none"
+        );
     }
     if let Some(checkpoint) = resumed {
         run.resume(checkpoint)?;
-        eprintln!("resuming from {}", checkpoint.dir.display());
+        crate::exit::errln!("resuming from {}", checkpoint.dir.display());
         if args.init.is_some() {
-            eprintln!("--init is not used: the run goes on from its own weights (another --out starts another run)");
+            crate::exit::errln!(
+                "--init is not used: the run goes on from its own weights (another --out starts another run)"
+            );
         }
         let (then, now) = (checkpoint.state.config.training.steps, run.plan.steps());
         if then != now {
-            eprintln!("the run now has {now} steps instead of {then}: schedules follow the new number from here on");
+            crate::exit::errln!(
+                "the run now has {now} steps instead of {then}: schedules follow the new number from here on"
+            );
         }
     }
     write_text(&out.join("config.toml"), &toml::to_string(&run.config)?)?;
@@ -345,7 +351,7 @@ fn compare_tokenizers(init: &Path, feed: &ShardFeed) {
         None => Tokenizer::load(&init.join(hf::TOKENIZER)).ok().map(|t| t.sha256().to_string()),
     };
     if theirs.is_some_and(|theirs| theirs != feed.tokenizer().hash) {
-        eprintln!(
+        crate::exit::errln!(
             "warning: --init {}: its tokenizer is not the one that made the data: what its tokens mean must be learnt anew",
             init.display()
         );
@@ -380,7 +386,9 @@ pub(super) fn cpu_backend(config: &RunConfig, schedule: &Plan, weights: Params) 
     let kept = dry_run::kept_on_cpu(config, schedule);
     let (need, free) = (dry_run::planned_bytes(config, schedule, kept), available_memory());
     if need > free {
-        eprintln!("warning: a step needs {need} bytes of memory and {free} are free; --dry-run tells what takes them");
+        crate::exit::errln!(
+            "warning: a step needs {need} bytes of memory and {free} are free; --dry-run tells what takes them"
+        );
     }
     new_cpu_backend(config, weights, kept)
 }
@@ -405,8 +413,8 @@ pub(super) fn card_backend(
     let mut device = Card::open(card.ordinal)?;
     let (config, products) = settle(config, |ability| device.offers(ability))?;
     let choice: Choice = choose(&config, schedule, device.room()?).with_context(|| device.describe())?;
-    eprintln!("{products}");
-    eprint!("{}", describe(&config, &choice));
+    crate::exit::errln!("{products}");
+    crate::exit::err!("{}", describe(&config, &choice));
     CudaBackend::new(Box::new(device), &config, weights, &choice)
 }
 
@@ -437,7 +445,7 @@ fn finish(run: &mut Run<'_>, out: &Path, tokenizer: Option<&Path>) -> anyhow::Re
     run.log.finish();
     let skipped = run.progress.skipped;
     if skipped > 0 {
-        eprintln!("{skipped} steps were skipped: their loss or gradient norm was not finite");
+        crate::exit::errln!("{skipped} steps were skipped: their loss or gradient norm was not finite");
     }
     if let Some((first, last)) = first_and_last_loss(out) {
         crate::exit::outln!("loss {first:.3} -> {last:.3} (first step, mean of the last ten)");

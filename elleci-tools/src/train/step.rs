@@ -28,7 +28,7 @@ pub fn load_model(path: &Path) -> anyhow::Result<(ModelConfig, Params)> {
     let checkpoint = if path.join(STATE_FILE).is_file() {
         Checkpoint::open(path)?
     } else if run.is_dir() {
-        let newest = Store::latest(&run, |message| eprintln!("warning: {message}"))?;
+        let newest = Store::latest(&run, |message| crate::exit::errln!("warning: {message}"))?;
         newest.with_context(|| format!("{} holds no checkpoint yet", run.display()))?
     } else {
         return hf::read(path);
@@ -74,7 +74,7 @@ impl Io {
 /// Files that are missing, damaged or do not fit; [`crate::exit::Usage`] for a device that is not there.
 pub fn run(args: &StepArgs) -> anyhow::Result<()> {
     let device = Device::choose(&args.device, args.threads)?;
-    eprintln!("{}", device.announcement);
+    crate::exit::errln!("{}", device.announcement);
     let loss = device.install(|| {
         let (config, params) = load_model(&args.init).context("--init")?;
         let io = Io::read(&args.batch, config.vocab_size).context("--batch")?;

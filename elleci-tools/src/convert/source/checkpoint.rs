@@ -15,7 +15,7 @@ use crate::train::backend::Group;
 /// The newest sound checkpoint of a run.
 pub fn open_newest(run: &Path, weights: Weights) -> anyhow::Result<Source> {
     let remedy = "copy the run again, or name a folder with weights, as its final/";
-    let found = Store::latest_or(&run.join(CHECKPOINTS), remedy, |message| eprintln!("warning: {message}"))?;
+    let found = Store::latest_or(&run.join(CHECKPOINTS), remedy, |message| crate::exit::errln!("warning: {message}"))?;
     let checkpoint = found.with_context(|| format!("{} holds no checkpoint yet", run.display()))?;
     from_checkpoint(checkpoint, weights)
 }

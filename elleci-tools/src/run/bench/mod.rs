@@ -80,16 +80,16 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
         },
         (None, None) => Err(usage("--model or --preset is needed")),
     })?;
-    eprintln!("{}", open.announcement());
+    crate::exit::errln!("{}", open.announcement());
     let mut rows = Vec::new();
     for device in &devices {
-        eprintln!("{}", device.announcement);
+        crate::exit::errln!("{}", device.announcement);
         device.install(|| {
             for &depth in &args.depth {
                 let mut session = filled(open.packed(), depth)?;
                 for &test in &tests {
                     let row = measure(&open, &mut session, test, device.threads, args.repetitions)?;
-                    eprintln!("{} threads {}: {}", device.threads, row.test_name(), row.speed());
+                    crate::exit::errln!("{} threads {}: {}", device.threads, row.test_name(), row.speed());
                     rows.push(row);
                 }
             }
@@ -107,7 +107,7 @@ fn open_timed(path: &Path) -> anyhow::Result<OpenModel> {
     let opened = start.elapsed().as_secs_f64() * 1e3;
     Session::new(open.packed())?.extend(open.packed(), &[0])?;
     let first = start.elapsed().as_secs_f64() * 1e3;
-    eprintln!("opened in {opened:.1} ms, first logits {first:.1} ms after the start");
+    crate::exit::errln!("opened in {opened:.1} ms, first logits {first:.1} ms after the start");
     Ok(open)
 }
 

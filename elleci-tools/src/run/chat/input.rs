@@ -70,7 +70,7 @@ impl Input {
             Ok(line) => Ok(Some(line)),
             Err(ReadlineError::Eof) => Ok(None),
             Err(ReadlineError::Interrupted) => {
-                eprintln!("Ctrl-D or /quit leaves");
+                crate::exit::errln!("Ctrl-D or /quit leaves");
                 Ok(Some(String::new()))
             }
             Err(e) => Err(e).context("reading the terminal"),

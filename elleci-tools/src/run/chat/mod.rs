@@ -28,10 +28,10 @@ use input::Input;
 pub fn run(args: &ChatArgs) -> anyhow::Result<()> {
     let sampler = Sampler::new(args.sampling.options()?)?;
     let device = Device::choose(&args.model.device.device, args.model.device.threads)?;
-    eprintln!("{}", device.announcement);
+    crate::exit::errln!("{}", device.announcement);
     device.install(|| {
         let open = OpenModel::chosen(args.model.model.as_deref())?;
-        eprintln!("{}", open.announcement());
+        crate::exit::errln!("{}", open.announcement());
         let (most, context) = (args.length.max_tokens(), args.length.context as usize);
         let mut dialogue = Dialogue::new(&open, sampler, args.system.clone(), most, context)?;
         if let Some(path) = &args.load {
@@ -39,7 +39,7 @@ pub fn run(args: &ChatArgs) -> anyhow::Result<()> {
         }
         let input = Input::open()?;
         if input.is_terminal() {
-            eprintln!("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves");
+            crate::exit::errln!("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves");
         }
         Chat { dialogue, input, last: None }.talk()
     })
@@ -62,7 +62,7 @@ impl Chat<'_> {
                 Err(message) => Err(anyhow!(message)),
             };
             match result {
-                Err(e) if self.input.is_terminal() && !e.is::<Interrupted>() => eprintln!("error: {e:#}"),
+                Err(e) if self.input.is_terminal() && !e.is::<Interrupted>() => crate::exit::errln!("error: {e:#}"),
                 other => other?,
             }
             if self.last.as_ref().is_some_and(|a| a.end == End::Closed) {
@@ -86,11 +86,11 @@ impl Chat<'_> {
         match end {
             End::Interrupted if !terminal => Err(Interrupted("stopped by Ctrl-C".into()).into()),
             End::MaxTokens => {
-                eprintln!("(cut at {} tokens; /set max_tokens N allows more)", self.dialogue.max_tokens);
+                crate::exit::errln!("(cut at {} tokens; /set max_tokens N allows more)", self.dialogue.max_tokens);
                 Ok(())
             }
             End::Context => {
-                eprintln!("(the context is full: /undo or /reset, or start again with a larger --context)");
+                crate::exit::errln!("(the context is full: /undo or /reset, or start again with a larger --context)");
                 Ok(())
             }
             _ => Ok(()),
@@ -99,14 +99,14 @@ impl Chat<'_> {
 
     fn obey(&mut self, command: Command) -> anyhow::Result<()> {
         match command {
-            Command::Help => eprintln!("{HELP}"),
+            Command::Help => crate::exit::errln!("{HELP}"),
             Command::Retry => {
                 let message = self.dialogue.undo().context("there is no message to answer again")?;
                 return self.say(&message);
             }
             Command::Undo => {
                 let message = self.dialogue.undo().context("there is nothing to take back")?;
-                eprintln!("taken back: {message}");
+                crate::exit::errln!("taken back: {message}");
             }
             Command::Reset => self.dialogue.reset(),
             Command::System(text) => {
@@ -115,7 +115,7 @@ impl Chat<'_> {
             }
             Command::Settings => {
                 for (key, value) in self.dialogue.settings().entries() {
-                    eprintln!("{key} {value}");
+                    crate::exit::errln!("{key} {value}");
                 }
             }
             Command::Set(key, value) => {
@@ -124,12 +124,12 @@ impl Chat<'_> {
             }
             Command::Save(path) => {
                 file::save(&self.dialogue, &path)?;
-                eprintln!("saved to {}", path.display());
+                crate::exit::errln!("saved to {}", path.display());
             }
             Command::Load(path) => {
                 file::load(&mut self.dialogue, &path)?;
                 for exchange in &self.dialogue.exchanges {
-                    eprintln!("> {}\n{}", exchange.message, exchange.answer);
+                    crate::exit::errln!("> {}\n{}", exchange.message, exchange.answer);
                 }
             }
             Command::Stats => self.stats(),
@@ -140,9 +140,9 @@ impl Chat<'_> {
 
     fn stats(&self) {
         if let Some(answer) = &self.last {
-            eprintln!("{}", summary(answer, self.dialogue.settings().sampling.seed));
+            crate::exit::errln!("{}", summary(answer, self.dialogue.settings().sampling.seed));
         }
         let (turns, tokens) = (self.dialogue.exchanges.len(), self.dialogue.tokens.len());
-        eprintln!("{turns} exchanges | {tokens} tokens in the context");
+        crate::exit::errln!("{turns} exchanges | {tokens} tokens in the context");
     }
 }
