@@ -113,7 +113,8 @@ fn folders_of_others_are_refused() {
     std::fs::create_dir(scene.path("mine")).unwrap();
     std::fs::write(scene.path("mine/config.toml"), "# mine\n[training]\nsteps = 2\n").unwrap();
     for resume in ["auto", "never"] {
-        let (_, err) = scene.expect(scene.command("mine", &["--config", "mine/config.toml", "--resume", resume]), 2);
+        let args = ["--config", "mine/config.toml", "--out", "mine", "--resume", resume];
+        let (_, err) = scene.expect(scene.bare(&args), 2);
         assert!(err.contains("--out mine") && err.contains("`config.toml`"), "{err}");
     }
     assert!(std::fs::read_to_string(scene.path("mine/config.toml")).unwrap().starts_with("# mine"));
