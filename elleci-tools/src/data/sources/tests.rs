@@ -4,14 +4,16 @@ use ::parquet::data_type::{ByteArray, ByteArrayType, Int32Type};
 use ::parquet::file::properties::WriterProperties;
 use ::parquet::file::writer::SerializedFileWriter;
 use ::parquet::schema::types::Type;
+use std::fs;
 use std::io::Write;
+use std::path::Path;
 
 /// Documents, and rejected rows with their reasons.
 type Contents = (Vec<Document>, Vec<(u64, String)>);
 
 /// Everything in one file: documents, and reasons of rejected rows with their numbers.
 fn read_file(path: &Path, options: &ReadOptions) -> Result<Contents> {
-    let (inputs, _) = find_inputs(&[path.to_path_buf()])?;
+    let inputs = find_inputs(&[path.to_path_buf()], options)?.inputs;
     let (mut documents, mut rejected) = (Vec::new(), Vec::new());
     let position = Arc::new(AtomicU64::new(0));
     read(&inputs[0], options, &position, &mut |row, result| {
@@ -232,10 +234,11 @@ fn inputs_are_found_in_order_and_others_are_counted() {
     for name in ["z.txt", "b/y.jsonl.gz", "a.parquet", "b/x.bin", "parquet.gz"] {
         fs::write(tmp.path().join(name), "").unwrap();
     }
-    let (inputs, ignored) = find_inputs(&[tmp.path().to_path_buf()]).unwrap();
+    let find = |path: PathBuf| find_inputs(&[path], &ReadOptions::default());
+    let Found { inputs, ignored, .. } = find(tmp.path().to_path_buf()).unwrap();
     let names: Vec<_> = inputs.iter().map(|i| i.path.strip_prefix(tmp.path()).unwrap().display().to_string()).collect();
     assert_eq!((names, ignored), (["a.parquet", "b/y.jsonl.gz", "z.txt"].map(String::from).to_vec(), 2));
-    let fails = |p: &str| format!("{:#}", find_inputs(&[tmp.path().join(p)]).unwrap_err());
+    let fails = |p: &str| format!("{:#}", find(tmp.path().join(p)).unwrap_err());
     assert!(fails("nowhere").contains("nowhere: cannot read"));
     assert!(fails("b/x.bin").contains("unknown kind of file"));
     fs::create_dir(tmp.path().join("empty")).unwrap();
