@@ -210,7 +210,9 @@ fn run_fetch(args: &FetchArgs) -> Result<()> {
         Ok(())
     }
     #[cfg(not(feature = "hub"))]
-    anyhow::bail!("this build has no Hugging Face client (feature `hub`); use --demo, or build with the default features")
+    anyhow::bail!(
+        "this build has no Hugging Face client (feature `hub`); use --demo, or build with the default features"
+    )
 }
 
 fn run_prepare(args: &PrepareArgs) -> Result<()> {
