@@ -53,7 +53,9 @@ fn read_lines(mut input: Box<dyn BufRead>, rows: &mut Rows<'_, '_>) -> Result<bo
             bail!("line {number} is longer than {MAX_ROW} bytes; is this JSON lines (one object a line)?");
         }
         if number == 1 && content == b"{" {
-            bail!("an object over several lines; write one object a line (JSON lines), or one array of objects");
+            // One reason instead of one a line; such files often only describe the corpus that they lie in.
+            let reason = "an object over several lines; write one a line (JSON lines), or one array of objects";
+            return rows.row(Err(reason.to_string()));
         }
         if !rows.row(parse(&line))? {
             return Ok(false);

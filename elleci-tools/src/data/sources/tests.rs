@@ -256,12 +256,16 @@ fn an_array_of_objects_is_read_like_lines() {
     for (file, part) in [
         (cut, "element 2 of the array is malformed JSON"),
         ("[{\"text\":\"uno\"}]\n{\"text\":\"due\"}", "something follows the JSON array"),
-        ("{\n\"text\":\"uno\"\n}", "one array of objects"),
         ("[{\"foo\":1}]", "columns (foo)"),
     ] {
         let e = format!("{:#}", read_bytes("x.json", file.as_bytes()).unwrap_err());
         assert!(e.contains("x.json") && e.contains(part), "{file}: {e}");
     }
+    let (documents, rejected) = read_bytes("x.json", b"{\n\"text\":\"uno\"\n}").unwrap();
+    assert!(
+        documents.is_empty() && rejected.len() == 1 && rejected[0].1.contains("one array of objects"),
+        "{rejected:?}"
+    );
     // No more is read than is wanted.
     let wanted = with_file("x.json", cut.as_bytes(), |p| {
         let found = find_inputs(&[p.to_path_buf()], &ReadOptions::default()).unwrap();
