@@ -108,6 +108,18 @@ fn wrong_usage_exits_with_2() {
     fails(dir, &["prepare", "-t", "t", "-o", "x", "--schema", "csv", "in.jsonl"], 2, &["csv", "oasst"]);
     fails(dir, &["fetch", "--demo", "--only", "oasst"], 2, &["--only"]);
     fails(dir, &["tokenizer"], 2, &["INPUT"]);
+    for holdout in ["nan", "-0.1", "1", "2"] {
+        fails(dir, &["prepare", "-t", "t", "-o", "x", "--holdout", holdout, "in.jsonl"], 2, &["--holdout", "below 1"]);
+    }
+    for (option, value) in [("--shard-tokens", "0"), ("--threads", "5000")] {
+        fails(dir, &["prepare", "-t", "t", "-o", "x", option, value, "in.jsonl"], 2, &[option, value]);
+    }
+    // Before anything is read: there is no input.
+    fails(dir, &["tokenizer", "--vocab", "0", "in.jsonl"], 2, &["the vocabulary is 0"]);
+    fails(dir, &["tokenizer", "--vocab", "65537", "in.jsonl"], 2, &["the vocabulary is 65537"]);
+    fails(dir, &["tokenizer", "--vocab", "300", "--pad-to", "299", "in.jsonl"], 2, &["padding to 299"]);
+    fails(dir, &["tokenizer", "in.jsonl"], 2, &["in.jsonl", "cannot read the input"]);
+    assert!(ok(dir, &["--help"]).contains("130 stopped by Ctrl-C"));
     for verb in ["fetch", "tokenizer", "prepare", "stats"] {
         assert!(ok(dir, &[verb, "--help"]).contains("Examples:"), "{verb}");
     }
@@ -121,19 +133,19 @@ fn bad_inputs_are_named_and_leave_nothing() {
     fs::write(dir.join("rotten.jsonl"), "x\n{}\n").unwrap();
     fs::write(dir.join("odd.jsonl"), "{\"foo\":\"x\"}\n").unwrap();
     fs::write(dir.join("table.csv"), "a,b\n").unwrap();
-    let prepare = |input: &str, parts: &[&str]| {
-        fails(dir, &["prepare", "-t", "tok", "-o", "new", input], 1, parts);
+    let prepare = |input: &str, code: i32, parts: &[&str]| {
+        fails(dir, &["prepare", "-t", "tok", "-o", "new", input], code, parts);
         assert!(!dir.join("new").exists() && !dir.join(".new.partial").exists() && !dir.join(".new.lock").exists());
     };
-    prepare("nowhere.jsonl", &["nowhere.jsonl", "cannot read the input"]);
-    prepare("empty.jsonl", &["no usable document"]);
-    prepare("rotten.jsonl", &["rotten.jsonl", "no known schema"]);
-    prepare("odd.jsonl", &["odd.jsonl", "columns (foo)", "--schema"]);
-    prepare("table.csv", &["table.csv", "unknown kind of file", ".jsonl"]);
-    fails(dir, &["prepare", "-t", "tok", "-o", "set", "corpus.jsonl"], 1, &["set", "--overwrite"]);
+    prepare("nowhere.jsonl", 2, &["nowhere.jsonl", "cannot read the input"]);
+    prepare("empty.jsonl", 1, &["no usable document"]);
+    prepare("rotten.jsonl", 1, &["rotten.jsonl", "no known schema"]);
+    prepare("odd.jsonl", 1, &["odd.jsonl", "columns (foo)", "--schema"]);
+    prepare("table.csv", 2, &["table.csv", "unknown kind of file", ".jsonl"]);
+    fails(dir, &["prepare", "-t", "tok", "-o", "set", "corpus.jsonl"], 2, &["set", "--overwrite"]);
     fails(dir, &["prepare", "-t", "none", "-o", "new", "corpus.jsonl"], 1, &["none", "elleci-data tokenizer"]);
     fails(dir, &["tokenizer", "--vocab", "400", "empty.jsonl"], 1, &["no text"]);
-    fails(dir, &["tokenizer", "--vocab", "90000", "corpus.jsonl"], 1, &["90000", "65536"]);
+    fails(dir, &["tokenizer", "--vocab", "90000", "corpus.jsonl"], 2, &["90000", "65536"]);
     fails(dir, &["tokenizer", "--vocab", "270", "corpus.jsonl", "--words", "nolist"], 1, &["nolist"]);
     assert!(!dir.join("tokenizer.json").exists());
 
@@ -146,6 +158,31 @@ fn bad_inputs_are_named_and_leave_nothing() {
     );
     fs::remove_file(dir.join("tok/tokenizer.config.json")).unwrap();
     fails(dir, &["prepare", "-t", "tok", "-o", "new", "corpus.jsonl"], 1, &["tokenizer.json", "not a valid tokenizer"]);
+}
+
+#[test]
+fn a_tokenizer_replaces_no_input_and_nothing_unasked() {
+    let tmp = workspace();
+    let dir = tmp.path();
+    let before = fs::read(dir.join("corpus.jsonl")).unwrap();
+    let train = |out: &str, more: &[&str], code: i32, parts: &[&str]| {
+        let args = [&["tokenizer", "--vocab", "300", "--words", "words.txt", "--out", out], more].concat();
+        fails(dir, &args, code, parts);
+    };
+    train("corpus.jsonl", &["corpus.jsonl"], 2, &["corpus.jsonl", "is an input"]);
+    train("corpus.jsonl", &["--overwrite", "corpus.jsonl"], 2, &["corpus.jsonl", "is an input"]);
+    train("tok/../corpus.jsonl", &["--overwrite", "corpus.jsonl"], 2, &["is an input"]);
+    train("words.txt", &["--overwrite", "corpus.jsonl"], 2, &["words.txt", "is an input"]);
+    // Found in a directory that is read.
+    train("tok/tokenizer.json", &["--overwrite", "tok", "corpus.jsonl"], 2, &["tok/tokenizer.json", "is an input"]);
+    train("tok", &["--overwrite", "corpus.jsonl"], 2, &["tok", "not a regular file"]);
+    train("tok/tokenizer.json", &["corpus.jsonl"], 2, &["tok/tokenizer.json", "--overwrite"]);
+    fs::write(dir.join("lone.config.json"), "{}").unwrap();
+    train("lone.json", &["corpus.jsonl"], 2, &["lone.config.json", "--overwrite"]);
+    assert_eq!(fs::read(dir.join("corpus.jsonl")).unwrap(), before);
+    assert_eq!(fs::read_to_string(dir.join("words.txt")).unwrap(), "casa\nmare\n");
+    let train = ["tokenizer", "--vocab", "300", "--words", "words.txt", "--out", "tok/tokenizer.json", "--overwrite"];
+    assert!(ok(dir, &[&train[..], &["corpus.jsonl"]].concat()).contains("padded to 300"));
 }
 
 #[test]
@@ -199,7 +236,7 @@ fn ctrl_c_leaves_nothing_half_written() {
         let _ = pipe.write_all(b"{\"text\":\"due\"}\n");
     }
     let output = child.wait_with_output().unwrap();
-    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(output.status.code(), Some(130));
     assert!(stderr(&output).contains("interrupted; nothing was written"), "{}", stderr(&output));
     for name in ["new", ".new.partial", ".new.lock"] {
         assert!(!dir.join(name).exists(), "{name}");

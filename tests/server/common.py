@@ -30,7 +30,7 @@ def nano(folder):
         run = lambda *args: subprocess.run(args, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         run(binary("elleci-run"), "bench", "--preset", "nano", "--save", bare, "-p", "0", "-n", "1", "-r", "1")
         texts = sorted((ROOT / "fixtures" / "text").glob("*.txt"))
-        run(binary("elleci-data"), "tokenizer", "--vocab", "4000", "--pad-to", "4096", "--out", tokenizer, *texts)
+        run(binary("elleci-data"), "tokenizer", "--vocab", "4000", "--pad-to", "4096", "--overwrite", "--out", tokenizer, *texts)
         run(binary("elleci-convert"), bare, model, "--tokenizer", tokenizer)
     return str(model)
 

@@ -1,24 +1,26 @@
 //! The command line of `elleci-data`.
 
+mod tokenizer;
+
 use super::fetch;
 use super::prepare::{self, PrepareOptions, Progress, Summary};
 use super::shards::{ShardOptions, ShardSet, Split, Verify};
-use super::sources::{self, Document, ReadOptions, Rejected, Schema, TextSplit};
+use super::sources::{ReadOptions, Rejected, Schema, TextSplit};
 use super::stats;
-use super::tokenizer::{self, Tokenizer, TrainOptions, train_tokenizer};
-use anyhow::{Context, Result, bail};
+use super::tokenizer::Tokenizer;
+use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 /// Corpora to token shards: fetch text, train a tokenizer, prepare shards, look at them.
 #[derive(Debug, Parser)]
 #[command(
     version,
-    after_help = "Exit codes: 0 done, 1 failed, 2 wrong usage. Results go to standard output, all else \
+    after_help = "Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C. Results go to standard output, all else \
                                  to standard error."
 )]
 pub struct Cli {
@@ -30,7 +32,7 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Fetch(FetchArgs),
-    Tokenizer(TokenizerArgs),
+    Tokenizer(tokenizer::TokenizerArgs),
     Prepare(PrepareArgs),
     Stats(StatsArgs),
 }
@@ -38,10 +40,11 @@ enum Command {
 /// How to read corpora.
 #[derive(Debug, Args)]
 struct InputArgs {
-    /// Files and directories: .parquet, .jsonl, .ndjson, .json, .txt, .md (all but parquet also with .gz or .zst).
+    /// Files and directories: .parquet, .jsonl, .ndjson, .json, .txt, .md (all but parquet also with .gz or .zst). JSON is one
+    /// object a line (JSON lines), or one array of objects.
     #[arg(required = true, value_name = "INPUT")]
     inputs: Vec<PathBuf>,
-    /// What the columns mean; told by their names if not given.
+    /// What the columns mean; told by their names if not given. Not for plain text, which has none.
     #[arg(long, value_enum)]
     schema: Option<Schema>,
     /// How plain text is cut into documents.
@@ -103,38 +106,10 @@ struct FetchArgs {
     out: PathBuf,
 }
 
-/// Train the byte-level BPE tokenizer on a mix of corpora.
-///
-/// The specials are <|endoftext|> 0, <|padding|> 1, <|im_start|> 2, <|im_end|> 3. The commonest Italian words are single
-/// tokens, with a space before them and without. The same text gives the same file, byte for byte.
-#[derive(Debug, Args)]
-#[command(after_help = "Examples:
-  elleci-data tokenizer --out tok/tokenizer.json corpus/it corpus/en
-  elleci-data tokenizer --vocab 4096 --out nano/tokenizer.json corpus/it corpus/en")]
-struct TokenizerArgs {
-    #[command(flatten)]
-    input: InputArgs,
-    /// Where to write; tokenizer.config.json goes beside it.
-    #[arg(short, long, default_value = "tokenizer.json")]
-    out: PathBuf,
-    /// Tokens, special ones and bytes included.
-    #[arg(long, default_value_t = 32_000)]
-    vocab: usize,
-    /// Rows of the embedding (ids from --vocab on never occur) [default: 32128 for 32000 tokens, else as many as tokens].
-    #[arg(long)]
-    pad_to: Option<usize>,
-    /// Words that must be single tokens, one a line [default: the first VOCAB/32 of the built-in Italian list].
-    #[arg(long, value_name = "FILE")]
-    words: Option<PathBuf>,
-    /// Stop after this much text.
-    #[arg(long, default_value_t = 2_000, value_name = "MB")]
-    max_mb: u64,
-}
-
 /// Turn corpora into a shard set: tokens, document boundaries, loss masks, a held-out split.
 ///
 /// Exact duplicates are dropped (16 to 40 bytes of memory a document). Rows that cannot be used are counted by reason. The
-/// output appears when it is complete, or not at all.
+/// output appears when it is complete, or not at all: Ctrl-C leaves nothing of it.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   elleci-data prepare --tokenizer tok --out shards/it corpus/it
@@ -150,7 +125,7 @@ struct PrepareArgs {
     #[arg(short, long)]
     out: PathBuf,
     /// The share of documents to hold out, chosen by a hash of their content.
-    #[arg(long, default_value_t = 0.01, value_name = "SHARE")]
+    #[arg(long, default_value_t = 0.01, value_name = "SHARE", value_parser = holdout, allow_negative_numbers = true)]
     holdout: f64,
     /// Write documents that occurred before again.
     #[arg(long)]
@@ -159,17 +134,26 @@ struct PrepareArgs {
     #[arg(long, value_name = "N")]
     limit: Option<u64>,
     /// Tokens in a shard.
-    #[arg(long, default_value_t = ShardOptions::DEFAULT_SHARD_TOKENS, value_name = "N")]
+    #[arg(long, default_value_t = ShardOptions::DEFAULT_SHARD_TOKENS, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     shard_tokens: u64,
-    /// Replace an existing shard set.
+    /// Replace an existing shard set; a directory that holds anything else stays.
     #[arg(long)]
     overwrite: bool,
-    /// Threads [default: one a core].
-    #[arg(long, value_name = "N")]
-    threads: Option<usize>,
+    /// Threads, 0 for one a core.
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(..=MAX_THREADS))]
+    threads: u32,
     /// One JSON object on standard output instead of a table.
     #[arg(long)]
     json: bool,
+}
+
+/// As the other tools have it: more make no machine faster and may be more than it can start.
+const MAX_THREADS: i64 = 1024;
+
+/// `--holdout`.
+fn holdout(text: &str) -> std::result::Result<f64, String> {
+    let share = text.parse::<f64>().map_err(|e| e.to_string())?;
+    if (0.0..1.0).contains(&share) { Ok(share) } else { Err("it must be at least 0 and below 1".to_string()) }
 }
 
 /// Show what is in a shard set, after checking it in full.
@@ -194,11 +178,11 @@ struct StatsArgs {
 /// Runs a parsed command line.
 ///
 /// # Errors
-/// Whatever the verb reports; the caller prints it and exits with 1.
+/// Whatever the verb reports, for [`crate::exit::finish`].
 pub fn run(cli: Cli) -> Result<()> {
     match cli.command {
         Command::Fetch(args) => run_fetch(&args),
-        Command::Tokenizer(args) => run_tokenizer(&args),
+        Command::Tokenizer(args) => tokenizer::run(&args),
         Command::Prepare(args) => run_prepare(&args),
         Command::Stats(args) => run_stats(&args),
     }
@@ -226,76 +210,9 @@ fn run_fetch(args: &FetchArgs) -> Result<()> {
         Ok(())
     }
     #[cfg(not(feature = "hub"))]
-    bail!("this build has no Hugging Face client (feature `hub`); use --demo, or build with the default features")
-}
-
-fn run_tokenizer(args: &TokenizerArgs) -> Result<()> {
-    let padded = if args.vocab == 32_000 { 32_128 } else { args.vocab };
-    let mut options = TrainOptions::new(args.vocab, args.pad_to.unwrap_or(padded));
-    if let Some(path) = &args.words {
-        let list = std::fs::read_to_string(path).with_context(|| format!("{}: cannot read", path.display()))?;
-        options.words = tokenizer::words(&list).map(str::to_string).collect();
-    }
-    let (inputs, ignored) = sources::find_inputs(&args.input.inputs)?;
-    let bar = bar(inputs.iter().map(|i| i.size).sum());
-    let read_options = args.input.read_options();
-    let position = Arc::new(AtomicU64::new(0));
-    let (send, receive) = std::sync::mpsc::sync_channel::<String>(256);
-    let limit = args.max_mb.saturating_mul(1_000_000);
-    let (trained, rejected) = std::thread::scope(|scope| {
-        let reader = scope.spawn(|| {
-            let mut rejected = Rejected::default();
-            let mut bytes = 0u64;
-            for input in &inputs {
-                sources::read(input, &read_options, &position, &mut |row, result| {
-                    bar.set_position(position.load(Ordering::Relaxed));
-                    match result {
-                        Err(reason) => rejected.add(&reason, || format!("{}:{row}", input.path.display())),
-                        Ok(document) => {
-                            bytes += document.bytes() as u64;
-                            let texts = match document {
-                                Document::Text(text) => vec![text],
-                                Document::Dialogue(turns) => turns.into_iter().map(|t| t.content).collect(),
-                            };
-                            for text in texts {
-                                if send.send(text).is_err() {
-                                    return Ok(false);
-                                }
-                            }
-                        }
-                    }
-                    Ok(bytes < limit)
-                })?;
-                if bytes >= limit {
-                    eprintln!("stopped reading after {} MB of text (--max-mb)", args.max_mb);
-                    break;
-                }
-            }
-            drop(send);
-            bar.finish_and_clear();
-            eprintln!("{:.1} MB of text read; learning merges", bytes as f64 / 1e6);
-            Ok::<_, anyhow::Error>(rejected)
-        });
-        let trained = train_tokenizer(receive.into_iter(), &options);
-        match reader.join() {
-            // A fault of the input explains a failed training.
-            Ok(Ok(rejected)) => trained.map(|t| (t, rejected)),
-            Ok(Err(e)) => Err(e),
-            Err(_) => bail!("the reading thread failed"),
-        }
-    })?;
-    report_rejected(&rejected, ignored);
-    trained.save(&args.out)?;
-    let config = trained.config();
-    crate::exit::outln!(
-        "{}: {} tokens, padded to {}; {} words are single tokens; sha256 {}",
-        args.out.display(),
-        config.tokens,
-        config.vocab_size,
-        config.single_token_words.len(),
-        config.tokenizer_sha256
-    );
-    Ok(())
+    anyhow::bail!(
+        "this build has no Hugging Face client (feature `hub`); use --demo, or build with the default features"
+    )
 }
 
 fn run_prepare(args: &PrepareArgs) -> Result<()> {
@@ -309,7 +226,7 @@ fn run_prepare(args: &PrepareArgs) -> Result<()> {
         overwrite: args.overwrite,
         ..PrepareOptions::new(args.input.inputs.clone(), args.out.clone())
     };
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(args.threads.unwrap_or(0)).build()?;
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(args.threads as usize).build()?;
     let progress = Arc::new(Progress::default());
     let on_signal = progress.clone();
     ctrlc::set_handler(move || {
@@ -321,7 +238,7 @@ fn run_prepare(args: &PrepareArgs) -> Result<()> {
     .context("cannot watch for Ctrl-C")?;
     let start = Instant::now();
     let summary = with_bar(&progress, || pool.install(|| prepare::prepare(&tokenizer, &options, &progress)))?;
-    report_rejected(&summary.rejected, summary.ignored_files);
+    report(&summary.rejected, summary.ignored_files, &summary.notes);
     let (train, val) = (summary.index.split(Split::Train), summary.index.split(Split::Val));
     if val.documents == 0 && args.holdout > 0.0 {
         eprintln!("warning: no document was held out (there are only {}); raise --holdout", train.documents);
@@ -370,7 +287,10 @@ fn run_stats(args: &StatsArgs) -> Result<()> {
 }
 
 /// Tells what was passed over.
-fn report_rejected(rejected: &Rejected, ignored_files: u64) {
+fn report(rejected: &Rejected, ignored_files: u64, notes: &[String]) {
+    for note in notes {
+        eprintln!("note: {note}");
+    }
     if ignored_files > 0 {
         eprintln!("{ignored_files} files of other kinds were ignored");
     }

@@ -7,8 +7,9 @@
 
 use super::chatml;
 use super::shards::{Index, ShardOptions, ShardWriter, Split};
-use super::sources::{self, Document, Input, ReadOptions, Rejected};
+use super::sources::{self, Document, Found, Input, ReadOptions, Rejected};
 use super::tokenizer::{Cache, END_OF_TEXT_ID, Tokenizer};
+use crate::exit::Interrupted;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use rayon::prelude::*;
 use serde::Serialize;
@@ -73,6 +74,8 @@ pub struct Summary {
     pub duplicates: u64,
     /// Rows that became no document.
     pub rejected: Rejected,
+    /// See [`sources::Found::notes`].
+    pub notes: Vec<String>,
 }
 
 /// How far [`prepare`] has come; shared with whoever shows it.
@@ -88,18 +91,6 @@ pub struct Progress {
     pub stop: AtomicBool,
 }
 
-/// The error of a run that [`Progress::stop`] ended.
-#[derive(Debug)]
-pub struct Interrupted;
-
-impl std::fmt::Display for Interrupted {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("interrupted; nothing was written")
-    }
-}
-
-impl std::error::Error for Interrupted {}
-
 struct Chunk {
     documents: Vec<Document>,
 }
@@ -107,14 +98,14 @@ struct Chunk {
 /// Makes a shard set. Runs in the rayon pool that it is called from.
 ///
 /// # Errors
-/// Unreadable input, no usable document, a failed write, or an interruption. The target is then as it was.
+/// Unreadable input, no usable document, a failed write, or [`Interrupted`] after [`Progress::stop`]. The target is then as it was.
 pub fn prepare(tokenizer: &Tokenizer, options: &PrepareOptions, progress: &Progress) -> Result<Summary> {
     ensure!(
         (0.0..1.0).contains(&options.holdout),
         "the held-out share is {}; it must be at least 0 and below 1",
         options.holdout
     );
-    let (inputs, ignored_files) = sources::find_inputs(&options.inputs)?;
+    let Found { inputs, ignored: ignored_files, notes } = sources::find_inputs(&options.inputs, &options.read)?;
     progress.total.store(inputs.iter().map(|i| i.size).sum(), Ordering::Relaxed);
     let shard_options = ShardOptions {
         tokenizer_sha256: tokenizer.sha256().to_string(),
@@ -143,7 +134,7 @@ pub fn prepare(tokenizer: &Tokenizer, options: &PrepareOptions, progress: &Progr
         reader.join().map_err(|_| anyhow!("the reading thread failed"))?
     })?;
     if progress.stop.load(Ordering::Relaxed) {
-        return Err(Interrupted.into());
+        return Err(Interrupted("interrupted; nothing was written".into()).into());
     }
     let (train, val) = (writer.totals(Split::Train).documents, writer.totals(Split::Val).documents);
     if train + val == 0 {
@@ -151,7 +142,7 @@ pub fn prepare(tokenizer: &Tokenizer, options: &PrepareOptions, progress: &Progr
     }
     let duplicates = sink.duplicates;
     let index = writer.finish()?;
-    Ok(Summary { index, files: inputs.len() as u64, ignored_files, duplicates, rejected })
+    Ok(Summary { index, files: inputs.len() as u64, ignored_files, duplicates, rejected, notes })
 }
 
 /// Rejected rows, a line each.

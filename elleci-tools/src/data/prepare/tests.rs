@@ -151,7 +151,7 @@ fn stopping_leaves_nothing_behind() {
     progress.stop.store(true, Ordering::Relaxed);
     let options = PrepareOptions::new(vec![tmp.path().join("in")], tmp.path().join("out"));
     let e = prepare(&tokenizer(), &options, &progress).unwrap_err();
-    assert!(e.is::<Interrupted>(), "{e}");
+    assert!(e.is::<crate::exit::Interrupted>(), "{e}");
     assert_eq!(fs::read_dir(tmp.path()).unwrap().count(), 1);
 }
 

@@ -16,6 +16,7 @@
 //! so a directory that bears its final name is whole.
 
 mod reader;
+mod target;
 mod writer;
 
 pub use reader::{ShardSet, Verify};

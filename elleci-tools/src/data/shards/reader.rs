@@ -112,7 +112,7 @@ impl ShardSet {
     }
 }
 
-fn read_index(dir: &Path) -> Result<(Index, u64)> {
+pub(super) fn read_index(dir: &Path) -> Result<(Index, u64)> {
     let path = dir.join(INDEX_FILE);
     let shown = path.display();
     if !dir.is_dir() {

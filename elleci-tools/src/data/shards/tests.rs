@@ -197,3 +197,59 @@ fn contents_are_checked_beyond_the_checksum() {
     };
     expect_fault_with_checksum("val-00000.idx", last, &["val-00000.idx", "last offset"]);
 }
+
+#[test]
+fn only_a_shard_set_and_nothing_else_is_replaced() {
+    let tmp = tempfile::tempdir().unwrap();
+    let dir = tmp.path().join("set");
+    let overwrite = || ShardOptions { overwrite: true, ..options(64) };
+    let refused = |parts: &[&str]| {
+        let e = ShardWriter::create(&dir, overwrite()).err().unwrap();
+        assert!(e.is::<crate::exit::Usage>(), "{e:#}");
+        parts.iter().for_each(|part| assert!(e.to_string().contains(part), "`{part}` is not in: {e}"));
+    };
+    fs::create_dir(&dir).unwrap();
+    fs::write(dir.join(INDEX_FILE), "{\"weight_map\":{}}").unwrap();
+    refused(&["set: not surely a shard set", "`format` is missing"]);
+    fs::remove_file(dir.join(INDEX_FILE)).unwrap();
+
+    write(&dir, 30, 64);
+    fs::write(dir.join("thesis.txt"), "x").unwrap();
+    refused(&["thesis.txt: not a file of the shard set"]);
+    fs::remove_file(dir.join("thesis.txt")).unwrap();
+    fs::create_dir(dir.join("more")).unwrap();
+    refused(&["more: not a file of the shard set"]);
+    fs::remove_dir(dir.join("more")).unwrap();
+
+    // What comes while the new set is being made stays, too.
+    let mut w = ShardWriter::create(&dir, overwrite()).unwrap();
+    w.push(Split::Train, &[5, 0], None).unwrap();
+    fs::write(dir.join("thesis.txt"), "x").unwrap();
+    assert!(w.finish().unwrap_err().to_string().contains("thesis.txt"));
+    fs::remove_file(dir.join("thesis.txt")).unwrap();
+
+    // A removal that was killed is completed by the next writer; what is not a set's is not.
+    let old = tmp.path().join(".set.replaced");
+    write(&old, 3, 64);
+    fs::remove_file(old.join("train-00000.bin")).unwrap();
+    let mut w = ShardWriter::create(&dir, overwrite()).unwrap();
+    w.push(Split::Train, &[5, 0], None).unwrap();
+    w.finish().unwrap();
+    assert_eq!(ShardSet::open(&dir).unwrap().index().train.documents, 1);
+    assert_eq!(fs::read_dir(tmp.path()).unwrap().count(), 1);
+    fs::create_dir(&old).unwrap();
+    fs::write(old.join("thesis.txt"), "x").unwrap();
+    refused(&[".set.replaced: not surely a shard set"]);
+}
+
+#[cfg(unix)]
+#[test]
+fn a_link_is_no_place_for_a_shard_set() {
+    let tmp = tempfile::tempdir().unwrap();
+    let (dir, link) = (tmp.path().join("set"), tmp.path().join("link"));
+    write(&dir, 3, 64);
+    std::os::unix::fs::symlink(&dir, &link).unwrap();
+    let e = ShardWriter::create(&link, ShardOptions { overwrite: true, ..options(64) }).err().unwrap().to_string();
+    assert!(e.contains("link: a symbolic link"), "{e}");
+    ShardSet::open(&dir).unwrap();
+}

@@ -1,7 +1,7 @@
 //! Writing a shard set in bounded memory.
 
 use super::{
-    FORMAT, FileEntry, INDEX_FILE, Index, MAX_VOCAB, ShardEntry, Split, SplitIndex, TOKEN_BYTES_FILE, VERSION,
+    FORMAT, FileEntry, INDEX_FILE, Index, MAX_VOCAB, ShardEntry, Split, SplitIndex, TOKEN_BYTES_FILE, VERSION, target,
 };
 use crate::data::files::{parent_of, sync_dir};
 use anyhow::{Context, Result, bail, ensure};
@@ -64,14 +64,14 @@ impl ShardWriter {
     /// Starts a shard set that will be the directory `target`.
     ///
     /// # Errors
-    /// `target` exists (and is not to be overwritten, or is not a shard set), another writer is at work on it, the
-    /// vocabulary does not fit 16 bits, or the file system refuses.
+    /// `target` exists (and is not to be overwritten, or is not a shard set and nothing else), another writer is at work on
+    /// it, the vocabulary does not fit 16 bits, or the file system refuses.
     pub fn create(target: &Path, options: ShardOptions) -> Result<ShardWriter> {
         let vocab = options.token_bytes.len();
         ensure!(vocab > 0 && vocab <= MAX_VOCAB, "vocab_size is {vocab}; shards hold 1 to {MAX_VOCAB} token ids");
         ensure!((options.end_of_text as usize) < vocab, "end_of_text {} is not below {vocab}", options.end_of_text);
         ensure!(options.shard_tokens > 0, "shard_tokens is 0; it must be at least 1");
-        check_target(target, options.overwrite)?;
+        target::check(target, options.overwrite)?;
         let name = target.file_name().with_context(|| format!("{}: not a directory name", target.display()))?;
         let parent = parent_of(target);
         fs::create_dir_all(&parent).with_context(|| format!("{}: cannot create", parent.display()))?;
@@ -87,6 +87,11 @@ impl ShardWriter {
         if staging.exists() {
             // Left behind by a process that was killed: we hold the lock, so nobody writes there.
             fs::remove_dir_all(&staging).with_context(|| format!("{}: cannot remove", staging.display()))?;
+        }
+        let old = replaced(&staging);
+        if old.exists() {
+            // Of a process that was killed while it replaced a set; it goes when the new set is complete.
+            target::own_files(&old)?;
         }
         fs::create_dir(&staging).with_context(|| format!("{}: cannot create", staging.display()))?;
         let split = |split| SplitWriter { split, index: SplitIndex::default(), open: None };
@@ -167,12 +172,12 @@ impl ShardWriter {
     }
 
     fn move_into_place(&self) -> Result<()> {
-        check_target(&self.target, self.options.overwrite)?;
-        let old = self.staging.with_extension("replaced");
+        target::check(&self.target, self.options.overwrite)?;
+        let old = replaced(&self.staging);
         let replaces = self.target.exists();
         if replaces {
             if old.exists() {
-                fs::remove_dir_all(&old).with_context(|| format!("{}: cannot remove", old.display()))?;
+                target::remove(&old)?;
             }
             fs::rename(&self.target, &old).with_context(|| format!("{}: cannot rename", self.target.display()))?;
         }
@@ -180,10 +185,15 @@ impl ShardWriter {
             .with_context(|| format!("{}: cannot rename to {}", self.staging.display(), self.target.display()))?;
         sync_dir(&parent_of(&self.target))?;
         if replaces {
-            fs::remove_dir_all(&old).with_context(|| format!("{}: cannot remove", old.display()))?;
+            target::remove(&old)?;
         }
         Ok(())
     }
+}
+
+/// Where the old set lies while the new one takes its name.
+fn replaced(staging: &Path) -> PathBuf {
+    staging.with_extension("replaced")
 }
 
 impl Drop for ShardWriter {
@@ -293,20 +303,4 @@ impl HashedFile {
             .with_context(|| format!("{}: cannot write", self.path.display()))?;
         Ok(FileEntry { file: self.name, size: self.size, xxh3: format!("{:016x}", self.hash.digest()) })
     }
-}
-
-fn check_target(target: &Path, overwrite: bool) -> Result<()> {
-    if !target.exists() {
-        return Ok(());
-    }
-    let is_set = target.join(INDEX_FILE).is_file();
-    let is_empty = target.is_dir() && fs::read_dir(target).is_ok_and(|mut d| d.next().is_none());
-    // An empty directory holds nothing to lose; a rename replaces it on every Unix.
-    if is_empty || (is_set && overwrite) {
-        return Ok(());
-    }
-    if is_set {
-        bail!("{}: a shard set is already there; pass --overwrite to replace it", target.display());
-    }
-    bail!("{}: exists and is not a shard set (no {INDEX_FILE}); choose another directory", target.display());
 }

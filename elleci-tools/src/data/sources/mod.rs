@@ -1,20 +1,22 @@
 //! Reading corpora: files of several formats and schemas as a stream of [`Document`]s.
 
-mod jsonl;
+mod find;
+mod json;
 mod oasst;
 mod parquet;
 mod schema;
 mod text;
 
+pub use find::{Found, find_inputs};
 pub(crate) use parquet::value as parquet_value;
 pub use schema::{Row, Schema};
 
 use super::chatml::Turn;
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Read};
-use std::path::{Path, PathBuf};
+use std::fs::File;
+use std::io::{BufRead, BufReader, Cursor, Read};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -99,7 +101,7 @@ pub type RowResult = std::result::Result<Document, String>;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Format {
     Parquet,
-    JsonLines,
+    Json,
     Text,
 }
 
@@ -111,63 +113,6 @@ pub struct Input {
     /// Its size on disk, in bytes.
     pub size: u64,
     format: Format,
-}
-
-const KNOWN: &str = ".parquet, .jsonl, .ndjson, .json, .txt, .md, the latter also with .gz or .zst";
-
-fn format_of(path: &Path) -> Option<Format> {
-    let name = path.file_name()?.to_str()?.to_ascii_lowercase();
-    let plain = name.strip_suffix(".gz").or_else(|| name.strip_suffix(".zst"));
-    match plain.unwrap_or(&name).rsplit_once('.')?.1 {
-        "parquet" if plain.is_none() => Some(Format::Parquet),
-        "jsonl" | "ndjson" | "json" => Some(Format::JsonLines),
-        "txt" | "md" => Some(Format::Text),
-        _ => None,
-    }
-}
-
-/// Files and directories (searched in full) as a list of files in a fixed order, and how many files of other kinds the
-/// directories held.
-///
-/// # Errors
-/// A path that does not exist, a named file of an unknown kind, or nothing to read.
-pub fn find_inputs(paths: &[PathBuf]) -> Result<(Vec<Input>, u64)> {
-    let mut inputs = Vec::new();
-    let mut ignored = 0;
-    for path in paths {
-        let meta = fs::metadata(path).with_context(|| format!("{}: cannot read the input", path.display()))?;
-        if meta.is_dir() {
-            walk(path, &mut inputs, &mut ignored)?;
-        } else if let Some(format) = format_of(path) {
-            inputs.push(Input { path: path.clone(), size: meta.len(), format });
-        } else {
-            bail!("{}: unknown kind of file; known are {KNOWN}", path.display());
-        }
-    }
-    if inputs.is_empty() {
-        let list: Vec<_> = paths.iter().map(|p| p.display().to_string()).collect();
-        bail!("{}: no file to read; known kinds are {KNOWN}", list.join(", "));
-    }
-    Ok((inputs, ignored))
-}
-
-fn walk(dir: &Path, inputs: &mut Vec<Input>, ignored: &mut u64) -> Result<()> {
-    let context = || format!("{}: cannot read the directory", dir.display());
-    let mut entries =
-        fs::read_dir(dir).with_context(context)?.collect::<std::io::Result<Vec<_>>>().with_context(context)?;
-    entries.sort_by_key(std::fs::DirEntry::file_name);
-    for entry in entries {
-        let path = entry.path();
-        let meta = fs::metadata(&path).with_context(|| format!("{}: cannot read", path.display()))?;
-        if meta.is_dir() {
-            walk(&path, inputs, ignored)?;
-        } else if let Some(format) = format_of(&path) {
-            inputs.push(Input { path, size: meta.len(), format });
-        } else {
-            *ignored += 1;
-        }
-    }
-    Ok(())
 }
 
 /// Reads one file row by row. `visit` gets the row's number (from 1) and what it became, and returns whether to go on;
@@ -183,24 +128,44 @@ pub fn read(
 ) -> Result<()> {
     let result = match input.format {
         Format::Parquet => parquet::read(input, options, position, visit),
-        Format::JsonLines => jsonl::read(open(input, position)?, options, visit),
+        Format::Json => json::read(open(input, position)?, options, visit),
         Format::Text => text::read(open(input, position)?, options.text_split, visit),
     };
     result.with_context(|| input.path.display().to_string())
 }
 
-/// Opens a file, decompressing by its extension.
+/// What some programs put before text to tell that it is UTF-8; no part of the text.
+const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();
+
+/// Opens a file, decompressing by its extension and passing over a byte order mark.
 fn open(input: &Input, position: &Arc<AtomicU64>) -> Result<Box<dyn BufRead>> {
     let context = || format!("{}: cannot open", input.path.display());
     let file = Counted { inner: File::open(&input.path).with_context(context)?, position: position.clone() };
     let extension = input.path.extension().map(|e| e.to_ascii_lowercase());
-    Ok(match extension.as_ref().and_then(|e| e.to_str()) {
+    let content: Box<dyn BufRead> = match extension.as_ref().and_then(|e| e.to_str()) {
         Some("gz") => Box::new(BufReader::with_capacity(1 << 17, flate2::read::MultiGzDecoder::new(file))),
         Some("zst") => {
             Box::new(BufReader::with_capacity(1 << 17, zstd::stream::read::Decoder::new(file).with_context(context)?))
         }
         _ => Box::new(BufReader::with_capacity(1 << 17, file)),
-    })
+    };
+    without_mark(content).with_context(|| format!("{}: cannot read (truncated or damaged?)", input.path.display()))
+}
+
+fn without_mark(mut input: Box<dyn BufRead>) -> std::io::Result<Box<dyn BufRead>> {
+    let mut head = Vec::new();
+    // Byte by byte: a pipe may give no more at once.
+    while let Some(&byte) = input.fill_buf()?.first() {
+        if BYTE_ORDER_MARK.get(head.len()) != Some(&byte) {
+            break;
+        }
+        head.push(byte);
+        input.consume(1);
+    }
+    if head.is_empty() || head == BYTE_ORDER_MARK {
+        return Ok(input);
+    }
+    Ok(Box::new(Cursor::new(head).chain(input)))
 }
 
 /// Counts the bytes that pass.

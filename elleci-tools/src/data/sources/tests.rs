@@ -4,14 +4,16 @@ use ::parquet::data_type::{ByteArray, ByteArrayType, Int32Type};
 use ::parquet::file::properties::WriterProperties;
 use ::parquet::file::writer::SerializedFileWriter;
 use ::parquet::schema::types::Type;
+use std::fs;
 use std::io::Write;
+use std::path::Path;
 
 /// Documents, and rejected rows with their reasons.
 type Contents = (Vec<Document>, Vec<(u64, String)>);
 
 /// Everything in one file: documents, and reasons of rejected rows with their numbers.
 fn read_file(path: &Path, options: &ReadOptions) -> Result<Contents> {
-    let (inputs, _) = find_inputs(&[path.to_path_buf()])?;
+    let inputs = find_inputs(&[path.to_path_buf()], options)?.inputs;
     let (mut documents, mut rejected) = (Vec::new(), Vec::new());
     let position = Arc::new(AtomicU64::new(0));
     read(&inputs[0], options, &position, &mut |row, result| {
@@ -232,12 +234,100 @@ fn inputs_are_found_in_order_and_others_are_counted() {
     for name in ["z.txt", "b/y.jsonl.gz", "a.parquet", "b/x.bin", "parquet.gz"] {
         fs::write(tmp.path().join(name), "").unwrap();
     }
-    let (inputs, ignored) = find_inputs(&[tmp.path().to_path_buf()]).unwrap();
+    let find = |path: PathBuf| find_inputs(&[path], &ReadOptions::default());
+    let Found { inputs, ignored, .. } = find(tmp.path().to_path_buf()).unwrap();
     let names: Vec<_> = inputs.iter().map(|i| i.path.strip_prefix(tmp.path()).unwrap().display().to_string()).collect();
     assert_eq!((names, ignored), (["a.parquet", "b/y.jsonl.gz", "z.txt"].map(String::from).to_vec(), 2));
-    let fails = |p: &str| format!("{:#}", find_inputs(&[tmp.path().join(p)]).unwrap_err());
+    let fails = |p: &str| format!("{:#}", find(tmp.path().join(p)).unwrap_err());
     assert!(fails("nowhere").contains("nowhere: cannot read"));
     assert!(fails("b/x.bin").contains("unknown kind of file"));
     fs::create_dir(tmp.path().join("empty")).unwrap();
     assert!(fails("empty").contains("no file to read"));
+}
+
+#[test]
+fn an_array_of_objects_is_read_like_lines() {
+    let (documents, rejected) = read_bytes("x.json", b" [\n{\"text\":\"uno\"},\n7,{\n\"text\":\"due\"}\n]\n").unwrap();
+    assert_eq!(documents, [text("uno"), text("due")]);
+    assert_eq!(rejected, [(2, "not a JSON object".to_string())]);
+    assert_eq!(read_bytes("x.json", b"[]").unwrap(), (vec![], vec![]));
+    let cut = "[{\"text\":\"uno\"},{\"text\":\"du";
+    // What cannot be told apart must not get lost unseen.
+    for (file, part) in [
+        (cut, "element 2 of the array is malformed JSON"),
+        ("[{\"text\":\"uno\"}]\n{\"text\":\"due\"}", "something follows the JSON array"),
+        ("[{\"foo\":1}]", "columns (foo)"),
+    ] {
+        let e = format!("{:#}", read_bytes("x.json", file.as_bytes()).unwrap_err());
+        assert!(e.contains("x.json") && e.contains(part), "{file}: {e}");
+    }
+    let (documents, rejected) = read_bytes("x.json", b"{\n\"text\":\"uno\"\n}").unwrap();
+    assert!(
+        documents.is_empty() && rejected.len() == 1 && rejected[0].1.contains("one array of objects"),
+        "{rejected:?}"
+    );
+    // No more is read than is wanted.
+    let wanted = with_file("x.json", cut.as_bytes(), |p| {
+        let found = find_inputs(&[p.to_path_buf()], &ReadOptions::default()).unwrap();
+        read(&found.inputs[0], &ReadOptions::default(), &Arc::default(), &mut |_, _| Ok(false))
+    });
+    wanted.unwrap();
+}
+
+#[test]
+fn byte_order_marks_and_line_ends_are_no_text() {
+    let lines = "\u{feff}{\"text\":\"uno\"}\r\n{\"text\":\"\u{feff}due\"}\r\n";
+    let want = (vec![text("uno"), text("\u{feff}due")], vec![]);
+    assert_eq!(read_bytes("x.jsonl", lines.as_bytes()).unwrap(), want);
+    let zst = zstd::encode_all(lines.as_bytes(), 1).unwrap();
+    assert_eq!(read_bytes("x.jsonl.zst", &zst).unwrap(), want);
+    assert_eq!(read_bytes("x.json", "\u{feff}[{\"text\":\"uno\"}]".as_bytes()).unwrap().0, [text("uno")]);
+    let rule = ReadOptions { text_split: TextSplit::Rule, ..ReadOptions::default() };
+    let file = "\u{feff}uno\r\ndue\r\n---\r\ntre\r\n";
+    let documents = with_file("x.txt", file.as_bytes(), |p| read_file(p, &rule).unwrap().0);
+    assert_eq!(documents, [text("uno\ndue"), text("tre")]);
+    // What only begins like a mark is content.
+    assert_eq!(read_bytes("x.txt", "\u{fefe}x".as_bytes()).unwrap().0, [text("\u{fefe}x")]);
+    assert_eq!(read_bytes("x.txt", b"\xef\xbb").unwrap().1, [(1, "invalid UTF-8".to_string())]);
+}
+
+#[test]
+fn options_without_effect_are_told_or_refused() {
+    let tmp = tempfile::tempdir().unwrap();
+    for name in ["a.jsonl", "b.txt"] {
+        fs::write(tmp.path().join(name), "x").unwrap();
+    }
+    let (schema, lang) = (Some(Schema::Text), vec!["it".to_string()]);
+    let languages = ReadOptions { languages: lang.clone(), ..ReadOptions::default() };
+    let find = |name: &str, options: &ReadOptions| find_inputs(&[tmp.path().join(name)], options);
+    let notes = find("", &languages).unwrap().notes;
+    assert!(notes.len() == 1 && notes[0].starts_with("1 files are plain text, to which --lang does"), "{notes:?}");
+    assert!(find("a.jsonl", &languages).unwrap().notes.is_empty());
+    for (name, options, part) in [
+        ("b.txt", languages, "b.txt: plain text, which has no columns: --lang does not apply"),
+        ("b.txt", ReadOptions { schema, ..ReadOptions::default() }, "--schema does not apply"),
+        ("a.jsonl", ReadOptions { schema, languages: lang, ..ReadOptions::default() }, "--lang is for --schema oasst"),
+    ] {
+        let e = find(name, &options).unwrap_err();
+        assert!(e.is::<crate::exit::Usage>() && e.to_string().contains(part), "{e}");
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn links_are_followed_but_not_in_circles() {
+    let tmp = tempfile::tempdir().unwrap();
+    let at = |name: &str| tmp.path().join(name);
+    fs::create_dir_all(at("in/deep")).unwrap();
+    fs::create_dir(at("other")).unwrap();
+    fs::write(at("in/a.txt"), "uno").unwrap();
+    fs::write(at("other/b.txt"), "due").unwrap();
+    std::os::unix::fs::symlink(".", at("in/self")).unwrap();
+    std::os::unix::fs::symlink("..", at("in/deep/up")).unwrap();
+    std::os::unix::fs::symlink(at("other"), at("in/link")).unwrap();
+    let found = find_inputs(&[at("in")], &ReadOptions::default()).unwrap();
+    let names: Vec<_> = found.inputs.iter().map(|i| i.path.strip_prefix(at("in")).unwrap()).collect();
+    assert_eq!(names, [Path::new("a.txt"), Path::new("link/b.txt")]);
+    assert_eq!(found.notes.len(), 2, "{:?}", found.notes);
+    assert!(found.notes[0].contains("in/deep/up: leads back to") && found.notes[1].contains("in/self: leads back to"));
 }

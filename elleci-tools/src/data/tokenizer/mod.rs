@@ -190,7 +190,7 @@ impl Tokenizer {
 }
 
 /// `tokenizer.config.json` beside `tokenizer.json`.
-fn config_path(path: &Path) -> PathBuf {
+pub fn config_path(path: &Path) -> PathBuf {
     path.with_extension("config.json")
 }
 

@@ -122,6 +122,9 @@ fn impossible_options_are_explained() {
     assert!(fails(TrainOptions::new(600, 500)).contains("padding to 500"));
     let words = |w: &str| TrainOptions { words: vec![w.to_string()], ..TrainOptions::new(600, 600) };
     assert!(fails(words("due parole")).contains("`due parole` is split"));
+    // A file of another kind as the list: its beginning is enough.
+    let e = fails(words(&"parola".repeat(10_000)));
+    assert!(e.contains("paro…` has 60000 bytes") && e.len() < 200, "{e}");
     let many =
         TrainOptions { words: super::train::words(WORDS).map(String::from).collect(), ..TrainOptions::new(300, 300) };
     assert!(fails(many).contains("no room"));

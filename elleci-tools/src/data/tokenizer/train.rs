@@ -6,7 +6,7 @@
 //! its size: as many of the corpus' last merges give way.
 
 use super::{Encoder, SPECIALS, Tokenizer, TokenizerConfig, pieces};
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use std::collections::{HashMap, HashSet};
 use tokenizers::models::bpe::{BPE, BpeTrainer, Vocab};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
@@ -14,12 +14,17 @@ use tokenizers::{AddedToken, Trainer};
 
 use crate::data::chatml::Role;
 use crate::data::shards::{MAX_VOCAB, sha256_hex};
+use crate::exit::usage;
 
 /// The commonest Italian words, commonest first.
 pub const WORDS: &str = include_str!("../italian-words.txt");
 
 /// Bytes of the longest token: runs of dashes and the like would fill the vocabulary otherwise.
 const MAX_TOKEN_BYTES: usize = 32;
+/// Bytes of the longest listed word: what is longer is no word but a file of another kind, and would take as many merges.
+const MAX_WORD_BYTES: usize = 256;
+/// Tokens that every vocabulary has: the special ones and the bytes.
+const SMALLEST: usize = SPECIALS.len() + 256;
 
 /// What [`train_tokenizer`] makes.
 #[derive(Clone, Debug)]
@@ -41,6 +46,47 @@ impl TrainOptions {
         let words = italian.chain(roles).map(str::to_string).collect();
         TrainOptions { tokens, vocab_size, words }
     }
+
+    /// What [`train_tokenizer`] would refuse whatever the text.
+    ///
+    /// # Errors
+    /// Wrong usage: sizes that do not fit, or a word that cannot be a token.
+    pub fn validate(&self) -> Result<()> {
+        let TrainOptions { tokens, vocab_size, words } = self;
+        if *tokens < SMALLEST || *tokens > MAX_VOCAB {
+            let range = format!("{SMALLEST} (specials and bytes) to {MAX_VOCAB}");
+            return Err(usage(format!("the vocabulary is {tokens}; it must be {range}")));
+        }
+        if vocab_size < tokens || *vocab_size > MAX_VOCAB {
+            return Err(usage(format!(
+                "padding to {vocab_size} does not fit a vocabulary of {tokens}; it must be {tokens} to {MAX_VOCAB}"
+            )));
+        }
+        for word in words {
+            if word.len() > MAX_WORD_BYTES {
+                let (shown, bytes) = (shown(word), word.len());
+                return Err(usage(format!(
+                    "the word `{shown}` has {bytes} bytes; a listed word (one a line) has at most {MAX_WORD_BYTES}"
+                )));
+            }
+            if [format!(" {word}"), word.clone()].iter().any(|form| pieces(form).count() != 1) {
+                return Err(usage(format!(
+                    "the word `{}` is split before merges apply; it cannot be one token",
+                    shown(word)
+                )));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A word as messages have it: its beginning, if it is long.
+fn shown(word: &str) -> String {
+    const CHARS: usize = 40;
+    match word.char_indices().nth(CHARS) {
+        Some((at, _)) => format!("{}…", &word[..at]),
+        None => word.to_string(),
+    }
 }
 
 /// The words of a list: one a line, `#` starts a comment.
@@ -59,37 +105,21 @@ pub fn default_word_count(tokens: usize) -> usize {
 /// # Errors
 /// Sizes that do not fit, an empty corpus, or a listed word that is not one token in the end (the message lists them).
 pub fn train_tokenizer(texts: impl Iterator<Item = String> + Send, options: &TrainOptions) -> Result<Tokenizer> {
-    let smallest = SPECIALS.len() + 256;
-    ensure!(
-        options.tokens >= smallest && options.tokens <= MAX_VOCAB,
-        "the vocabulary is {}; it must be {smallest} (specials and bytes) to {MAX_VOCAB}",
-        options.tokens
-    );
-    ensure!(
-        options.vocab_size >= options.tokens && options.vocab_size <= MAX_VOCAB,
-        "padding to {} does not fit a vocabulary of {}; it must be {} to {MAX_VOCAB}",
-        options.vocab_size,
-        options.tokens,
-        options.tokens
-    );
+    options.validate()?;
     let mut builder = Builder::new(corpus_merges(texts, options.tokens)?);
     let forms: Vec<String> = options.words.iter().flat_map(|w| [format!(" {w}"), w.clone()]).collect();
-    for form in &forms {
-        if pieces(form).count() != 1 {
-            bail!("the word `{}` is split before merges apply; it cannot be one token", form.trim());
-        }
-    }
-    let merges = builder.complete(&forms, options.tokens - smallest)?;
+    let merges = builder.complete(&forms, options.tokens - SMALLEST)?;
     let json = to_json(&merges)?;
     let config = TokenizerConfig {
         vocab_size: options.vocab_size,
-        tokens: smallest + merges.iter().map(|(a, b)| format!("{a}{b}")).collect::<HashSet<_>>().len(),
+        tokens: SMALLEST + merges.iter().map(|(a, b)| format!("{a}{b}")).collect::<HashSet<_>>().len(),
         tokenizer_sha256: sha256_hex(json.as_bytes()),
         single_token_words: options.words.clone(),
     };
     let tokenizer = Tokenizer::from_json(json.into_bytes(), Some(config))?;
-    let failed: Vec<&str> = forms.iter().filter(|f| !tokenizer.is_single_token(f)).map(String::as_str).collect();
-    ensure!(failed.is_empty(), "these words are not one token after training: {failed:?}");
+    let failed: Vec<String> =
+        forms.iter().filter(|f| !tokenizer.is_single_token(f)).map(|f| format!("`{}`", shown(f))).collect();
+    ensure!(failed.is_empty(), "these words are not one token after training: {}", failed.join(", "));
     Ok(tokenizer)
 }
 
@@ -200,7 +230,7 @@ impl Builder {
             ensure!(
                 kept > 0,
                 "a vocabulary of {} has no room for the {} listed words; list fewer of them",
-                room + SPECIALS.len() + 256,
+                room + SMALLEST,
                 forms.len() / 2
             );
             kept = kept.saturating_sub(over);
