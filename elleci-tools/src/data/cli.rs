@@ -241,11 +241,11 @@ fn run_prepare(args: &PrepareArgs) -> Result<()> {
     report(&summary.rejected, summary.ignored_files, &summary.notes);
     let (train, val) = (summary.index.split(Split::Train), summary.index.split(Split::Val));
     if val.documents == 0 && args.holdout > 0.0 {
-        eprintln!("warning: no document was held out (there are only {}); raise --holdout", train.documents);
+        crate::exit::errln!("warning: no document was held out (there are only {}); raise --holdout", train.documents);
     }
     let seconds = start.elapsed().as_secs_f64();
     let mb = (train.bytes + val.bytes) as f64 / 1e6;
-    eprintln!(
+    crate::exit::errln!(
         "{:.1} MB of text in {seconds:.1} s: {:.1} MB/s with {} threads",
         mb,
         mb / seconds,
@@ -289,13 +289,13 @@ fn run_stats(args: &StatsArgs) -> Result<()> {
 /// Tells what was passed over.
 fn report(rejected: &Rejected, ignored_files: u64, notes: &[String]) {
     for note in notes {
-        eprintln!("note: {note}");
+        crate::exit::errln!("note: {note}");
     }
     if ignored_files > 0 {
-        eprintln!("{ignored_files} files of other kinds were ignored");
+        crate::exit::errln!("{ignored_files} files of other kinds were ignored");
     }
     if rejected.total() > 0 {
-        eprintln!("{} rows were not used:{}", rejected.total(), prepare::describe(rejected));
+        crate::exit::errln!("{} rows were not used:{}", rejected.total(), prepare::describe(rejected));
     }
 }
 

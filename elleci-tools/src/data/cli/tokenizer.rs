@@ -87,13 +87,13 @@ pub fn run(args: &TokenizerArgs) -> Result<()> {
                     Ok(bytes < limit)
                 })?;
                 if bytes >= limit {
-                    eprintln!("stopped reading after {} MB of text (--max-mb)", args.max_mb);
+                    crate::exit::errln!("stopped reading after {} MB of text (--max-mb)", args.max_mb);
                     break;
                 }
             }
             drop(send);
             bar.finish_and_clear();
-            eprintln!("{:.1} MB of text read; learning merges", bytes as f64 / 1e6);
+            crate::exit::errln!("{:.1} MB of text read; learning merges", bytes as f64 / 1e6);
             Ok::<_, anyhow::Error>(rejected)
         });
         let trained = train_tokenizer(receive.into_iter(), &options);

@@ -216,7 +216,7 @@ fn download(package: &Package, dir: &Path, any_version: bool) -> Result<PathBuf>
         // Another version, or cut short: it would hide the right one.
         fs::remove_file(&deb).with_context(|| format!("{}: cannot remove", deb.display()))?;
     }
-    eprintln!("downloading {}", package.name);
+    crate::exit::errln!("downloading {}", package.name);
     // First the pinned version: an archive may still have it beside a newer one.
     let pinned = format!("{}={}", package.name, package.version);
     let mut last = apt_get(&pinned, dir)?;

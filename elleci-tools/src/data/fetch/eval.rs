@@ -22,7 +22,7 @@ const CONVERTED: &str = "refs/convert/parquet";
 /// Anything that could not be had.
 pub fn fetch(out: &Path, sources: &[Source], got: &mut dyn FnMut(&Path)) -> Result<()> {
     if sources.is_empty() {
-        eprintln!("nothing to get: these tasks are part of elleci-eval, and need no data");
+        crate::exit::errln!("nothing to get: these tasks are part of elleci-eval, and need no data");
         return Ok(());
     }
     let client = Client::new()?;
@@ -40,9 +40,9 @@ pub fn fetch(out: &Path, sources: &[Source], got: &mut dyn FnMut(&Path)) -> Resu
         }
     }
     for (repo, config, split) in wanted {
-        eprintln!("{repo} {config} {split}");
+        crate::exit::errln!("{repo} {config} {split}");
         if let Err(error) = fetch_one(&client, out, (repo, config, split), got) {
-            eprintln!("  {error:#}");
+            crate::exit::errln!("  {error:#}");
             failed.push(repo);
         }
     }

@@ -65,7 +65,7 @@ pub fn fetch(out: &Path, corpora: &[Corpus], limit_files: Option<usize>) -> Resu
         let all = files.len();
         files.truncate(limit_files.unwrap_or(all));
         for (i, file) in files.iter().enumerate() {
-            eprintln!("{id}: file {} of {} (there are {all}): {file}", i + 1, files.len());
+            crate::exit::errln!("{id}: file {} of {} (there are {all}): {file}", i + 1, files.len());
             let cached = client.download(&repo, file).with_context(|| format!("{id}: {file}"))?;
             let name = Path::new(file).file_name().context("a file without a name")?;
             links.push(link(&cached, &out.join(corpus.name()).join(name))?);
@@ -118,7 +118,7 @@ impl Client {
                 Ok(path) => return Ok(path),
                 Err(e) if attempt == ATTEMPTS => return Err(e),
                 Err(e) => {
-                    eprintln!("  attempt {attempt} of {ATTEMPTS} failed: {e:#}");
+                    crate::exit::errln!("  attempt {attempt} of {ATTEMPTS} failed: {e:#}");
                     std::thread::sleep(Duration::from_millis(250 << attempt));
                 }
             }
