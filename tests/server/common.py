@@ -27,6 +27,7 @@ def nano(folder):
     model = folder / "nano.elleci"
     if not model.exists():
         bare, tokenizer = folder / "bare.elleci", folder / "tokenizer.json"
+        bare.unlink(missing_ok=True)
         run = lambda *args: subprocess.run(args, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         run(binary("elleci-run"), "bench", "--preset", "nano", "--save", bare, "-p", "0", "-n", "1", "-r", "1")
         texts = sorted((ROOT / "fixtures" / "text").glob("*.txt"))

@@ -49,8 +49,12 @@ impl Temporary {
         let parent = parent_of(&temporary.target);
         let missing: Vec<&Path> = parent.ancestors().take_while(|p| !p.as_os_str().is_empty() && !p.exists()).collect();
         for dir in missing.into_iter().rev() {
-            fs::create_dir(dir).with_context(|| format!("creating {}", dir.display()))?;
-            temporary.made.push(dir.to_path_buf());
+            match fs::create_dir(dir) {
+                Ok(()) => temporary.made.push(dir.to_path_buf()),
+                // Another conversion has made it meanwhile.
+                Err(_) if dir.is_dir() => {}
+                Err(e) => return Err(e).with_context(|| format!("creating {}", dir.display())),
+            }
         }
         Ok(temporary)
     }

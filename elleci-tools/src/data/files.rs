@@ -50,15 +50,22 @@ pub fn is_unique_beside(name: &str, target: &Path, end: &str) -> bool {
 
 fn unique_start(target: &Path) -> Result<String> {
     let name = target.file_name().with_context(|| format!("{}: not a file name", target.display()))?;
-    // File systems take 255 bytes.
-    let name: String = name.to_string_lossy().chars().take(50).collect();
-    Ok(format!(".{name}."))
+    let name = name.to_string_lossy();
+    // File systems take 255 bytes. What is cut off still tells names apart.
+    let cut: String = name.chars().take(50).collect();
+    let rest = if cut.len() < name.len() {
+        format!("~{}", &blake3::hash(name.as_bytes()).to_hex()[..8])
+    } else {
+        String::new()
+    };
+    Ok(format!(".{cut}{rest}."))
 }
 
 /// Whether there is something at `path` that is written into and cannot be replaced: a device, a pipe, an open file by its number.
 pub fn is_stream(path: &Path) -> bool {
     let link = path.symlink_metadata().is_ok_and(|m| m.is_symlink());
-    let by_number = link && (path.starts_with("/dev") || path.starts_with("/proc"));
+    let named = ["/dev/stdout", "/dev/stderr"].iter().any(|name| path == Path::new(name));
+    let by_number = link && (named || path.starts_with("/dev/fd") || path.starts_with("/proc"));
     path.metadata().is_ok_and(|m| !m.is_dir() && (!m.is_file() || by_number))
 }
 
@@ -214,6 +221,9 @@ mod tests {
         assert!(is_unique_beside(&name(&one), target, "old"));
         assert!(!is_unique_beside(&name(&one), target, "tmp"));
         assert!(!is_unique_beside(&name(&one), Path::new("other"), "old"));
+        let long = |end: &str| PathBuf::from(format!("{}{end}", "n".repeat(60)));
+        let moved = name(&unique_beside(&long("1"), "old").unwrap());
+        assert!(is_unique_beside(&moved, &long("1"), "old") && !is_unique_beside(&moved, &long("2"), "old"));
         for other in [".model.old", ".model.12.old", ".model.12-34.old", ".model.x-0123456789abcdef.old"] {
             assert!(!is_unique_beside(other, target, "old"), "{other}");
         }

@@ -209,9 +209,12 @@ pub fn run(args: &CompareArgs) -> anyhow::Result<()> {
     let mut found = Found { resamples, seed: args.seed, rows: vec![heads], objects: Vec::new() };
     let mut tasks = BTreeMap::new();
     for (name, task) in &a.results.configs {
-        if !b.results.configs.contains_key(name) {
+        let Some(other) = b.results.configs.get(name) else {
             crate::exit::errln!("{name}: only in {}", args.a.display());
             continue;
+        };
+        if task.overlap != other.overlap {
+            crate::exit::errln!("warning: {name}: the windows of the two runs have different strides");
         }
         let common = Common::open(&a, &b, name, task)?;
         for metric in &task.metrics {

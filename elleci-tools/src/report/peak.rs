@@ -76,7 +76,8 @@ mod tests {
     fn the_peak_is_plausible() {
         let peak = Peak::measure(2);
         assert_eq!((peak.threads, peak.isa), (2, Isa::detect()));
-        assert!(peak.gflops < 1e6, "{} GFLOP/s", peak.gflops);
+        // From an emulated core to a thousand-core machine: this catches a wrong unit or an optimised-away loop, no more.
+        assert!((0.01..1e6).contains(&peak.gflops), "{} GFLOP/s", peak.gflops);
         assert_eq!(Peak { gflops: 100.0, ..peak }.utilisation(25e9, 0.5), 0.5);
     }
 
@@ -94,10 +95,9 @@ mod tests {
             least = least.min(start.elapsed().as_secs_f64());
         }
         let (product, peak) = (2.0 * (SIZE * SIZE * SIZE) as f64 / least / 1e9, Peak::measure(1).gflops);
-        // A neighbour may slow one of the two. Products use what the machine has, whatever ELLECI_ISA says.
-        assert!(
-            product < 2.0 * peak || Isa::detect() < Isa::machine(),
-            "a product at {product} GFLOP/s, a peak of {peak}"
-        );
+        // A neighbour may slow one of the two. Products use what the machine has, whatever ELLECI_ISA says, and vectors where the
+        // portable level counts single values.
+        let comparable = Isa::detect() == Isa::machine() && Isa::detect() != Isa::Portable;
+        assert!(!comparable || product < 2.0 * peak, "a product at {product} GFLOP/s, a peak of {peak}");
     }
 }

@@ -1,13 +1,13 @@
 //! The plots and the page of a run, drawn from its metrics.
 
-use std::fs;
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 
 use super::format::{si, thousands};
 use super::metrics::{self, EvalRecord, Record, Sample, StepRecord};
 use super::{Page, Plot};
+use crate::data::files::write_atomically;
 
 /// The loss curve alone, for a README.
 pub const LOSS_SVG: &str = "loss.svg";
@@ -50,8 +50,8 @@ pub fn write_report(dir: &Path, run: &RunFacts<'_>) -> Result<()> {
         machine: run.machine,
         config: run.config,
     };
-    replace(&dir.join(LOSS_SVG), &loss)?;
-    replace(&dir.join(REPORT_HTML), &page.html())
+    write_atomically(&dir.join(LOSS_SVG), loss.as_bytes())?;
+    write_atomically(&dir.join(REPORT_HTML), page.html().as_bytes())
 }
 
 fn sort(records: &[Record]) -> (Vec<&StepRecord>, Vec<EvalRecord>, Vec<Sample>) {
@@ -98,16 +98,10 @@ fn median(values: impl Iterator<Item = f64>) -> f64 {
     values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
-/// Writes beside the file and renames, so that a reader finds the old or the new one.
-fn replace(path: &Path, text: &str) -> Result<()> {
-    let mut name = path.as_os_str().to_owned();
-    name.push(".tmp");
-    fs::write(&name, text).with_context(|| format!("cannot write {}", Path::new(&name).display()))?;
-    fs::rename(&name, path).with_context(|| format!("cannot replace {}", path.display()))
-}
-
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::super::Metrics;
     use super::*;
 

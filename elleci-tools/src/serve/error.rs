@@ -60,8 +60,10 @@ impl ApiError {
 
     /// A web page that is not one of this server.
     pub fn origin(origin: &str) -> ApiError {
+        // Files and sandboxed frames have no origin that could be named.
+        let cors = if origin == "null" { "*" } else { origin };
         let message =
-            format!("pages of {origin} may not use this server: `--cors {origin}` lets them, and so does a key");
+            format!("pages of {origin} may not use this server: `--cors {cors}` lets them, and so does a key");
         ApiError::new(StatusCode::FORBIDDEN, Some("unknown_origin"), message)
     }
 

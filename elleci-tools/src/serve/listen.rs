@@ -1,9 +1,9 @@
 //! Connections: how many there may be, how slow they may be, and how they end.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
-use std::sync::{Arc, Weak};
-use std::time::Duration;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::{Duration, Instant};
 
 use hyper::Request;
 use hyper::body::Incoming;
@@ -21,6 +21,10 @@ use super::{App, routes};
 
 /// Bytes of a request's head at most.
 const HEAD: usize = 64 << 10;
+/// A connection that has had an answer is ended for another only so long after: its last bytes may be under way.
+const REST: Duration = Duration::from_secs(2);
+/// Between two looks for a connection that can be ended.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
 /// Answers that were cut have so long to reach their clients.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
@@ -41,11 +45,22 @@ pub async fn run(
     loop {
         let next = async {
             let accepted = listener.accept().await;
-            if places.available_permits() == 0 {
-                seats.make_room();
-            }
             // Others wait in the system's queue.
-            (places.clone().acquire_owned().await, accepted)
+            loop {
+                if let Ok(place) = places.clone().try_acquire_owned() {
+                    return (place, accepted);
+                }
+                seats.make_room();
+                tokio::select! {
+                    place = places.clone().acquire_owned() => match place {
+                        Ok(place) => return (place, accepted),
+                        // Nobody closes it.
+                        Err(_) => continue,
+                    },
+                    // One may have become idle meanwhile.
+                    () = tokio::time::sleep(LOOK_AGAIN) => {}
+                }
+            }
         };
         let (place, accepted) = tokio::select! {
             next = next => next,
@@ -86,9 +101,16 @@ pub async fn run(
 /// A connection, as far as others may have to end it.
 #[derive(Debug, Default)]
 pub struct Seat {
-    /// Requests that are being answered
-    busy: AtomicUsize,
+    state: Mutex<State>,
     left: Notify,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// Requests that are being answered
+    busy: usize,
+    /// When the last of them was
+    answered: Option<Instant>,
 }
 
 /// A request that is being answered; its connection is not ended for another.
@@ -98,14 +120,25 @@ pub struct Busy(Arc<Seat>);
 impl Seat {
     /// From now on a request is being answered.
     pub fn work(self: &Arc<Seat>) -> Busy {
-        self.busy.fetch_add(1, Relaxed);
+        self.state().busy += 1;
         Busy(self.clone())
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn is_idle(&self) -> bool {
+        let state = self.state();
+        state.busy == 0 && state.answered.is_none_or(|when| when.elapsed() >= REST)
     }
 }
 
 impl Drop for Busy {
     fn drop(&mut self) {
-        self.0.busy.fetch_sub(1, Relaxed);
+        let mut state = self.0.state();
+        state.busy -= 1;
+        state.answered = Some(Instant::now());
     }
 }
 
@@ -124,7 +157,7 @@ impl Seats {
     /// Ends the oldest connection that has not sent a whole request, or none since its last answer: whoever holds many and sends slowly
     /// must not keep others out.
     fn make_room(&mut self) {
-        while let Some(place) = self.0.iter().position(|s| s.upgrade().is_none_or(|s| s.busy.load(Relaxed) == 0)) {
+        while let Some(place) = self.0.iter().position(|s| s.upgrade().is_none_or(|s| s.is_idle())) {
             if let Some(seat) = self.0.remove(place).and_then(|s| s.upgrade()) {
                 seat.left.notify_one();
                 return;

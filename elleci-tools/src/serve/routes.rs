@@ -16,7 +16,7 @@ use base64::prelude::BASE64_STANDARD;
 use bytemuck::cast_slice;
 use futures_util::StreamExt;
 use serde_json::{Value, json};
-use tower_http::cors::CorsLayer;
+use tower_http::cors::{AllowHeaders, CorsLayer};
 
 use super::account::Account;
 use super::answer::{collect, stream};
@@ -63,8 +63,8 @@ pub fn router(app: Arc<App>) -> Router {
         )
         .layer(from_fn_with_state(app.clone(), gate));
     if let Some(origin) = &app.settings.cors {
-        // `*` would not cover the key.
-        let (methods, headers) = ([Method::GET, Method::POST], [AUTHORIZATION, CONTENT_TYPE]);
+        // `*` would not cover the key, and clients send headers of their own.
+        let (methods, headers) = ([Method::GET, Method::POST], AllowHeaders::mirror_request());
         router =
             router.layer(CorsLayer::new().allow_origin(origin.clone()).allow_methods(methods).allow_headers(headers));
     }
@@ -76,6 +76,10 @@ async fn gate(State(app): State<Arc<App>>, matched: Option<MatchedPath>, mut req
     let path = request.uri().path();
     let endpoint = matched.as_ref().map_or("other", MatchedPath::as_str);
     let account = Account::new(app.clone(), &request, endpoint);
+    if request.method() != Method::POST {
+        // There is no body to wait for.
+        account.work();
+    }
     let open = ["/", "/health"].contains(&path);
     let stranger = if app.local { host_of(&request).filter(|host| !app.settings.answers_to(host)) } else { None };
     let foreign = if app.local { foreign_origin(&app, &request) } else { None };

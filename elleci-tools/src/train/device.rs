@@ -118,7 +118,8 @@ fn check(threads: usize) -> anyhow::Result<()> {
             "{threads} threads are asked for; it may be 1 to {THREADS}, or 0 for all that there are"
         )));
     }
-    let name = std::env::var_os("ELLECI_ISA").filter(|name| name.to_str().and_then(Isa::from_name).is_none());
+    let name = std::env::var_os("ELLECI_ISA").filter(|name| !name.is_empty());
+    let name = name.filter(|name| name.to_str().and_then(Isa::from_name).is_none());
     match name {
         Some(name) => {
             let known = Isa::ALL.map(Isa::name).join(", ");

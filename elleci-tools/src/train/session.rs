@@ -121,7 +121,10 @@ fn find(args: &TrainArgs, layers: &[layers::Layer]) -> anyhow::Result<(PathBuf, 
             let (run, checkpoint) = open_resume(&dir, report)?;
             let out = given.unwrap_or_else(|| run.clone());
             let own = out.exists() && out.canonicalize()? == run.canonicalize()?;
-            if let Some(name) = RUN_FILES.iter().find(|name| !own && out.join(name).exists()) {
+            // One's own branch that was stopped before its first checkpoint begins again.
+            let begun = out.join(LOCK).exists() && Store::list(&out.join(CHECKPOINTS))?.is_empty();
+            let mut files = RUN_FILES.iter().filter(|name| !begun || name.starts_with(FINAL));
+            if let Some(name) = files.find(|name| !own && out.join(name).exists()) {
                 return Err(usage(format!(
                     "--resume {}: {} holds another run already (`{name}`); give another --out to branch off",
                     dir.display(),
@@ -143,13 +146,12 @@ fn find(args: &TrainArgs, layers: &[layers::Layer]) -> anyhow::Result<(PathBuf, 
 
 /// What a run begins in must be empty, or a run's that has no checkpoint yet: its files would be written over others of their names.
 fn check_fresh(out: &Path) -> anyhow::Result<()> {
-    if out.join(LOCK).exists() {
-        return Ok(());
-    }
-    match RUN_FILES.iter().find(|name| out.join(name).exists()) {
+    let begun = out.join(LOCK).exists();
+    let mut files = RUN_FILES.iter().filter(|name| !begun || name.starts_with(FINAL));
+    match files.find(|name| out.join(name).exists()) {
         None => Ok(()),
         Some(name) => Err(usage(format!(
-            "--out {}: it holds `{name}`, which is not of a run of elleci-train; give another --out",
+            "--out {}: it holds `{name}`, and no checkpoint that goes with it; give another --out",
             out.display()
         ))),
     }

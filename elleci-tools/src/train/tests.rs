@@ -24,8 +24,7 @@ struct Bigram {
     average: Vec<f32>,
     grads: Vec<f32>,
     counters: Counters,
-    /// The loss of this call of `accumulate` (counted over all) is not a number.
-    /// Calls whose loss is not a number
+    /// Calls of `accumulate`, counted over all, whose loss is not a number
     poison: std::ops::Range<u64>,
     calls: u64,
     loss: f64,

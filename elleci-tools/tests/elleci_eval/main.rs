@@ -276,7 +276,7 @@ fn answers_of_another_kernel_are_other_answers() {
     s.ok(&args);
     let output = s.command(&args).env("ELLECI_ISA", "portable").output().unwrap();
     let err = String::from_utf8_lossy(&output.stderr);
-    let portable = elleci_core::simd::Isa::machine() == elleci_core::simd::Isa::Portable;
+    let portable = elleci_core::simd::Isa::detect() == elleci_core::simd::Isa::Portable;
     assert_eq!(err.contains("\n0 tokens in"), portable, "{err}");
 }
 

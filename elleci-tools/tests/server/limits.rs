@@ -167,7 +167,8 @@ fn pages_of_other_origins_are_refused() {
     for other in ["https://evil.example", "http://localhost:9999", "http://127.0.0.1", "null"] {
         let answer = from(&server, other);
         assert_eq!((answer.status, &answer.json()["error"]["code"]), (403, &json!("unknown_origin")), "{other}");
-        assert!(answer.error().contains(&format!("--cors {other}")), "{}", answer.error());
+        let remedy = format!("--cors {}", if other == "null" { "*" } else { other });
+        assert!(answer.error().contains(&remedy), "{}", answer.error());
     }
     assert_eq!(server.metric("elleci_generated_tokens_total"), 2.0);
     assert_eq!(from(&Server::start(&["--cors", "*"]), "https://evil.example").status, 200);
@@ -298,7 +299,7 @@ fn slow_clients_are_cut_off() {
 
 #[test]
 fn connections_are_limited() {
-    let server = Server::start(&[&ROOM[..], &["--connections", "2"]].concat());
+    let server = Server::start(&[&ROOM[..], &["--connections", "2", "--read-timeout", "600"]].concat());
     // Whoever has sent nothing, or not all of it, makes room for others, the oldest first.
     let mut idle = [server.connect(), server.connect()];
     idle[0].write_all(b"GET /health HTTP/1.1\r\nx:").unwrap();
@@ -306,7 +307,11 @@ fn connections_are_limited() {
     let mut later = Vec::new();
     for mut idle in idle {
         assert_eq!(server.get("/health").status, 200);
-        assert_eq!(idle.read(&mut [0]).unwrap_or(0), 0, "the oldest is still there");
+        match idle.read(&mut [0]) {
+            Ok(0) => {}
+            Err(e) if e.kind() == std::io::ErrorKind::ConnectionReset => {}
+            other => panic!("the oldest is still there: {other:?}"),
+        }
         later.push(server.connect());
     }
     drop(later);
@@ -406,8 +411,8 @@ fn starting_can_fail() {
     assert!(code == Some(1) && message.contains("--model"), "{message}");
     let (code, message) = run(&["-m", "x", "--cors", "https://example.org/"]);
     assert!(code == Some(2) && message.contains("an origin is like https://example.org"), "{message}");
-    let (code, message) = run(&["-m", "x", "--host", "no.such.host.invalid"]);
-    assert!(code == Some(2) && message.contains("--host no.such.host.invalid"), "{message}");
+    let (code, message) = run(&["-m", "x", "--host", "a b"]);
+    assert!(code == Some(2) && message.contains("--host a b"), "{message}");
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let (code, message) = run(&["-m", "x", "--port", &taken.local_addr().unwrap().port().to_string()]);
     assert!(code == Some(1) && message.contains("--port 0 takes a free one"), "{message}");

@@ -217,7 +217,7 @@ impl Source {
             match self.tokenizer.as_ref().map(|json| tokens_that_fit(json, config)) {
                 Some(Err(e)) => self.problems.push(format!("{e:#}")),
                 Some(Ok(tokens))
-                    if self.tokenizer_sha256.is_none() && tokens.next_multiple_of(PADDING) < config.vocab_size =>
+                    if self.tokenizer_sha256.is_none() && config.vocab_size.saturating_sub(tokens) >= PADDING =>
                 {
                     self.notes.push(format!(
                         "the tokenizer has {tokens} tokens and the model {}: if it is another model's, give --tokenizer the \

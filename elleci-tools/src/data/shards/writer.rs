@@ -90,8 +90,11 @@ impl ShardWriter {
         }
         let old = replaced(&staging);
         if old.exists() {
-            // Of a process that was killed while it replaced a set; it goes when the new set is complete.
+            // Of a process that was killed while it replaced a set: before the new one had its name, or after.
             target::own_files(&old)?;
+            if !target.exists() {
+                fs::rename(&old, target).with_context(|| format!("{}: cannot rename", old.display()))?;
+            }
         }
         fs::create_dir(&staging).with_context(|| format!("{}: cannot create", staging.display()))?;
         let split = |split| SplitWriter { split, index: SplitIndex::default(), open: None };
@@ -174,15 +177,21 @@ impl ShardWriter {
     fn move_into_place(&self) -> Result<()> {
         target::check(&self.target, self.options.overwrite)?;
         let old = replaced(&self.staging);
+        if old.exists() {
+            target::remove(&old)?;
+        }
         let replaces = self.target.exists();
         if replaces {
-            if old.exists() {
-                target::remove(&old)?;
-            }
             fs::rename(&self.target, &old).with_context(|| format!("{}: cannot rename", self.target.display()))?;
         }
-        fs::rename(&self.staging, &self.target)
-            .with_context(|| format!("{}: cannot rename to {}", self.staging.display(), self.target.display()))?;
+        if let Err(error) = fs::rename(&self.staging, &self.target) {
+            if replaces {
+                // As it was; the error is what matters.
+                let _ = fs::rename(&old, &self.target);
+            }
+            let at = format!("{}: cannot rename to {}", self.staging.display(), self.target.display());
+            return Err(error).context(at);
+        }
         sync_dir(&parent_of(&self.target))?;
         if replaces {
             target::remove(&old)?;

@@ -35,14 +35,19 @@ fn first_byte(input: &mut impl BufRead) -> io::Result<Option<u8>> {
     }
 }
 
+/// One reason instead of one a line.
+const SEVERAL_LINES: &str = "an object over several lines; write one a line (JSON lines), or one array of objects";
+
 /// Returns whether all was read.
 fn read_lines(mut input: Box<dyn BufRead>, rows: &mut Rows<'_, '_>) -> Result<bool> {
     let mut line = Vec::new();
+    // The first line only opens an object: of a file that often just describes the corpus that it lies in, unless others are rows.
+    let mut opened = false;
     loop {
         line.clear();
         let read = (&mut input).take(MAX_ROW).read_until(b'\n', &mut line);
         if read.context("cannot read (truncated or damaged?)")? == 0 {
-            return Ok(true);
+            return if opened { rows.row(Err(SEVERAL_LINES.to_string())) } else { Ok(true) };
         }
         let content = line.trim_ascii();
         if content.is_empty() {
@@ -52,10 +57,18 @@ fn read_lines(mut input: Box<dyn BufRead>, rows: &mut Rows<'_, '_>) -> Result<bo
         if line.len() as u64 == MAX_ROW && line.last() != Some(&b'\n') {
             bail!("line {number} is longer than {MAX_ROW} bytes; is this JSON lines (one object a line)?");
         }
-        if number == 1 && content == b"{" {
-            // One reason instead of one a line; such files often only describe the corpus that they lie in.
-            let reason = "an object over several lines; write one a line (JSON lines), or one array of objects";
-            return rows.row(Err(reason.to_string()));
+        if number == 1 && content == b"{" && !opened {
+            opened = true;
+            continue;
+        }
+        if std::mem::take(&mut opened) {
+            if parse(&line).is_err() {
+                return rows.row(Err(SEVERAL_LINES.to_string()));
+            }
+            // A damaged row like any other.
+            if !rows.row(Err("malformed JSON".to_string()))? {
+                return Ok(false);
+            }
         }
         if !rows.row(parse(&line))? {
             return Ok(false);
