@@ -156,13 +156,7 @@ pub fn recover(target: &Path) -> Result<Option<PathBuf>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn names(dir: &Path) -> Vec<String> {
-        let mut names: Vec<String> =
-            fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
-        names.sort();
-        names
-    }
+    use crate::data::files::tests::names;
 
     fn folder(target: &Path, text: &str) -> Temporary {
         let temporary = Temporary::folder(target).unwrap();

@@ -151,11 +151,12 @@ pub fn create(path: &Path) -> std::io::Result<File> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::exit::Usage;
 
-    fn names(dir: &Path) -> Vec<String> {
+    /// What lies in a directory, in order.
+    pub(crate) fn names(dir: &Path) -> Vec<String> {
         let mut names: Vec<String> =
             fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
         names.sort();

@@ -121,10 +121,7 @@ fn find(args: &TrainArgs, layers: &[layers::Layer]) -> anyhow::Result<(PathBuf, 
             let (run, checkpoint) = open_resume(&dir, report)?;
             let out = given.unwrap_or_else(|| run.clone());
             let own = out.exists() && out.canonicalize()? == run.canonicalize()?;
-            // One's own branch that was stopped before its first checkpoint begins again.
-            let begun = out.join(LOCK).exists() && Store::list(&out.join(CHECKPOINTS))?.is_empty();
-            let mut files = RUN_FILES.iter().filter(|name| !begun || name.starts_with(FINAL));
-            if let Some(name) = files.find(|name| !own && out.join(name).exists()) {
+            if let Some(name) = foreign(&out)?.filter(|_| !own) {
                 return Err(usage(format!(
                     "--resume {}: {} holds another run already (`{name}`); give another --out to branch off",
                     dir.display(),
@@ -144,11 +141,16 @@ fn find(args: &TrainArgs, layers: &[layers::Layer]) -> anyhow::Result<(PathBuf, 
     }
 }
 
-/// What a run begins in must be empty, or a run's that has no checkpoint yet: its files would be written over others of their names.
+/// What in a folder would be written over that is not of a run without a checkpoint yet. Such a run, one's own, begins again.
+fn foreign(out: &Path) -> anyhow::Result<Option<&'static str>> {
+    let begun = out.join(LOCK).exists() && Store::list(&out.join(CHECKPOINTS))?.is_empty();
+    let mut files = RUN_FILES.into_iter().filter(|name| !begun || name.starts_with(FINAL));
+    Ok(files.find(|name| out.join(name).exists()))
+}
+
+/// Whether a run may begin in a folder.
 fn check_fresh(out: &Path) -> anyhow::Result<()> {
-    let begun = out.join(LOCK).exists();
-    let mut files = RUN_FILES.iter().filter(|name| !begun || name.starts_with(FINAL));
-    match files.find(|name| out.join(name).exists()) {
+    match foreign(out)? {
         None => Ok(()),
         Some(name) => Err(usage(format!(
             "--out {}: it holds `{name}`, and no checkpoint that goes with it; give another --out",

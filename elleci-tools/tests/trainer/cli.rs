@@ -110,6 +110,16 @@ fn folders_of_others_are_refused() {
     assert!(err.contains("other holds another run already") && err.contains("--out"), "{err}");
     scene.expect(scene.command("branch", &["--resume", "run", "--steps", "6"]), 0);
     assert_eq!(scene.losses("branch").len(), 3);
+    // A branch that was stopped before its first checkpoint begins again; a model without its checkpoints stays.
+    let checkpoints = scene.path("branch/checkpoints");
+    std::fs::remove_dir_all(&checkpoints).unwrap();
+    let (_, err) = scene.expect(scene.command("branch", &["--steps", "6"]), 2);
+    assert!(err.contains("--out branch") && err.contains("`final`"), "{err}");
+    for name in ["final", "final-swa"] {
+        let _ = std::fs::remove_dir_all(scene.path("branch").join(name));
+    }
+    std::fs::create_dir(&checkpoints).unwrap();
+    scene.expect(scene.command("branch", &["--resume", "run", "--steps", "6"]), 0);
     std::fs::create_dir(scene.path("mine")).unwrap();
     std::fs::write(scene.path("mine/config.toml"), "# mine\n[training]\nsteps = 2\n").unwrap();
     for resume in ["auto", "never"] {
