@@ -2,12 +2,12 @@
 //! how four products are added to a lane (`vpdpbusd` with VNNI, `maddubs` and `madd` without).
 //!
 //! The floor is the memory: a line of 64 bytes takes about ten cycles to arrive at 20 GB/s. I2 needs 9 vector instructions for its
-//! 256 weights and T5 with VBMI 14 for its 320, at two a cycle 5 and 7 cycles, so that both leave the memory as the limit.
+//! 256 weights and T5 with VBMI 15 for its 320, at two a cycle 5 and 8 cycles, so that both leave the memory as the limit.
 
 use core::arch::x86_64::*;
 
 use super::super::kernel::{Line, ROWS};
-use super::kernel::{self, PackedKernel};
+use super::kernel::{self, GROUP, PackedKernel};
 use super::t5::{ESCAPE, LOW};
 use super::{LINES, RowPacking};
 use crate::simd::{Isa, prefetch_run};
@@ -33,6 +33,26 @@ const fn table(k: usize) -> Line {
 }
 
 static TABLES: [Line; 5] = [table(0), table(1), table(2), table(3), table(4)];
+
+/// The low trits of every value, trit k at bit 2 k.
+static LOW_TRITS: Line = {
+    let mut table = [0; 64];
+    let mut i = 0;
+    while i < 64 {
+        let [a, b, c] = LOW[i & 31];
+        table[i] = a | b << 2 | c << 4;
+        i += 1;
+    }
+    Line(table)
+};
+
+/// The tables of trits that stand at bit `2 (k mod 3)` of their bytes: the low ones in one look-up, then t3 and t4. What adds up
+/// such codes has sums at three places; but the look-ups are the dearest part of reading a line for one token.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn placed_tables() -> [__m512i; 3] {
+    [load(&LOW_TRITS), load(&TABLES[3]), _mm512_slli_epi16::<2>(load(&TABLES[4]))]
+}
 
 /// The tables as VBMI reads them.
 #[inline]
@@ -68,15 +88,22 @@ pub(super) fn word(q: &[i8; 4]) -> __m512i {
     _mm512_set1_epi32(i32::from_le_bytes(q.map(|q| q as u8)))
 }
 
+/// What the low trits are looked up by, in the low five bits, and the high ones, in the low six.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi,gfni")]
-pub(super) fn trits_vbmi(x: __m512i, tables: &[__m512i; 5]) -> [__m512i; 5] {
+fn indices_vbmi(x: __m512i) -> (__m512i, __m512i) {
     /// The bit matrix that rotates every byte left by three: byte 7 - i selects the bit that goes to bit i.
     const ROTATE: i64 = 0x2040_8001_0204_0810;
     let escape = _mm512_set1_epi8(ESCAPE as i8);
     let escaped = _mm512_cmpeq_epi8_mask(_mm512_and_si512(x, escape), escape);
     let low = _mm512_mask_gf2p8affine_epi64_epi8::<0>(x, escaped, x, _mm512_set1_epi64(ROTATE));
-    let high = _mm512_srli_epi16::<2>(x);
+    (low, _mm512_srli_epi16::<2>(x))
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi,gfni")]
+pub(super) fn trits_vbmi(x: __m512i, tables: &[__m512i; 5]) -> [__m512i; 5] {
+    let (low, high) = indices_vbmi(x);
     let [t0, t1, t2, t3, t4] = *tables;
     [
         _mm512_permutexvar_epi8(low, t0),
@@ -88,8 +115,17 @@ pub(super) fn trits_vbmi(x: __m512i, tables: &[__m512i; 5]) -> [__m512i; 5] {
 }
 
 #[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi,gfni")]
+fn placed_vbmi(x: __m512i, [low_table, t3, t4]: &[__m512i; 3]) -> [__m512i; 5] {
+    let (low, high) = indices_vbmi(x);
+    let [t0, t1, t2] = apart(_mm512_permutexvar_epi8(low, *low_table));
+    [t0, t1, t2, _mm512_permutexvar_epi8(high, *t3), _mm512_permutexvar_epi8(high, *t4)]
+}
+
+/// What the low trits are looked up by, where the upper half of their table is meant, and `t3 + 3 t4`.
+#[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn trits_shuffle(x: __m512i, tables: &[__m512i; 5]) -> [__m512i; 5] {
+fn indices_shuffle(x: __m512i) -> (__m512i, __mmask64, __m512i) {
     let escape = _mm512_set1_epi8(ESCAPE as i8);
     let escaped = _mm512_cmpeq_epi8_mask(_mm512_and_si512(x, escape), escape);
     let shifted = _mm512_srli_epi16::<5>(x);
@@ -98,17 +134,54 @@ fn trits_shuffle(x: __m512i, tables: &[__m512i; 5]) -> [__m512i; 5] {
     let rotated = _mm512_ternarylogic_epi32::<0xca>(seven, shifted, _mm512_slli_epi16::<3>(x));
     let index = _mm512_mask_blend_epi8(escaped, x, rotated);
     let upper = _mm512_test_epi8_mask(index, _mm512_set1_epi8(16));
-    let index = _mm512_and_si512(index, _mm512_set1_epi8(15));
-    let low = |k: usize| {
-        let lower = _mm512_shuffle_epi8(_mm512_shuffle_i32x4::<0>(tables[k], tables[k]), index);
-        _mm512_mask_shuffle_epi8(lower, upper, _mm512_shuffle_i32x4::<0x55>(tables[k], tables[k]), index)
-    };
     let high = _mm512_mask_blend_epi8(escaped, _mm512_and_si512(shifted, seven), _mm512_set1_epi8(8));
-    let (t3, t4) = (
-        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 0, 0, 0, 0, 0, 0)),
-        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 0, 1, 1, 1, 2, 2, 2, 0, 0, 0, 0, 0, 0, 0)),
-    );
-    [low(0), low(1), low(2), _mm512_shuffle_epi8(t3, high), _mm512_shuffle_epi8(t4, high)]
+    (_mm512_and_si512(index, _mm512_set1_epi8(15)), upper, high)
+}
+
+/// A table of 32 entries.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn shuffle(table: __m512i, index: __m512i, upper: __mmask64) -> __m512i {
+    let lower = _mm512_shuffle_epi8(_mm512_shuffle_i32x4::<0>(table, table), index);
+    _mm512_mask_shuffle_epi8(lower, upper, _mm512_shuffle_i32x4::<0x55>(table, table), index)
+}
+
+/// The high trits, the last at bit `2 PLACE`.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn high_shuffle<const PLACE: i32>(high: __m512i) -> [__m512i; 2] {
+    let t3 = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 0, 0, 0, 0, 0, 0));
+    let t4 = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 0, 1, 1, 1, 2, 2, 2, 0, 0, 0, 0, 0, 0, 0));
+    let t4 = if PLACE == 0 { t4 } else { _mm512_slli_epi16::<2>(t4) };
+    [_mm512_shuffle_epi8(t3, high), _mm512_shuffle_epi8(t4, high)]
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn trits_shuffle(x: __m512i, tables: &[__m512i; 5]) -> [__m512i; 5] {
+    let (index, upper, high) = indices_shuffle(x);
+    let [t3, t4] = high_shuffle::<0>(high);
+    [shuffle(tables[0], index, upper), shuffle(tables[1], index, upper), shuffle(tables[2], index, upper), t3, t4]
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn placed_shuffle(x: __m512i, [low_table, _, _]: &[__m512i; 3]) -> [__m512i; 5] {
+    let (index, upper, high) = indices_shuffle(x);
+    let [t0, t1, t2] = apart(shuffle(*low_table, index, upper));
+    let [t3, t4] = high_shuffle::<1>(high);
+    [t0, t1, t2, t3, t4]
+}
+
+/// The three trits of [`LOW_TRITS`], each where it stands.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn apart(low: __m512i) -> [__m512i; 3] {
+    [
+        _mm512_and_si512(low, _mm512_set1_epi8(3)),
+        _mm512_and_si512(low, _mm512_set1_epi8(3 << 2)),
+        _mm512_and_si512(low, _mm512_set1_epi8(3 << 4)),
+    ]
 }
 
 #[inline]
@@ -125,7 +198,7 @@ fn add_madd(acc: __m512i, codes: __m512i, q: __m512i) -> __m512i {
 }
 
 macro_rules! level {
-    ($token:ident, $isa:expr, $features:literal, $trits:ident, $add:ident, $doc:literal) => {
+    ($token:ident, $isa:expr, $features:literal, $direct:literal, $trits:ident, $placed:ident, $add:ident, $doc:literal) => {
         #[doc = $doc]
         #[derive(Clone, Copy)]
         pub struct $token(());
@@ -174,20 +247,21 @@ macro_rules! level {
 
                 #[target_feature(enable = $features)]
                 fn t5(panel: &[Line], q: &[i8], sums: &mut [i32; ROWS]) {
-                    let tables = tables();
-                    let mut acc = [[_mm512_setzero_si512(); 2]; LINES];
+                    let tables = placed_tables();
+                    let mut acc = [[_mm512_setzero_si512(); 3]; LINES];
                     for (lines, q) in panel.as_chunks::<LINES>().0.iter().zip(q.as_chunks::<20>().0) {
                         let words = q.as_chunks::<4>().0;
                         for (line, acc) in lines.iter().zip(&mut acc) {
                             prefetch(line);
-                            let trits = $trits(load(line), &tables);
+                            let codes = $placed(load(line), &tables);
                             for k in 0..5 {
-                                acc[k % 2] = $add(acc[k % 2], trits[k], word(&words[k]));
+                                acc[k % 3] = $add(acc[k % 3], codes[k], word(&words[k]));
                             }
                         }
                     }
                     for (acc, sums) in acc.iter().zip(sums.as_chunks_mut::<16>().0) {
-                        store_sums(sums, _mm512_add_epi32(acc[0], acc[1]));
+                        let upper = _mm512_add_epi32(_mm512_srai_epi32::<2>(acc[1]), _mm512_srai_epi32::<4>(acc[2]));
+                        store_sums(sums, _mm512_add_epi32(acc[0], upper));
                     }
                 }
 
@@ -197,6 +271,97 @@ macro_rules! level {
                     match packing {
                         RowPacking::I2 => i2(panel, q, sums),
                         RowPacking::T5 => t5(panel, q, sums),
+                    }
+                }
+            }
+
+            const DIRECT: bool = $direct;
+
+            #[inline(always)]
+            fn dots(self, packing: RowPacking, panel: &[Line], words: &[i32], sums: &mut [[i32; ROWS]]) {
+                /// Half of the rows at a time: sixteen sums of eight tokens stay in registers beside the codes.
+                #[target_feature(enable = $features)]
+                fn i2<const T: usize>(panel: &[Line], words: &[i32], sums: &mut [[i32; ROWS]]) {
+                    for half in 0..2 {
+                        let mut acc = [[_mm512_setzero_si512(); LINES / 2]; T];
+                        for (line, words) in panel.iter().zip(words.as_chunks::<T>().0) {
+                            prefetch(line);
+                            let x = load(line);
+                            let codes = if half == 0 {
+                                [
+                                    _mm512_and_si512(x, _mm512_set1_epi8(3)),
+                                    _mm512_and_si512(x, _mm512_set1_epi8(3 << 2)),
+                                ]
+                            } else {
+                                let down = _mm512_srli_epi16::<2>(x);
+                                [
+                                    _mm512_and_si512(x, _mm512_set1_epi8(3 << 4)),
+                                    _mm512_and_si512(down, _mm512_set1_epi8(3 << 4)),
+                                ]
+                            };
+                            for t in 0..T {
+                                for j in 0..LINES / 2 {
+                                    acc[t][j] = $add(acc[t][j], codes[j], _mm512_set1_epi32(words[t]));
+                                }
+                            }
+                        }
+                        for t in 0..T {
+                            for j in 0..LINES / 2 {
+                                let bits = _mm512_set1_epi32(I2_BITS[2 * half + j] as i32);
+                                store_sums(
+                                    &mut sums[t].as_chunks_mut::<16>().0[2 * half + j],
+                                    _mm512_srav_epi32(acc[t][j], bits),
+                                );
+                            }
+                        }
+                    }
+                }
+
+                #[target_feature(enable = $features)]
+                fn t5<const T: usize>(panel: &[Line], words: &[i32], sums: &mut [[i32; ROWS]]) {
+                    let tables = tables();
+                    for half in 0..2 {
+                        let mut acc = [[_mm512_setzero_si512(); LINES / 2]; T];
+                        let runs = words.as_chunks::<T>().0.as_chunks::<5>().0;
+                        for (lines, words) in panel.as_chunks::<LINES>().0.iter().zip(runs) {
+                            let [a, b] = &lines.as_chunks::<{ LINES / 2 }>().0[half];
+                            prefetch(a);
+                            prefetch(b);
+                            let trits = [$trits(load(a), &tables), $trits(load(b), &tables)];
+                            for k in 0..5 {
+                                for t in 0..T {
+                                    for j in 0..LINES / 2 {
+                                        acc[t][j] = $add(acc[t][j], trits[j][k], _mm512_set1_epi32(words[k][t]));
+                                    }
+                                }
+                            }
+                        }
+                        for t in 0..T {
+                            for j in 0..LINES / 2 {
+                                store_sums(&mut sums[t].as_chunks_mut::<16>().0[2 * half + j], acc[t][j]);
+                            }
+                        }
+                    }
+                }
+
+                kernel::check_dots(packing, panel, words, sums.len());
+                // SAFETY: `self` exists only where the features were detected.
+                unsafe {
+                    match (packing, sums.len()) {
+                        (RowPacking::I2, 2) => i2::<2>(panel, words, sums),
+                        (RowPacking::I2, 3) => i2::<3>(panel, words, sums),
+                        (RowPacking::I2, 4) => i2::<4>(panel, words, sums),
+                        (RowPacking::I2, 5) => i2::<5>(panel, words, sums),
+                        (RowPacking::I2, 6) => i2::<6>(panel, words, sums),
+                        (RowPacking::I2, 7) => i2::<7>(panel, words, sums),
+                        (RowPacking::I2, _) => i2::<GROUP>(panel, words, sums),
+                        (RowPacking::T5, 2) => t5::<2>(panel, words, sums),
+                        (RowPacking::T5, 3) => t5::<3>(panel, words, sums),
+                        (RowPacking::T5, 4) => t5::<4>(panel, words, sums),
+                        (RowPacking::T5, 5) => t5::<5>(panel, words, sums),
+                        (RowPacking::T5, 6) => t5::<6>(panel, words, sums),
+                        (RowPacking::T5, 7) => t5::<7>(panel, words, sums),
+                        (RowPacking::T5, _) => t5::<GROUP>(panel, words, sums),
                     }
                 }
             }
@@ -253,7 +418,10 @@ level!(
     Avx512,
     Isa::Avx512,
     "avx512f,avx512bw,avx512vl",
+    // Measured: two instructions more a product outweigh what unpacking costs.
+    false,
     trits_shuffle,
+    placed_shuffle,
     add_madd,
     "Proof that the machine has AVX-512 F, BW and VL."
 );
@@ -261,7 +429,9 @@ level!(
     Vnni,
     Isa::Avx512Vnni,
     "avx512f,avx512bw,avx512vl,avx512vnni",
+    true,
     trits_shuffle,
+    placed_shuffle,
     add_vnni,
     "Proof that the machine has VNNI as well."
 );
@@ -269,7 +439,9 @@ level!(
     Vbmi,
     Isa::Avx512Vbmi,
     "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,gfni",
+    true,
     trits_vbmi,
+    placed_vbmi,
     add_vnni,
     "Proof that the machine has VNNI, VBMI and GFNI as well."
 );

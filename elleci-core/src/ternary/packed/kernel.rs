@@ -5,6 +5,9 @@ use super::portable::Portable;
 use super::{LINES, RowPacking};
 use crate::simd::Isa;
 
+/// Tokens that meet a packed panel together at most. For more it is better unpacked, once for all.
+pub const GROUP: usize = 8;
+
 /// Works on packed panels. A type of this trait is proof that the machine can run it.
 pub trait PackedKernel: Copy + Send + Sync {
     /// Writes `Σ (code + 1) · q` for the 64 rows of a panel.
@@ -12,6 +15,18 @@ pub trait PackedKernel: Copy + Send + Sync {
     /// # Panics
     /// When `q` is not whole runs of [`RowPacking::columns`], as many as the panel has.
     fn dot(self, packing: RowPacking, panel: &[Line], q: &[i8], sums: &mut [i32; ROWS]);
+
+    /// Whether there is [`PackedKernel::dots`].
+    const DIRECT: bool = false;
+
+    /// [`PackedKernel::dot`] of as many tokens as there are rows of `sums`, without codes standing in memory. `words` has four columns
+    /// in each, as little-endian bytes: those of all tokens, then the next four columns.
+    ///
+    /// # Panics
+    /// When `words` is not as long as the panel and the tokens want, or they are not 2 to [`GROUP`].
+    fn dots(self, _: RowPacking, _: &[Line], _: &[i32], _: &mut [[i32; ROWS]]) {
+        unimplemented!("DIRECT is false")
+    }
 
     /// Writes the code lines of a panel.
     ///
@@ -83,6 +98,19 @@ pub(super) fn check_dot(packing: RowPacking, panel: &[Line], q: &[i8]) {
     let runs = panel.len() / packing.lines();
     assert!(
         panel.len() == runs * packing.lines() && q.len() == runs * packing.columns(),
+        "panel of {} lines",
+        panel.len()
+    );
+}
+
+/// The shape check of [`PackedKernel::dots`].
+#[inline(always)]
+#[cfg(all(feature = "std", target_arch = "x86_64"))]
+pub(super) fn check_dots(packing: RowPacking, panel: &[Line], words: &[i32], tokens: usize) {
+    let runs = panel.len() / packing.lines();
+    assert!((2..=GROUP).contains(&tokens), "{tokens} tokens");
+    assert!(
+        panel.len() == runs * packing.lines() && words.len() == runs * packing.columns() / 4 * tokens,
         "panel of {} lines",
         panel.len()
     );

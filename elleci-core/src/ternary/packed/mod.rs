@@ -39,7 +39,7 @@ use super::kernel::{Block, LINES, ROWS, TOKENS, WithKernel};
 use crate::ops::matmul::mat_mut;
 use crate::par;
 use crate::simd::Isa;
-use kernel::{PackedKernel, WithPackedKernel};
+use kernel::{GROUP, PackedKernel, WithPackedKernel};
 
 /// How the codes of a ternary matrix are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -380,7 +380,21 @@ impl<T: Send, F: Fn(&PackedTernary, &[i32], i32, &mut [T]) + Sync> WithPackedKer
     }
 }
 
-/// Several tokens: every panel is unpacked once, into code lines that all tokens meet.
+/// Four columns in each, as little-endian bytes, zeros behind the last: those of all tokens of `q` `[tokens, in_dim]`, then the next four.
+fn words(q: &[i8], tokens: usize, in_dim: usize, packing: RowPacking) -> Vec<i32> {
+    let mut words = vec![0; in_dim.next_multiple_of(packing.columns()) / 4 * tokens];
+    for (t, q) in q.chunks_exact(in_dim).enumerate() {
+        for (word, columns) in words.iter_mut().skip(t).step_by(tokens).zip(q.chunks(4)) {
+            let mut bytes = [0; 4];
+            bytes.iter_mut().zip(columns).for_each(|(b, q)| *b = *q as u8);
+            *word = i32::from_le_bytes(bytes);
+        }
+    }
+    words
+}
+
+/// Several tokens. Where the kernel can, few of them meet the panels as they are read; otherwise every panel is unpacked once, into code
+/// lines that all tokens meet.
 struct MatMul<'a, T, F> {
     isa: Isa,
     matrix: &'a PackedTernary<'a>,
@@ -390,7 +404,7 @@ struct MatMul<'a, T, F> {
 }
 
 impl<T: Send, F: Fn(usize, &[i32], i32, &mut [T]) + Sync> WithPackedKernel for MatMul<'_, T, F> {
-    fn run<K: PackedKernel>(self, unpacker: K) {
+    fn run<K: PackedKernel>(self, kernel: K) {
         let MatMul { isa, matrix, q, out, finish } = self;
         let tokens = finish.offsets.len();
         let (in_dim, out_dim) = (matrix.in_dim, matrix.out_dim);
@@ -399,11 +413,27 @@ impl<T: Send, F: Fn(usize, &[i32], i32, &mut [T]) + Sync> WithPackedKernel for M
         }
         let mut out = mat_mut(out, tokens, out_dim);
         let items: Vec<_> = out.axis_chunks_iter_mut(ndarray::Axis(1), ROWS).enumerate().collect();
+        if let Some(packing) = matrix.packing.by_rows()
+            && K::DIRECT
+            && tokens <= GROUP
+        {
+            let words = words(q, tokens, in_dim, packing);
+            par::for_each(items, |(panel, mut out)| {
+                let mut sums = [[0; ROWS]; GROUP];
+                let sums = &mut sums[..tokens];
+                kernel.dots(packing, matrix.panel(packing, panel), &words, sums);
+                for (token, (mut out, sums)) in out.rows_mut().into_iter().zip(sums).enumerate() {
+                    let out = out.as_slice_mut().expect("rows of the output are contiguous");
+                    (finish.finish)(token, &sums[..out.len()], finish.offsets[token], out);
+                }
+            });
+            return;
+        }
         // One buffer for many panels: clearing it for each took 10 % of the time of eight tokens (docs/LOG.md).
         let buffer = || vec![Line([0; 64]); matrix.packing.code_lines(in_dim)];
         par::for_each_init(items, buffer, |lines, (panel, mut out)| {
             match matrix.packing.by_rows() {
-                Some(packing) => unpacker.unpack(packing, matrix.panel(packing, panel), lines),
+                Some(packing) => kernel.unpack(packing, matrix.panel(packing, panel), lines),
                 None => columns::unpack(matrix, panel, lines),
             }
             let lines = &lines[..in_dim.div_ceil(4) * LINES];

@@ -18,7 +18,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
     #[test]
     fn round_trips_and_every_isa_gives_the_same_integers(
-        tokens in 0usize..9,
+        tokens in 0usize..12,
         out in 1usize..150,
         input in prop_oneof![1usize..45, 238usize..262, 500usize..520],
         seed in any::<u64>(),
@@ -58,8 +58,8 @@ proptest! {
                 .map(|_| Line([(); 64].map(|()| rng.next() as u8)))
                 .collect();
             let view = PackedTernary::new(packing, out, input, 1.0, &lines).unwrap();
-            let q: Vec<i8> = (0..3 * input).map(|_| rng.next() as i8).collect();
-            for tokens in [1, 3] {
+            let q: Vec<i8> = (0..9 * input).map(|_| rng.next() as i8).collect();
+            for tokens in [1, 3, 9] {
                 let mut want = vec![0; tokens * out];
                 view.sums_with(Isa::Portable, &q[..tokens * input], tokens, &mut want);
                 for isa in levels() {
@@ -79,7 +79,7 @@ fn extremes_are_exact() {
         for (code, q) in [(1, 127), (1, -128), (-1, 127), (-1, -128)] {
             for packing in Packing::ALL {
                 let (m, lines) = packed(&vec![code; 2 * input], 2, input, packing);
-                for tokens in [1, 7] {
+                for tokens in [1, 7, 9] {
                     let q = vec![q; tokens * input];
                     for isa in levels() {
                         let mut got = vec![0; 2 * tokens];
@@ -100,7 +100,7 @@ fn bytes_that_mean_nothing_are_exact_too() {
     let lines = vec![Line([0xff; 64]); Packing::I2.bytes(out, input).unwrap() / 64];
     let view = PackedTernary::new(Packing::I2, out, input, 1.0, &lines).unwrap();
     for q in [127i8, -128] {
-        for tokens in [1, 7] {
+        for tokens in [1, 7, 9] {
             for isa in levels() {
                 let mut got = vec![0; tokens * out];
                 view.sums_with(isa, &vec![q; tokens * input], tokens, &mut got);
@@ -117,7 +117,7 @@ fn threads_change_nothing_and_training_computes_the_same() {
     let mut rng = Lcg(7);
     let w: Vec<f32> = (0..out * input).map(|_| rng.unit()).collect();
     let m = TernaryMatrix::from_weights(&w, out, input);
-    for tokens in [1, 5] {
+    for tokens in [1, 5, 9] {
         let q: Vec<i8> = (0..tokens * input).map(|_| rng.next() as i8).collect();
         let scales: Vec<f32> = (0..tokens).map(|t| 0.01 + t as f32 * 1e-3).collect();
         let mut want = vec![0.0; tokens * out];
