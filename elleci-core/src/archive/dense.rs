@@ -283,53 +283,56 @@ impl<'a> DenseMatrix<'a> {
         let items: Vec<_> = y.axis_chunks_iter_mut(Axis(1), task).enumerate().collect();
         par::for_each(items, |(i, mut y)| {
             #[cfg(all(feature = "std", target_arch = "x86_64"))]
-            {
-                let done = match (tokens, super::dense_avx512::detect()) {
-                    (1, Some(simd)) => self.one_token(simd, i * task, x, y.as_slice_mut().expect("one row")),
-                    (_, Some(_)) => false,
-                    (_, None) => self.on_avx2(i * task, padded, width, y.view_mut()),
-                };
-                if done {
-                    return;
-                }
+            let done = match super::dense_avx512::detect() {
+                Some(simd) => self.on_avx512(simd, i * task, padded, width, y.view_mut()),
+                None => self.on_avx2(i * task, padded, width, y.view_mut()),
+            };
+            #[cfg(not(all(feature = "std", target_arch = "x86_64")))]
+            let done = 0;
+            if done < y.ncols() {
+                let mut weights = vec![0.0f32; ROWS * width];
+                let (first, y) = (i * task + done, y.slice_axis_mut(Axis(1), (done..).into()));
+                dispatch(Tile { matrix: self, first, x: padded, width, y, weights: &mut weights });
             }
-            let mut weights = vec![0.0f32; ROWS * width];
-            dispatch(Tile { matrix: self, first: i * task, x: padded, width, y: y.view_mut(), weights: &mut weights });
         });
     }
 }
 
 #[cfg(all(feature = "std", target_arch = "x86_64"))]
 impl DenseMatrix<'_> {
-    /// The products of rows `first ..` with one token, if there is a kernel for their format.
-    fn one_token(&self, simd: pulp::x86::V4, first: usize, x: &[f32], y: &mut [f32]) -> bool {
+    /// The products of rows `first ..` with tokens `x` `[tokens, width]`, as far as these rows are whole blocks and there is a kernel
+    /// for their format. Returns how many they are.
+    fn on_avx512(
+        &self,
+        simd: pulp::x86::V4,
+        first: usize,
+        x: &[f32],
+        width: usize,
+        mut y: ArrayViewMut2<f32>,
+    ) -> usize {
         use super::dense_avx512::dots;
-        let run = |row: usize| row * self.cols..(row + ROWS) * self.cols;
-        let products: &dyn Fn(usize) -> [f32; ROWS] = match self.values {
-            Values::Int8 { codes, .. } => &|row| dots(simd, &codes[run(row)], x),
-            Values::F16(v) => &|row| dots(simd, &v[run(row)], x),
-            Values::F32(_) | Values::Bf16(_) => return false,
+        let whole = y.ncols() / ROWS * ROWS;
+        let run = first * self.cols..(first + whole) * self.cols;
+        let emit = |at: usize, t: usize, sums: &[[f32; ROWS]]| {
+            let scales: [f32; ROWS] = core::array::from_fn(|r| self.row_scale(first + at + r));
+            for (t, sums) in (t..).zip(sums) {
+                let mut y = y.row_mut(t);
+                let y = &mut y.as_slice_mut().expect("rows of the output are contiguous")[at..at + ROWS];
+                y.iter_mut().zip(sums).zip(scales).for_each(|((y, sum), scale)| *y = sum * scale);
+            }
         };
-        let whole = y.len() / ROWS * ROWS;
-        for (b, y) in y[..whole].chunks_exact_mut(ROWS).enumerate() {
-            let row = first + b * ROWS;
-            y.iter_mut().zip(products(row)).enumerate().for_each(|(r, (y, sum))| *y = sum * self.row_scale(row + r));
+        match self.values {
+            Values::Int8 { codes, .. } => dots(simd, &codes[run], (self.cols, width), x, emit),
+            Values::F16(v) => dots(simd, &v[run], (self.cols, width), x, emit),
+            Values::F32(_) | Values::Bf16(_) => return 0,
         }
-        // What is left over, less than a block: once a matrix.
-        for (r, y) in y.iter_mut().enumerate().skip(whole) {
-            let mut row = vec![0.0; self.cols];
-            self.expand(first + r, &mut row);
-            let one = DenseMatrix { rows: 1, cols: self.cols, values: Values::F32(&row) };
-            one.forward(x, 1, core::slice::from_mut(y));
-            *y *= self.row_scale(first + r);
-        }
-        true
+        whole
     }
 
-    /// The products of rows `first ..` with tokens `x` `[tokens, width]`, if there is AVX2 and a kernel for their format.
-    fn on_avx2(&self, first: usize, x: &[f32], width: usize, mut y: ArrayViewMut2<f32>) -> bool {
+    /// [`DenseMatrix::on_avx512`] on AVX2, if there is that.
+    fn on_avx2(&self, first: usize, x: &[f32], width: usize, mut y: ArrayViewMut2<f32>) -> usize {
         use super::dense_avx2 as avx2;
-        let Some(simd) = avx2::Avx2::detect() else { return false };
+        let Some(simd) = avx2::Avx2::detect() else { return 0 };
         let (whole, mut room) = (y.ncols() / ROWS * ROWS, avx2::Room::new(simd));
         for at in (0..whole).step_by(ROWS) {
             let row = first + at;
@@ -343,15 +346,10 @@ impl DenseMatrix<'_> {
             match self.values {
                 Values::Int8 { codes, .. } => avx2::dots(simd, &codes[run], (self.cols, width), x, &mut room, emit),
                 Values::F16(v) => avx2::dots(simd, &v[run], (self.cols, width), x, &mut room, emit),
-                Values::F32(_) | Values::Bf16(_) => return false,
+                Values::F32(_) | Values::Bf16(_) => return 0,
             }
         }
-        if whole < y.ncols() {
-            let mut weights = vec![0.0f32; ROWS * width];
-            let rest = y.slice_axis_mut(Axis(1), (whole..).into());
-            dispatch(Tile { matrix: self, first: first + whole, x, width, y: rest, weights: &mut weights });
-        }
-        true
+        whole
     }
 }
 

@@ -44,9 +44,25 @@ fn what_is_largest_stays_finite_in_int8() {
 
 #[test]
 fn products_in_every_format() {
-    // Several strips of columns for several groups of rows; few tokens and many, in groups that are whole and that are not.
-    const TOKENS: usize = 11;
-    for (rows, cols) in [(1, 1), (8, 16), (13, 37), (300, 100), (13, 530)] {
+    // Several strips of columns for several groups of rows; few tokens and many, in groups that are whole and that are not; vectors
+    // and cache lines of columns, with and without a rest.
+    const TOKENS: usize = 20;
+    let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+    let shapes = [
+        (1, 1),
+        (9, 1),
+        (7, 15),
+        (8, 16),
+        (6, 17),
+        (13, 37),
+        (5, 63),
+        (4, 64),
+        (11, 65),
+        (300, 100),
+        (10, 257),
+        (13, 530),
+    ];
+    for (rows, cols) in shapes {
         let value = |i: usize| ((i * 37 % 101) as f32 - 50.0) / 50.0;
         let w: Vec<f32> = (0..rows * cols).map(value).collect();
         for format in DenseFormat::ALL {
@@ -72,12 +88,23 @@ fn products_in_every_format() {
             for tokens in 2..TOKENS {
                 let mut fewer = vec![0.0; tokens * rows];
                 matrix.forward(&x[..tokens * cols], tokens, &mut fewer);
-                assert_eq!(fewer, y[..fewer.len()], "nor on how many they are");
+                assert_eq!(bits(&fewer), bits(&y[..fewer.len()]), "nor on how many they are");
             }
+            // Nor on how weights are stored: the additions are those of the same weights as float32.
+            let mut floats = vec![0.0; rows * cols];
+            floats.chunks_exact_mut(cols).enumerate().for_each(|(r, row)| matrix.expand(r, row));
+            let mut want = vec![0.0; TOKENS * rows];
+            DenseMatrix { rows, cols, values: Values::F32(&floats) }.forward(&x, TOKENS, &mut want);
+            want.iter_mut().enumerate().for_each(|(i, v)| *v *= matrix.row_scale(i % rows));
+            assert_eq!(bits(&want), bits(&y), "{format:?} {rows} {cols}");
             for t in 0..TOKENS {
                 let x = &x[t * cols..(t + 1) * cols];
                 matrix.forward(x, 1, &mut alone);
-                assert_eq!(y[t * rows..(t + 1) * rows], alone, "a token's bits do not depend on its company");
+                assert_eq!(
+                    bits(&y[t * rows..(t + 1) * rows]),
+                    bits(&alone),
+                    "a token's bits do not depend on its company"
+                );
                 for r in 0..rows {
                     matrix.row(r, &mut read);
                     let want: f64 = read.iter().zip(x).map(|(w, x)| *w as f64 * *x as f64).sum();
