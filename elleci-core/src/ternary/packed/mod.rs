@@ -384,10 +384,11 @@ impl<T: Send, F: Fn(&PackedTernary, &[i32], i32, &mut [T]) + Sync> WithPackedKer
 fn words(q: &[i8], tokens: usize, in_dim: usize, packing: RowPacking) -> Vec<i32> {
     let mut words = vec![0; in_dim.next_multiple_of(packing.columns()) / 4 * tokens];
     for (t, q) in q.chunks_exact(in_dim).enumerate() {
-        for (word, columns) in words.iter_mut().skip(t).step_by(tokens).zip(q.chunks(4)) {
-            let mut bytes = [0; 4];
-            bytes.iter_mut().zip(columns).for_each(|(b, q)| *b = *q as u8);
-            *word = i32::from_le_bytes(bytes);
+        let (whole, last) = q.as_chunks::<4>();
+        let mut end = [0; 4];
+        end[..last.len()].copy_from_slice(last);
+        for (word, q) in words.iter_mut().skip(t).step_by(tokens).zip(whole.iter().chain([&end])) {
+            *word = i32::from_le_bytes(q.map(|q| q as u8));
         }
     }
     words
