@@ -35,7 +35,7 @@ const fn table(k: usize) -> Line {
 static TABLES: [Line; 5] = [table(0), table(1), table(2), table(3), table(4)];
 
 /// The low trits of every value, trit k at bit 2 k.
-static LOW_TRITS: Line = {
+pub(super) static LOW_TRITS: Line = {
     let mut table = [0; 64];
     let mut i = 0;
     while i < 64 {
@@ -50,7 +50,7 @@ static LOW_TRITS: Line = {
 /// such codes has sums at three places; but the look-ups are the dearest part of reading a line for one token.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn placed_tables() -> [__m512i; 3] {
+pub(super) fn placed_tables() -> [__m512i; 3] {
     [load(&LOW_TRITS), load(&TABLES[3]), _mm512_slli_epi16::<2>(load(&TABLES[4]))]
 }
 
@@ -77,7 +77,7 @@ fn prefetch(line: &Line) {
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn store(line: &mut Line, codes: __m512i) {
+pub(super) fn store(line: &mut Line, codes: __m512i) {
     // SAFETY: a line is 64 bytes, aligned to 64.
     unsafe { _mm512_store_si512((line as *mut Line).cast(), codes) }
 }
@@ -91,7 +91,7 @@ pub(super) fn word(q: &[i8; 4]) -> __m512i {
 /// What the low trits are looked up by, in the low five bits, and the high ones, in the low six.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi,gfni")]
-fn indices_vbmi(x: __m512i) -> (__m512i, __m512i) {
+pub(super) fn indices_vbmi(x: __m512i) -> (__m512i, __m512i) {
     /// The bit matrix that rotates every byte left by three: byte 7 - i selects the bit that goes to bit i.
     const ROTATE: i64 = 0x2040_8001_0204_0810;
     let escape = _mm512_set1_epi8(ESCAPE as i8);
@@ -176,7 +176,7 @@ fn placed_shuffle(x: __m512i, [low_table, _, _]: &[__m512i; 3]) -> [__m512i; 5] 
 /// The three trits of [`LOW_TRITS`], each where it stands.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn apart(low: __m512i) -> [__m512i; 3] {
+pub(super) fn apart(low: __m512i) -> [__m512i; 3] {
     [
         _mm512_and_si512(low, _mm512_set1_epi8(3)),
         _mm512_and_si512(low, _mm512_set1_epi8(3 << 2)),

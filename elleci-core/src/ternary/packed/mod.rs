@@ -26,6 +26,8 @@ mod avx512;
 mod columns_avx512;
 #[cfg(all(target_arch = "aarch64", target_endian = "little", target_feature = "neon"))]
 mod neon;
+#[cfg(all(feature = "std", target_arch = "x86_64"))]
+mod tables_avx512;
 
 #[cfg(test)]
 mod tests;
@@ -411,6 +413,12 @@ impl<T: Send, F: Fn(usize, &[i32], i32, &mut [T]) + Sync> WithPackedKernel for M
         let (in_dim, out_dim) = (matrix.in_dim, matrix.out_dim);
         if out_dim == 0 || tokens == 0 {
             return;
+        }
+        #[cfg(all(feature = "std", target_arch = "x86_64"))]
+        if isa >= Isa::Avx512Vbmi
+            && let Some(kernel) = tables_avx512::detect(matrix, tokens)
+        {
+            return tables_avx512::product(kernel, matrix, q, out, &finish);
         }
         let mut out = mat_mut(out, tokens, out_dim);
         let items: Vec<_> = out.axis_chunks_iter_mut(ndarray::Axis(1), ROWS).enumerate().collect();

@@ -172,3 +172,71 @@ fn a_wrong_length_is_refused() {
     assert!(PackedTernary::new(Packing::I2, 64, 12, 1.0, &lines).is_some());
     assert_eq!(Packing::I2.bytes(usize::MAX, usize::MAX), None);
 }
+
+/// Products by look-up, whether or not they are faster here.
+#[cfg(all(feature = "std", target_arch = "x86_64"))]
+mod tables {
+    use super::super::avx512::Vbmi;
+    use super::super::{Finish, sum, tables_avx512};
+    use super::*;
+
+    /// As [`PackedTernary::sums_with`].
+    fn sums(kernel: Vbmi, view: &PackedTernary, q: &[i8], tokens: usize) -> Vec<i32> {
+        let mut out = vec![i32::MIN; tokens * view.out_dim()];
+        let finish = |_: usize, biased: &[i32], offset: i32, out: &mut [i32]| {
+            out.iter_mut().zip(biased).for_each(|(out, sum)| *out = sum - offset);
+        };
+        let finish = Finish { finish, offsets: q.chunks_exact(view.in_dim()).map(sum).collect() };
+        tables_avx512::product(kernel, view, q, &mut out, &finish);
+        out
+    }
+
+    fn kernel() -> Option<Vbmi> {
+        levels().any(|isa| isa == Isa::Avx512Vbmi).then(Vbmi::detect).flatten()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(48))]
+        #[test]
+        fn give_the_same_integers(
+            tokens in prop_oneof![1usize..6, 127usize..132],
+            out in 1usize..200,
+            // Less than a run, one part and a little more, several.
+            input in prop_oneof![1usize..45, 300usize..345, 620usize..660],
+            seed in any::<u64>(),
+        ) {
+            let Some(kernel) = kernel() else { return Ok(()) };
+            let mut rng = Lcg(seed);
+            let codes: Vec<i8> = (0..out * input).map(|_| (rng.next() % 3) as i8 - 1).collect();
+            let q: Vec<i8> = (0..tokens * input).map(|_| rng.next() as i8).collect();
+            let (m, lines) = packed(&codes, out, input, Packing::T5);
+            prop_assert_eq!(sums(kernel, &view(&m, Packing::T5, &lines), &q, tokens), definition(&codes, &q, out, input));
+        }
+
+        #[test]
+        fn any_bytes_mean_the_same(out in 1usize..130, input in 1usize..90, seed in any::<u64>()) {
+            let Some(kernel) = kernel() else { return Ok(()) };
+            let mut rng = Lcg(seed);
+            let lines: Vec<Line> = (0..Packing::T5.bytes(out, input).unwrap() / 64)
+                .map(|_| Line([(); 64].map(|()| rng.next() as u8)))
+                .collect();
+            let view = PackedTernary::new(Packing::T5, out, input, 1.0, &lines).unwrap();
+            let q: Vec<i8> = (0..3 * input).map(|_| rng.next() as i8).collect();
+            let mut want = vec![0; 3 * out];
+            view.sums_with(Isa::Portable, &q, 3, &mut want);
+            prop_assert_eq!(sums(kernel, &view, &q, 3), want);
+        }
+    }
+
+    #[test]
+    fn extremes_are_exact() {
+        let Some(kernel) = kernel() else { return };
+        for input in [319, 320, 321, 5632, 65_540] {
+            for (code, value) in [(1, 127), (1, -128), (-1, 127), (-1, -128)] {
+                let (m, lines) = packed(&vec![code; 2 * input], 2, input, Packing::T5);
+                let got = sums(kernel, &view(&m, Packing::T5, &lines), &vec![value; 3 * input], 3);
+                assert!(got == vec![i32::from(code) * i32::from(value) * input as i32; 6], "{input} {code} {value}");
+            }
+        }
+    }
+}

@@ -1,0 +1,302 @@
+//! T5 with many tokens on VBMI: nine columns of a run of twenty by look-up, the others by multiply-adds, at the same time.
+//!
+//! `vpdpbusd` does 64 products, and two units of a core share its work; on the machines that were measured they do one a cycle, which is
+//! what bounds long prompts. Another unit permutes. With the sums that three activations can make with three ternary weights (27, so
+//! that 32 int16 are one register) as a table of a token, one `vpermw` with three weights of 32 rows as indices yields 96 products,
+//! and one addition, which every unit does, takes them in. Six of those beside twelve multiply-adds fill all units:
+//! 21 columns, of which T5's bytes give 20.
+//!
+//! The tables are of tokens, and the indices and codes of a panel are made from its bytes, once for all tokens. Both are made for some
+//! columns at a time, so that the tables of all tokens stay in the second cache and a panel's part in the first. The integers are the
+//! same as everywhere.
+
+use alloc::vec;
+use alloc::vec::Vec;
+use core::arch::x86_64::*;
+use std::sync::OnceLock;
+use std::time::Instant;
+
+use ndarray::Axis;
+
+use super::super::kernel::{Kernel, Line, ROWS, TOKENS};
+use super::super::vnni::Vnni;
+use super::avx512::{LOW_TRITS, Vbmi, add_vnni, apart, indices_vbmi, load, placed_tables, store};
+use super::{Finish, LINES, PackedTernary, RowPacking};
+use crate::ops::matmul::mat_mut;
+use crate::par;
+
+/// Columns of a run.
+const COLUMNS: usize = 20;
+/// Columns of a run that stand in one byte's place of a code line; three of the four are looked up.
+const LOOKED_UP: usize = 3;
+/// Runs of a part: with both signs of 384 each look-up, `3 · 24` of them fit an int16.
+const RUNS: usize = 16;
+/// Tokens that meet a panel's part together: their sums fill 12 registers. With three, the compilers that were tried spill.
+const PAIR: usize = 2;
+/// Tokens whose tables are made together: those of a part take 512 KB.
+const CHUNK: usize = 128;
+/// Tokens and rows from which on tables pay for themselves.
+const MANY: usize = 32;
+const TALL: usize = 2048;
+
+/// A run of a panel.
+#[derive(Clone)]
+#[repr(C)]
+struct Run {
+    /// Of rows 0..32 and 32..64: in 16 bits a row the indices of the three groups of columns `c, c + 4, c + 8`, five bits each.
+    indices: [Line; 2],
+    /// Code lines of columns 3, 7, 11 (and none), of 12..16, and of 16..20.
+    codes: [[Line; LINES]; 3],
+}
+
+/// Of one token and run.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Token {
+    tables: [Line; LOOKED_UP],
+    /// The activations that `codes` meet, and a word that is not read
+    words: [i32; 4],
+    /// Keeps the tables aligned.
+    unused: [i32; 12],
+}
+
+const EMPTY: Token = Token { tables: [Line([0; 64]); LOOKED_UP], words: [0; 4], unused: [0; 12] };
+
+/// The kernel, where the machine has what it takes and is faster with it.
+pub(super) fn detect(matrix: &PackedTernary, tokens: usize) -> Option<Vbmi> {
+    let worth = tokens >= MANY && matrix.out_dim >= TALL && matrix.packing.by_rows() == Some(RowPacking::T5);
+    let kernel = if worth { Vbmi::detect() } else { None };
+    kernel.filter(|kernel| faster(*kernel))
+}
+
+/// Whether tables beat multiply-adds on this machine, measured once, in some tens of microseconds. Both give the same integers.
+fn faster(kernel: Vbmi) -> bool {
+    static FASTER: OnceLock<bool> = OnceLock::new();
+    *FASTER.get_or_init(|| {
+        let Some(vnni) = Vnni::detect() else { return false };
+        let runs = vec![Run { indices: [Line([1; 64]); 2], codes: [[Line([1; 64]); LINES]; 3] }; RUNS];
+        let tokens = vec![[EMPTY; PAIR]; RUNS];
+        let panel = vec![Line([1; 64]); RUNS * COLUMNS / 4 * LINES];
+        let q = vec![1i8; TOKENS * RUNS * COLUMNS];
+        let (mut sums, mut block) = ([[0; ROWS]; PAIR], [[0; ROWS]; TOKENS]);
+        let time = |run: &mut dyn FnMut()| {
+            let start = Instant::now();
+            run();
+            start.elapsed()
+        };
+        let times = (0..8).map(|_| {
+            let ours = time(&mut || (0..TOKENS / PAIR).for_each(|_| add(kernel, &runs, &tokens, &mut sums)));
+            let theirs = time(&mut || vnni.block(&panel, &q, RUNS * COLUMNS, &mut block));
+            core::hint::black_box((&sums, &block));
+            (ours, theirs)
+        });
+        let (ours, theirs): (Vec<_>, Vec<_>) = times.unzip();
+        // Making the tables takes time too.
+        ours.iter().min().map(|t| *t * 8 / 7) < theirs.iter().min().copied()
+    })
+}
+
+/// `W₃ · q` for `q` `[tokens, in]`, finished into `out` `[tokens, out]`.
+pub(super) fn product<T: Send>(
+    kernel: Vbmi,
+    matrix: &PackedTernary,
+    q: &[i8],
+    out: &mut [T],
+    finish: &Finish<impl Fn(usize, &[i32], i32, &mut [T]) + Sync>,
+) {
+    let (in_dim, out_dim) = (matrix.in_dim, matrix.out_dim);
+    let runs = in_dim.div_ceil(COLUMNS);
+    let part = runs.div_ceil(runs.div_ceil(RUNS));
+    for (first, (q, out)) in q.chunks(CHUNK * in_dim).zip(out.chunks_mut(CHUNK * out_dim)).enumerate() {
+        let (first, count) = (first * CHUNK, q.len() / in_dim);
+        let mut out = mat_mut(out, count, out_dim);
+        let pairs = count.div_ceil(PAIR);
+        let mut tokens = vec![EMPTY; pairs * PAIR * part];
+        // Σ q of the columns that are looked up, where a weight is itself and not its code.
+        let mut offsets = vec![[0i32; PAIR]; pairs];
+        let mut sums = vec![[[0i32; ROWS]; PAIR]; pairs * out_dim.div_ceil(ROWS)];
+        for from in (0..runs).step_by(part) {
+            let part = part.min(runs - from);
+            let items = q.chunks(PAIR * in_dim).zip(tokens.chunks_mut(PAIR * part)).zip(&mut offsets).collect();
+            par::for_each(items, |((q, tokens), offsets): ((&[i8], &mut [Token]), &mut [i32; PAIR])| {
+                for (t, (q, offset)) in q.chunks(in_dim).zip(offsets).enumerate() {
+                    let columns = &q[from * COLUMNS..in_dim.min((from + part) * COLUMNS)];
+                    let tokens = tokens.iter_mut().skip(t).step_by(PAIR);
+                    *offset += make_tables(kernel, columns, tokens);
+                }
+            });
+            let last = from + part == runs;
+            let views = out.axis_chunks_iter_mut(Axis(1), ROWS);
+            let items = sums.chunks_mut(pairs).zip(views).enumerate().collect();
+            par::for_each(items, |(panel, (sums, mut out)): (usize, (&mut [[[i32; ROWS]; PAIR]], _))| {
+                let out: &mut ndarray::ArrayViewMut2<T> = &mut out;
+                let lines = &matrix.panel(RowPacking::T5, panel)[from * LINES..(from + part) * LINES];
+                let runs = unpack(kernel, lines);
+                for (pair, sums) in sums.iter_mut().enumerate() {
+                    let (tokens, _) = tokens[pair * PAIR * part..][..PAIR * part].as_chunks();
+                    add(kernel, &runs[..part], tokens, sums);
+                    if !last {
+                        continue;
+                    }
+                    for (t, sums) in sums.iter().enumerate().take(count - pair * PAIR) {
+                        let mut out = out.row_mut(pair * PAIR + t);
+                        let out = out.as_slice_mut().expect("rows of the output are contiguous");
+                        let offset = finish.offsets[first + pair * PAIR + t] - offsets[pair][t];
+                        (finish.finish)(first + pair * PAIR + t, &sums[..out.len()], offset, out);
+                    }
+                }
+            });
+        }
+    }
+}
+
+/// Makes a token's tables of the runs of `q`, the last of which may be cut short; returns the sum of what is looked up.
+#[inline(always)]
+fn make_tables<'a>(kernel: Vbmi, q: &[i8], tokens: impl Iterator<Item = &'a mut Token>) -> i32 {
+    /// Where entry i finds `digit(i) · q` among 16 activations, 0 and their negatives: `[c][k]`.
+    static ENTRIES: [[Line; 3]; LOOKED_UP] = {
+        let mut entries = [[Line([0; 64]); 3]; LOOKED_UP];
+        let mut c = 0;
+        while c < LOOKED_UP {
+            let mut i = 0;
+            while i < 32 {
+                let mut k = 0;
+                while k < 3 {
+                    // What no weights mean is three zeros.
+                    let digit = if i < 27 { i / [1, 3, 9][k] % 3 } else { 1 };
+                    let column = (4 * k + c) as u8;
+                    // Activations 0 to 19, then nothing to 31; their negatives from 32 on.
+                    entries[c][k].0[2 * i] = [32 + column, 31, column][digit];
+                    k += 1;
+                }
+                i += 1;
+            }
+            c += 1;
+        }
+        entries
+    };
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,gfni")]
+    fn run<'a>(q: &[i8], tokens: impl Iterator<Item = &'a mut Token>) -> i32 {
+        // Columns 3, 7, 11 and nothing, 12 to 15, 16 to 19.
+        const WORDS: [i8; 16] = [3, 7, 11, 31, 12, 13, 14, 15, 16, 17, 18, 19, 31, 31, 31, 31];
+        const IS_LOOKED_UP: [i8; 16] = [1, 1, 1, 0, 1, 1, 1, 0, 1, 1, 1, 0, 0, 0, 0, 0];
+        // SAFETY: arrays of 16 bytes.
+        let (places, looked_up) =
+            unsafe { (_mm_loadu_si128(WORDS.as_ptr().cast()), _mm_loadu_si128(IS_LOOKED_UP.as_ptr().cast())) };
+        let (places, mut sum) = (_mm256_castsi128_si256(places), _mm_setzero_si128());
+        for (q, token) in q.chunks(COLUMNS).zip(tokens) {
+            // SAFETY: the mask has as many bits as there are activations.
+            let q = unsafe { _mm256_maskz_loadu_epi8((1u32 << q.len()) - 1, q.as_ptr()) };
+            sum = _mm_dpbusd_epi32(sum, looked_up, _mm256_castsi256_si128(q));
+            // SAFETY: four int32.
+            unsafe {
+                let words = _mm256_castsi256_si128(_mm256_permutexvar_epi8(places, q));
+                _mm_storeu_si128(token.words.as_mut_ptr().cast(), words);
+            }
+            let wide = _mm512_cvtepi8_epi16(q);
+            let negative = _mm512_sub_epi16(_mm512_setzero_si512(), wide);
+            let part = |entries: &Line| _mm512_permutex2var_epi16(wide, load(entries), negative);
+            for (table, [a, b, c]) in token.tables.iter_mut().zip(&ENTRIES) {
+                store(table, _mm512_add_epi16(_mm512_add_epi16(part(a), part(b)), part(c)));
+            }
+        }
+        let sum = _mm_add_epi32(sum, _mm_shuffle_epi32::<0b01_00_11_10>(sum));
+        _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32::<0b10_11_00_01>(sum)))
+    }
+    let _ = kernel;
+    // SAFETY: a `Vbmi` exists only where the features were detected.
+    unsafe { run(q, tokens) }
+}
+
+/// What of a panel all tokens meet.
+#[inline(always)]
+fn unpack(kernel: Vbmi, lines: &[Line]) -> Vec<Run> {
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,gfni")]
+    fn run(lines: &[Line], runs: &mut [Run]) {
+        let (low_trits, [.., t3, t4]) = (load(&LOW_TRITS), placed_tables());
+        let t4 = _mm512_srli_epi16::<2>(t4);
+        for (lines, run) in lines.as_chunks::<LINES>().0.iter().zip(runs) {
+            let mut indices = [_mm256_setzero_si256(); LINES];
+            for (j, line) in lines.iter().enumerate() {
+                let (low, high) = indices_vbmi(load(line));
+                store(&mut run.codes[1][j], _mm512_permutexvar_epi8(high, t3));
+                store(&mut run.codes[2][j], _mm512_permutexvar_epi8(high, t4));
+                // The last byte of every row: its trits become bytes.
+                let row = _mm512_srli_epi32::<24>(_mm512_permutexvar_epi8(low, low_trits));
+                let [a, b, c] = apart(row);
+                let bytes = _mm512_ternarylogic_epi32::<0xfe>(a, _mm512_slli_epi32::<6>(b), _mm512_slli_epi32::<12>(c));
+                store(&mut run.codes[0][j], bytes);
+                // c0 + 32 c1, and c2; then c0 + 32 c1 + 1024 c2.
+                let low = _mm512_and_si512(low, _mm512_set1_epi8(31));
+                let pairs = _mm512_maddubs_epi16(low, _mm512_set1_epi32(0x00_01_20_01));
+                let word = _mm512_madd_epi16(pairs, _mm512_set1_epi32(1 | 1024 << 16));
+                indices[j] = _mm512_cvtepi32_epi16(word);
+            }
+            for (h, to) in run.indices.iter_mut().enumerate() {
+                let lower = _mm512_castsi256_si512(indices[2 * h]);
+                store(to, _mm512_inserti64x4::<1>(lower, indices[2 * h + 1]));
+            }
+        }
+    }
+    let mut runs = vec![Run { indices: [Line([0; 64]); 2], codes: [[Line([0; 64]); LINES]; 3] }; lines.len() / LINES];
+    let _ = kernel;
+    // SAFETY: a `Vbmi` exists only where the features were detected.
+    unsafe { run(lines, &mut runs) }
+    runs
+}
+
+/// Adds the products of a panel's part with a pair of tokens.
+///
+/// # Panics
+/// When there are more runs than an int16 has room for.
+#[inline(always)]
+fn add(kernel: Vbmi, runs: &[Run], tokens: &[[Token; PAIR]], sums: &mut [[i32; ROWS]; PAIR]) {
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,gfni")]
+    fn run(runs: &[Run], tokens: &[[Token; PAIR]], sums: &mut [[i32; ROWS]; PAIR]) {
+        let mut looked_up = [[_mm512_setzero_si512(); 2]; PAIR];
+        let mut acc = [[_mm512_setzero_si512(); LINES]; PAIR];
+        for t in 0..PAIR {
+            for j in 0..LINES {
+                // SAFETY: 16 of 64 int32.
+                acc[t][j] = unsafe { _mm512_loadu_si512(sums[t].as_ptr().add(16 * j).cast()) };
+            }
+        }
+        for (run, tokens) in runs.iter().zip(tokens) {
+            let mut indices = [load(&run.indices[0]), load(&run.indices[1])];
+            for g in 0..3 {
+                for t in 0..PAIR {
+                    let table = load(&tokens[t].tables[g]);
+                    for h in 0..2 {
+                        let found = _mm512_permutexvar_epi16(indices[h], table);
+                        looked_up[t][h] = _mm512_add_epi16(looked_up[t][h], found);
+                    }
+                }
+                for j in 0..LINES {
+                    let codes = load(&run.codes[g][j]);
+                    for t in 0..PAIR {
+                        acc[t][j] = add_vnni(acc[t][j], codes, _mm512_set1_epi32(tokens[t].words[g]));
+                    }
+                }
+                for h in 0..2 {
+                    indices[h] = _mm512_srli_epi16::<5>(indices[h]);
+                }
+            }
+        }
+        for t in 0..PAIR {
+            for j in 0..LINES {
+                let found = looked_up[t][j / 2];
+                let half =
+                    if j % 2 == 0 { _mm512_castsi512_si256(found) } else { _mm512_extracti64x4_epi64::<1>(found) };
+                let sum = _mm512_add_epi32(acc[t][j], _mm512_cvtepi16_epi32(half));
+                // SAFETY: 16 of 64 int32.
+                unsafe { _mm512_storeu_si512(sums[t].as_mut_ptr().add(16 * j).cast(), sum) };
+            }
+        }
+    }
+    const { assert!(3 * 384 * RUNS <= i16::MAX as usize) };
+    assert!(runs.len() <= RUNS, "{} runs", runs.len());
+    let _ = kernel;
+    // SAFETY: a `Vbmi` exists only where the features were detected.
+    unsafe { run(runs, tokens, sums) }
+}
