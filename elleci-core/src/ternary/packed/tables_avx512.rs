@@ -40,7 +40,7 @@ const MANY: usize = 32;
 const TALL: usize = 2048;
 
 /// A run of a panel.
-#[derive(Clone)]
+#[derive(Clone, Copy)]
 #[repr(C)]
 struct Run {
     /// Of rows 0..32 and 32..64: in 16 bits a row the indices of the three groups of columns `c, c + 4, c + 8`, five bits each.
@@ -49,18 +49,15 @@ struct Run {
     codes: [[Line; LINES]; 3],
 }
 
-/// Of one token and run.
-#[derive(Clone, Copy)]
-#[repr(C)]
-struct Token {
-    tables: [Line; LOOKED_UP],
-    /// The activations that `codes` meet, and a word that is not read
-    words: [i32; 4],
-    /// Keeps the tables aligned.
-    unused: [i32; 12],
-}
+const EMPTY_RUN: Run = Run { indices: [Line([0; 64]); 2], codes: [[Line([0; 64]); LINES]; 3] };
 
-const EMPTY: Token = Token { tables: [Line([0; 64]); LOOKED_UP], words: [0; 4], unused: [0; 12] };
+/// Of one token and run.
+type Tables = [Line; LOOKED_UP];
+/// The activations of one token and run that [`Run::codes`] meet, and a word that is not read. Apart from the tables, so that lines that
+/// come from the second cache are full.
+type Words = [i32; 4];
+
+const EMPTY: Tables = [Line([0; 64]); LOOKED_UP];
 
 /// The kernel, where the machine has what it takes and is faster with it.
 pub(super) fn detect(matrix: &PackedTernary, tokens: usize) -> Option<Vbmi> {
@@ -69,14 +66,14 @@ pub(super) fn detect(matrix: &PackedTernary, tokens: usize) -> Option<Vbmi> {
     kernel.filter(|kernel| faster(*kernel))
 }
 
-/// Whether tables beat multiply-adds on this machine, measured once, in some tens of microseconds. Both give the same integers.
+/// Whether tables beat multiply-adds on this machine, measured once, in some hundred microseconds. Both give the same integers.
 fn faster(kernel: Vbmi) -> bool {
     static FASTER: OnceLock<bool> = OnceLock::new();
     *FASTER.get_or_init(|| {
         let Some(vnni) = Vnni::detect() else { return false };
-        let runs = vec![Run { indices: [Line([1; 64]); 2], codes: [[Line([1; 64]); LINES]; 3] }; RUNS];
-        let tokens = vec![[EMPTY; PAIR]; RUNS];
-        let panel = vec![Line([1; 64]); RUNS * COLUMNS / 4 * LINES];
+        let runs = vec![EMPTY_RUN; RUNS];
+        let (tables, words) = (vec![[EMPTY; PAIR]; RUNS], vec![[[1; 4]; PAIR]; RUNS]);
+        let panel = vec![Line([0; 64]); RUNS * COLUMNS / 4 * LINES];
         let q = vec![1i8; TOKENS * RUNS * COLUMNS];
         let (mut sums, mut block) = ([[0; ROWS]; PAIR], [[0; ROWS]; TOKENS]);
         let time = |run: &mut dyn FnMut()| {
@@ -84,15 +81,15 @@ fn faster(kernel: Vbmi) -> bool {
             run();
             start.elapsed()
         };
-        let times = (0..8).map(|_| {
-            let ours = time(&mut || (0..TOKENS / PAIR).for_each(|_| add(kernel, &runs, &tokens, &mut sums)));
+        let times = (0..64).map(|_| {
+            let ours = time(&mut || (0..TOKENS / PAIR).for_each(|_| add(kernel, &runs, &tables, &words, &mut sums)));
             let theirs = time(&mut || vnni.block(&panel, &q, RUNS * COLUMNS, &mut block));
             core::hint::black_box((&sums, &block));
             (ours, theirs)
         });
         let (ours, theirs): (Vec<_>, Vec<_>) = times.unzip();
-        // Making the tables takes time too.
-        ours.iter().min().map(|t| *t * 8 / 7) < theirs.iter().min().copied()
+        // The least of each: what else the machine does can only make them slower.
+        ours.iter().min() < theirs.iter().min()
     })
 }
 
@@ -111,48 +108,54 @@ pub(super) fn product<T: Send>(
         let (first, count) = (first * CHUNK, q.len() / in_dim);
         let mut out = mat_mut(out, count, out_dim);
         let pairs = count.div_ceil(PAIR);
-        let mut tokens = vec![EMPTY; pairs * PAIR * part];
+        let mut tables = vec![[EMPTY; PAIR]; pairs * part];
+        let mut words = vec![[[0i32; 4]; PAIR]; pairs * part];
         // Σ q of the columns that are looked up, where a weight is itself and not its code.
         let mut offsets = vec![[0i32; PAIR]; pairs];
         let mut sums = vec![[[0i32; ROWS]; PAIR]; pairs * out_dim.div_ceil(ROWS)];
         for from in (0..runs).step_by(part) {
             let part = part.min(runs - from);
-            let items = q.chunks(PAIR * in_dim).zip(tokens.chunks_mut(PAIR * part)).zip(&mut offsets).collect();
-            par::for_each(items, |((q, tokens), offsets): ((&[i8], &mut [Token]), &mut [i32; PAIR])| {
-                for (t, (q, offset)) in q.chunks(in_dim).zip(offsets).enumerate() {
-                    let columns = &q[from * COLUMNS..in_dim.min((from + part) * COLUMNS)];
-                    let tokens = tokens.iter_mut().skip(t).step_by(PAIR);
-                    *offset += make_tables(kernel, columns, tokens);
+            let columns = from * COLUMNS..in_dim.min((from + part) * COLUMNS);
+            let made = tables.chunks_mut(part).zip(words.chunks_mut(part)).zip(&mut offsets);
+            let items = q.chunks(PAIR * in_dim).zip(made).collect();
+            par::for_each(items, |(q, ((tables, words), offsets)): Made| {
+                for (t, q) in q.chunks(in_dim).enumerate() {
+                    offsets[t] += make_tables(kernel, &q[columns.clone()], t, tables, words);
                 }
             });
             let last = from + part == runs;
             let views = out.axis_chunks_iter_mut(Axis(1), ROWS);
             let items = sums.chunks_mut(pairs).zip(views).enumerate().collect();
-            par::for_each(items, |(panel, (sums, mut out)): (usize, (&mut [[[i32; ROWS]; PAIR]], _))| {
-                let out: &mut ndarray::ArrayViewMut2<T> = &mut out;
-                let lines = &matrix.panel(RowPacking::T5, panel)[from * LINES..(from + part) * LINES];
-                let runs = unpack(kernel, lines);
-                for (pair, sums) in sums.iter_mut().enumerate() {
-                    let (tokens, _) = tokens[pair * PAIR * part..][..PAIR * part].as_chunks();
-                    add(kernel, &runs[..part], tokens, sums);
-                    if !last {
-                        continue;
+            par::for_each_init(
+                items,
+                || vec![EMPTY_RUN; part],
+                |runs, (panel, (sums, mut out))| {
+                    unpack(kernel, &matrix.panel(RowPacking::T5, panel)[from * LINES..(from + part) * LINES], runs);
+                    for (pair, sums) in sums.iter_mut().enumerate() {
+                        let its = pair * part..(pair + 1) * part;
+                        add(kernel, runs, &tables[its.clone()], &words[its], sums);
+                        if !last {
+                            continue;
+                        }
+                        for (t, sums) in sums.iter().enumerate().take(count - pair * PAIR) {
+                            let mut out = out.row_mut(pair * PAIR + t);
+                            let out = out.as_slice_mut().expect("rows of the output are contiguous");
+                            let offset = finish.offsets[first + pair * PAIR + t] - offsets[pair][t];
+                            (finish.finish)(first + pair * PAIR + t, &sums[..out.len()], offset, out);
+                        }
                     }
-                    for (t, sums) in sums.iter().enumerate().take(count - pair * PAIR) {
-                        let mut out = out.row_mut(pair * PAIR + t);
-                        let out = out.as_slice_mut().expect("rows of the output are contiguous");
-                        let offset = finish.offsets[first + pair * PAIR + t] - offsets[pair][t];
-                        (finish.finish)(first + pair * PAIR + t, &sums[..out.len()], offset, out);
-                    }
-                }
-            });
+                },
+            );
         }
     }
 }
 
+/// A pair of tokens, and what is made of it.
+type Made<'a> = (&'a [i8], ((&'a mut [[Tables; PAIR]], &'a mut [[Words; PAIR]]), &'a mut [i32; PAIR]));
+
 /// Makes a token's tables of the runs of `q`, the last of which may be cut short; returns the sum of what is looked up.
 #[inline(always)]
-fn make_tables<'a>(kernel: Vbmi, q: &[i8], tokens: impl Iterator<Item = &'a mut Token>) -> i32 {
+fn make_tables(kernel: Vbmi, q: &[i8], t: usize, tables: &mut [[Tables; PAIR]], words: &mut [[Words; PAIR]]) -> i32 {
     /// Where entry i finds `digit(i) · q` among 16 activations, 0 and their negatives: `[c][k]`.
     static ENTRIES: [[Line; 3]; LOOKED_UP] = {
         let mut entries = [[Line([0; 64]); 3]; LOOKED_UP];
@@ -177,7 +180,7 @@ fn make_tables<'a>(kernel: Vbmi, q: &[i8], tokens: impl Iterator<Item = &'a mut 
     };
 
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,gfni")]
-    fn run<'a>(q: &[i8], tokens: impl Iterator<Item = &'a mut Token>) -> i32 {
+    fn run(q: &[i8], t: usize, tables: &mut [[Tables; PAIR]], words: &mut [[Words; PAIR]]) -> i32 {
         // Columns 3, 7, 11 and nothing, 12 to 15, 16 to 19.
         const WORDS: [i8; 16] = [3, 7, 11, 31, 12, 13, 14, 15, 16, 17, 18, 19, 31, 31, 31, 31];
         const IS_LOOKED_UP: [i8; 16] = [1, 1, 1, 0, 1, 1, 1, 0, 1, 1, 1, 0, 0, 0, 0, 0];
@@ -185,19 +188,19 @@ fn make_tables<'a>(kernel: Vbmi, q: &[i8], tokens: impl Iterator<Item = &'a mut 
         let (places, looked_up) =
             unsafe { (_mm_loadu_si128(WORDS.as_ptr().cast()), _mm_loadu_si128(IS_LOOKED_UP.as_ptr().cast())) };
         let (places, mut sum) = (_mm256_castsi128_si256(places), _mm_setzero_si128());
-        for (q, token) in q.chunks(COLUMNS).zip(tokens) {
+        for ((q, tables), words) in q.chunks(COLUMNS).zip(tables).zip(words) {
             // SAFETY: the mask has as many bits as there are activations.
             let q = unsafe { _mm256_maskz_loadu_epi8((1u32 << q.len()) - 1, q.as_ptr()) };
             sum = _mm_dpbusd_epi32(sum, looked_up, _mm256_castsi256_si128(q));
             // SAFETY: four int32.
             unsafe {
-                let words = _mm256_castsi256_si128(_mm256_permutexvar_epi8(places, q));
-                _mm_storeu_si128(token.words.as_mut_ptr().cast(), words);
+                let found = _mm256_castsi256_si128(_mm256_permutexvar_epi8(places, q));
+                _mm_storeu_si128(words[t].as_mut_ptr().cast(), found);
             }
             let wide = _mm512_cvtepi8_epi16(q);
             let negative = _mm512_sub_epi16(_mm512_setzero_si512(), wide);
             let part = |entries: &Line| _mm512_permutex2var_epi16(wide, load(entries), negative);
-            for (table, [a, b, c]) in token.tables.iter_mut().zip(&ENTRIES) {
+            for (table, [a, b, c]) in tables[t].iter_mut().zip(&ENTRIES) {
                 store(table, _mm512_add_epi16(_mm512_add_epi16(part(a), part(b)), part(c)));
             }
         }
@@ -206,12 +209,12 @@ fn make_tables<'a>(kernel: Vbmi, q: &[i8], tokens: impl Iterator<Item = &'a mut 
     }
     let _ = kernel;
     // SAFETY: a `Vbmi` exists only where the features were detected.
-    unsafe { run(q, tokens) }
+    unsafe { run(q, t, tables, words) }
 }
 
 /// What of a panel all tokens meet.
 #[inline(always)]
-fn unpack(kernel: Vbmi, lines: &[Line]) -> Vec<Run> {
+fn unpack(kernel: Vbmi, lines: &[Line], runs: &mut [Run]) {
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,gfni")]
     fn run(lines: &[Line], runs: &mut [Run]) {
         let (low_trits, [.., t3, t4]) = (load(&LOW_TRITS), placed_tables());
@@ -239,11 +242,9 @@ fn unpack(kernel: Vbmi, lines: &[Line]) -> Vec<Run> {
             }
         }
     }
-    let mut runs = vec![Run { indices: [Line([0; 64]); 2], codes: [[Line([0; 64]); LINES]; 3] }; lines.len() / LINES];
     let _ = kernel;
     // SAFETY: a `Vbmi` exists only where the features were detected.
-    unsafe { run(lines, &mut runs) }
-    runs
+    unsafe { run(lines, runs) }
 }
 
 /// Adds the products of a panel's part with a pair of tokens.
@@ -251,9 +252,9 @@ fn unpack(kernel: Vbmi, lines: &[Line]) -> Vec<Run> {
 /// # Panics
 /// When there are more runs than an int16 has room for.
 #[inline(always)]
-fn add(kernel: Vbmi, runs: &[Run], tokens: &[[Token; PAIR]], sums: &mut [[i32; ROWS]; PAIR]) {
+fn add(kernel: Vbmi, runs: &[Run], tables: &[[Tables; PAIR]], words: &[[Words; PAIR]], sums: &mut [[i32; ROWS]; PAIR]) {
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,gfni")]
-    fn run(runs: &[Run], tokens: &[[Token; PAIR]], sums: &mut [[i32; ROWS]; PAIR]) {
+    fn run(runs: &[Run], tables: &[[Tables; PAIR]], words: &[[Words; PAIR]], sums: &mut [[i32; ROWS]; PAIR]) {
         let mut looked_up = [[_mm512_setzero_si512(); 2]; PAIR];
         let mut acc = [[_mm512_setzero_si512(); LINES]; PAIR];
         for t in 0..PAIR {
@@ -262,11 +263,11 @@ fn add(kernel: Vbmi, runs: &[Run], tokens: &[[Token; PAIR]], sums: &mut [[i32; R
                 acc[t][j] = unsafe { _mm512_loadu_si512(sums[t].as_ptr().add(16 * j).cast()) };
             }
         }
-        for (run, tokens) in runs.iter().zip(tokens) {
+        for ((run, tables), words) in runs.iter().zip(tables).zip(words) {
             let mut indices = [load(&run.indices[0]), load(&run.indices[1])];
             for g in 0..3 {
                 for t in 0..PAIR {
-                    let table = load(&tokens[t].tables[g]);
+                    let table = load(&tables[t][g]);
                     for h in 0..2 {
                         let found = _mm512_permutexvar_epi16(indices[h], table);
                         looked_up[t][h] = _mm512_add_epi16(looked_up[t][h], found);
@@ -275,7 +276,7 @@ fn add(kernel: Vbmi, runs: &[Run], tokens: &[[Token; PAIR]], sums: &mut [[i32; R
                 for j in 0..LINES {
                     let codes = load(&run.codes[g][j]);
                     for t in 0..PAIR {
-                        acc[t][j] = add_vnni(acc[t][j], codes, _mm512_set1_epi32(tokens[t].words[g]));
+                        acc[t][j] = add_vnni(acc[t][j], codes, _mm512_set1_epi32(words[t][g]));
                     }
                 }
                 for h in 0..2 {
@@ -298,5 +299,5 @@ fn add(kernel: Vbmi, runs: &[Run], tokens: &[[Token; PAIR]], sums: &mut [[i32; R
     assert!(runs.len() <= RUNS, "{} runs", runs.len());
     let _ = kernel;
     // SAFETY: a `Vbmi` exists only where the features were detected.
-    unsafe { run(runs, tokens, sums) }
+    unsafe { run(runs, tables, words, sums) }
 }
