@@ -13,6 +13,7 @@
 use alloc::vec;
 use alloc::vec::Vec;
 use core::arch::x86_64::*;
+use core::mem::MaybeUninit;
 use std::sync::OnceLock;
 use std::time::Instant;
 
@@ -27,13 +28,14 @@ use crate::par;
 
 /// Columns of a run.
 const COLUMNS: usize = 20;
-/// Columns of a run that stand in one byte's place of a code line; three of the four are looked up.
+/// Groups of three columns of a run that are looked up: c, c + 4 and c + 8 for c of 0, 1, 2.
 const LOOKED_UP: usize = 3;
-/// Runs of a part: with both signs of 384 each look-up, `3 · 24` of them fit an int16.
+/// Runs of a part: its 14 KB stay in the first cache beside the tables of a pair, which come from the second. Three look-ups a run, each
+/// at most 384 in magnitude, fit an int16.
 const RUNS: usize = 16;
 /// Tokens that meet a panel's part together: their sums fill 12 registers. With three, the compilers that were tried spill.
 const PAIR: usize = 2;
-/// Tokens whose tables are made together: those of a part take 512 KB.
+/// Tokens whose tables are made together: those of a part take 400 KB.
 const CHUNK: usize = 128;
 /// Tokens and rows from which on tables pay for themselves.
 const MANY: usize = 32;
@@ -56,6 +58,8 @@ type Tables = [Line; LOOKED_UP];
 /// The activations of one token and run that [`Run::codes`] meet, and a word that is not read. Apart from the tables, so that lines that
 /// come from the second cache are full.
 type Words = [i32; 4];
+/// Of a pair of tokens with a panel.
+type Sums = [[i32; ROWS]; PAIR];
 
 const EMPTY: Tables = [Line([0; 64]); LOOKED_UP];
 
@@ -112,7 +116,10 @@ pub(super) fn product<T: Send>(
         let mut words = vec![[[0i32; 4]; PAIR]; pairs * part];
         // Σ q of the columns that are looked up, where a weight is itself and not its code.
         let mut offsets = vec![[0i32; PAIR]; pairs];
-        let mut sums = vec![[[0i32; ROWS]; PAIR]; pairs * out_dim.div_ceil(ROWS)];
+        // Zeros are written by the threads that add to them: there are more of them than of tables.
+        let mut sums: Vec<MaybeUninit<Sums>> = Vec::with_capacity(pairs * out_dim.div_ceil(ROWS));
+        // SAFETY: there is room for so many, and they need not be initialised.
+        unsafe { sums.set_len(pairs * out_dim.div_ceil(ROWS)) };
         for from in (0..runs).step_by(part) {
             let part = part.min(runs - from);
             let columns = from * COLUMNS..in_dim.min((from + part) * COLUMNS);
@@ -132,6 +139,11 @@ pub(super) fn product<T: Send>(
                 |runs, (panel, (sums, mut out))| {
                     unpack(kernel, &matrix.panel(RowPacking::T5, panel)[from * LINES..(from + part) * LINES], runs);
                     for (pair, sums) in sums.iter_mut().enumerate() {
+                        if from == 0 {
+                            sums.write([[0; ROWS]; PAIR]);
+                        }
+                        // SAFETY: it was written with the first part.
+                        let sums = unsafe { sums.assume_init_mut() };
                         let its = pair * part..(pair + 1) * part;
                         add(kernel, runs, &tables[its.clone()], &words[its], sums);
                         if !last {
@@ -252,9 +264,9 @@ fn unpack(kernel: Vbmi, lines: &[Line], runs: &mut [Run]) {
 /// # Panics
 /// When there are more runs than an int16 has room for.
 #[inline(always)]
-fn add(kernel: Vbmi, runs: &[Run], tables: &[[Tables; PAIR]], words: &[[Words; PAIR]], sums: &mut [[i32; ROWS]; PAIR]) {
+fn add(kernel: Vbmi, runs: &[Run], tables: &[[Tables; PAIR]], words: &[[Words; PAIR]], sums: &mut Sums) {
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,gfni")]
-    fn run(runs: &[Run], tables: &[[Tables; PAIR]], words: &[[Words; PAIR]], sums: &mut [[i32; ROWS]; PAIR]) {
+    fn run(runs: &[Run], tables: &[[Tables; PAIR]], words: &[[Words; PAIR]], sums: &mut Sums) {
         let mut looked_up = [[_mm512_setzero_si512(); 2]; PAIR];
         let mut acc = [[_mm512_setzero_si512(); LINES]; PAIR];
         for t in 0..PAIR {
