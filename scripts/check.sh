@@ -28,6 +28,9 @@ for stage in "$@"; do
     esac
 done
 
+# The status of a stage that lacks what it needs, as in Automake.
+skipped=77
+
 need() {
     command -v "$1" >/dev/null && return
     echo "check.sh: $1 is missing (Debian: apt install $2)" >&2
@@ -163,7 +166,7 @@ stage_neon() {
     if [ -n "$missing" ]; then
         echo "check.sh: the NEON kernels were NOT tested. Missing:" $missing >&2
         [ "${ELLECI_CHECK_NEON:-}" != require ]
-        return
+        return $skipped
     fi
     export RUSTC="$compiler" CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc
     # On some hosts threads never start under qemu-user, and every test of Rust's harness is a thread.
@@ -173,7 +176,7 @@ stage_neon() {
         if [ "${everything:-}" = yes ] && [ "${ELLECI_CHECK_NEON:-}" != require ]; then
             echo "check.sh: the NEON kernels were NOT tested: threads do not run under qemu-aarch64 here;" \
                 "scripts/check.sh neon does without, in five minutes" >&2
-            return
+            return $skipped
         fi
         echo "a program with a thread does not end within 20 s under qemu-aarch64 here: examples/levels in place of the tests" >&2
     fi
@@ -233,12 +236,12 @@ stage_server() {
         python3 -m venv "$folder/venv" || {
             rm -rf "$folder/venv"
             echo "check.sh: the server was NOT tested: python3 -m venv fails (Debian: apt install python3-venv)" >&2
-            return
+            return $skipped
         }
     fi
     "$folder/venv/bin/python" -c 'import openai' 2>/dev/null || "$folder/venv/bin/pip" install --quiet 'openai>=2,<3' || {
         echo "check.sh: the server was NOT tested: pip cannot install openai" >&2
-        return
+        return $skipped
     }
     if [ -d "$folder/node_modules/openai" ]; then
         :
@@ -276,6 +279,11 @@ run() {
         status=$?
     fi
     set -e
+    if [ $status -eq $skipped ]; then
+        untested="$untested $1"
+        echo "== $1 skipped"
+        return
+    fi
     if [ $status -ne 0 ]; then
         echo "check.sh: FAILED at stage $1"
         exit 1
@@ -283,7 +291,7 @@ run() {
     echo "== $1 passed in $(($(date +%s) - began)) s"
 }
 
-start=$(date +%s)
+start=$(date +%s) untested=
 [ $# -eq 1 ] || everything=yes
 chosen=${*:-$stages} page=
 # The page needs nothing that is compiled here, and mostly waits: it is tried beside the compiling.
@@ -298,4 +306,4 @@ esac
 for stage in $chosen; do
     run "$stage"
 done
-echo "check.sh: ok (${*:-$stages}) in $(($(date +%s) - start)) s"
+echo "check.sh: ok (${*:-$stages}) in $(($(date +%s) - start)) s${untested:+; NOT tested:$untested}"

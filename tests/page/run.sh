@@ -17,7 +17,7 @@ cd "$(dirname "$0")"
 skip() {
     echo "tests/page: the page was NOT tested: $1" >&2
     [ "${ELLECI_CHECK_PAGE:-}" != require ]
-    exit
+    exit 77
 }
 
 for name in chromium chromium-browser google-chrome-stable google-chrome; do

@@ -65,7 +65,7 @@ pub struct DeviceArgs {
     /// Worker threads [default: all]
     #[arg(short, long, value_name = "N", default_value_t = 0, hide_default_value = true)]
     pub threads: usize,
-    /// cpu; cuda or cuda:N where built in
+    /// cpu, the only one so far
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     pub device: String,
 }
@@ -325,7 +325,7 @@ pub struct BenchArgs {
     /// Form of the result
     #[arg(short, long, value_enum, default_value_t = BenchOutput::Md)]
     pub output: BenchOutput,
-    /// cpu; cuda or cuda:N where built in
+    /// cpu, the only one so far
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     pub device: String,
 }
