@@ -15,8 +15,8 @@ const ROWS: usize = 645;
 fuzz_target!(|data: &[u8]| {
     let [kind, tokens, rows_low, rows_high, cols_low, cols_high, stride, rest @ ..] = data else { return };
     let packing = Packing::ALL[*kind as usize % Packing::ALL.len()];
-    // More than a block of tokens (six), which are met as four and four.
-    let tokens = *tokens as usize % 8 + 1;
+    // More than meet packed panels together (eight), which are met by unpacked ones as five and four.
+    let tokens = *tokens as usize % 9 + 1;
     let rows = u16::from_le_bytes([*rows_low, *rows_high]) as usize % ROWS + 1;
     let most = (PRODUCTS / (rows.next_multiple_of(64) * tokens)).max(1);
     let cols = u16::from_le_bytes([*cols_low, *cols_high]) as usize % most + 1;
