@@ -244,10 +244,10 @@ fn a_dry_run_plans_and_times_and_writes_nothing() {
     assert!(!scene.path("run").exists());
     let (out, err) = scene.expect(scene.bare(&["--preset", "nano", "--dry-run", "--steps", "1"]), 0);
     assert!(out.contains("5,937,672 parameters") && err.contains("random tokens"), "{out}{err}");
-    // No machine holds this.
-    let huge = ["--preset", "elleci-1.5b", "--dry-run", "--set", "training.batch=4096"];
+    // No machine holds this, terabytes: elleci-1.5b itself a machine of 24 GB holds or not, as it happens.
+    let huge = ["--preset", "elleci-1.5b", "--dry-run", "--set", "model.n_layers=4000"];
     let (out, _) = scene.expect(scene.bare(&huge), 0);
-    assert!(out.contains("1,494,416,256 parameters") && out.contains("Not stepping"), "{out}");
+    assert!(out.contains("parameters") && out.contains("Not stepping"), "{out}");
 }
 
 #[test]
