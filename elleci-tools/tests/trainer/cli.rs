@@ -208,6 +208,7 @@ fn a_card_that_is_not_there_is_named() {
     for part in ["matrices bf16", "optimizer states", "in the host's memory", "total", "asks for the plan alone"] {
         assert!(out.contains(part), "`{part}` is not in: {out}");
     }
+    assert!(out.contains("1,494,416,256 parameters"), "{out}");
     let (_, err) = scene.expect(scene.bare(&[&plan[..], &["11.5GiB"]].concat()), 1);
     assert!(err.contains("11.50 GiB are free") && err.contains("--set cuda.masters=bf16"), "{err}");
 }

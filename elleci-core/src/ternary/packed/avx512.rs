@@ -50,7 +50,7 @@ pub(super) static LOW_TRITS: Line = {
 /// such codes has sums at three places; but the look-ups are the dearest part of reading a line for one token.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-pub(super) fn placed_tables() -> [__m512i; 3] {
+fn placed_tables() -> [__m512i; 3] {
     [load(&LOW_TRITS), load(&TABLES[3]), _mm512_slli_epi16::<2>(load(&TABLES[4]))]
 }
 

@@ -21,7 +21,7 @@ use ndarray::Axis;
 
 use super::super::kernel::{Kernel, Line, ROWS, TOKENS};
 use super::super::vnni::Vnni;
-use super::avx512::{LOW_TRITS, Vbmi, add_vnni, apart, indices_vbmi, load, placed_tables, store};
+use super::avx512::{LOW_TRITS, Vbmi, add_vnni, apart, indices_vbmi, load, store, tables};
 use super::{Finish, LINES, PackedTernary, RowPacking};
 use crate::ops::matmul::mat_mut;
 use crate::par;
@@ -229,8 +229,7 @@ fn make_tables(kernel: Vbmi, q: &[i8], t: usize, tables: &mut [[Tables; PAIR]], 
 fn unpack(kernel: Vbmi, lines: &[Line], runs: &mut [Run]) {
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,gfni")]
     fn run(lines: &[Line], runs: &mut [Run]) {
-        let (low_trits, [.., t3, t4]) = (load(&LOW_TRITS), placed_tables());
-        let t4 = _mm512_srli_epi16::<2>(t4);
+        let (low_trits, [.., t3, t4]) = (load(&LOW_TRITS), tables());
         for (lines, run) in lines.as_chunks::<LINES>().0.iter().zip(runs) {
             let mut indices = [_mm256_setzero_si256(); LINES];
             for (j, line) in lines.iter().enumerate() {
