@@ -8,11 +8,11 @@ use half::{bf16, f16};
 use ndarray::{ArrayViewMut2, Axis};
 use pulp::{Simd, WithSimd};
 
-use super::{ALIGNMENT, checksum};
+use super::{ALIGNMENT, checksum, int8};
 use crate::ops::lanes::{dispatch, dots, products};
 use crate::ops::matmul::mat_mut;
 use crate::par;
-use crate::simd::{prefetch, vectorize};
+use crate::simd::{Isa, prefetch, vectorize};
 
 /// How the values of a full-precision matrix are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -209,14 +209,6 @@ impl<'a> DenseMatrix<'a> {
         );
     }
 
-    #[inline(always)]
-    fn row_scale(&self, row: usize) -> f32 {
-        match self.values {
-            Values::Int8 { scales, .. } => scales[row],
-            _ => 1.0,
-        }
-    }
-
     /// Asks for a row, if there is such a one.
     #[inline(always)]
     fn prefetch(&self, row: usize) {
@@ -272,6 +264,10 @@ impl<'a> DenseMatrix<'a> {
             return;
         }
         let task = self.task();
+        if let Values::Int8 { scales, codes } = self.values {
+            int8::forward(Isa::detect(), int8::Matrix { codes, scales, cols: self.cols }, task, x, y);
+            return;
+        }
         let (cols, width) = (self.cols, self.cols.next_multiple_of(LANES));
         let padded = (width != cols).then(|| {
             let mut padded = vec![0.0f32; tokens * width];
@@ -300,8 +296,8 @@ impl<'a> DenseMatrix<'a> {
 
 #[cfg(all(feature = "std", target_arch = "x86_64"))]
 impl DenseMatrix<'_> {
-    /// The products of rows `first ..` with tokens `x` `[tokens, width]`, as far as these rows are whole blocks and there is a kernel
-    /// for their format. Returns how many they are.
+    /// The products of rows `first ..` with tokens `x` `[tokens, width]`, as far as these rows are whole blocks and binary16. Returns how
+    /// many they are.
     fn on_avx512(
         &self,
         simd: pulp::x86::V4,
@@ -311,49 +307,35 @@ impl DenseMatrix<'_> {
         mut y: ArrayViewMut2<f32>,
     ) -> usize {
         use super::dense_avx512::dots;
+        let Values::F16(values) = self.values else { return 0 };
         let whole = y.ncols() / ROWS * ROWS;
-        let run = first * self.cols..(first + whole) * self.cols;
-        let emit = |at: usize, t: usize, sums: &[[f32; ROWS]]| {
-            let scales: [f32; ROWS] = core::array::from_fn(|r| self.row_scale(first + at + r));
+        dots(simd, &values[first * self.cols..][..whole * self.cols], (self.cols, width), x, |at, t, sums| {
             for (t, sums) in (t..).zip(sums) {
                 let mut y = y.row_mut(t);
-                let y = &mut y.as_slice_mut().expect("rows of the output are contiguous")[at..at + ROWS];
-                y.iter_mut().zip(sums).zip(scales).for_each(|((y, sum), scale)| *y = sum * scale);
+                y.as_slice_mut().expect("rows of the output are contiguous")[at..at + ROWS].copy_from_slice(sums);
             }
-        };
-        match self.values {
-            Values::Int8 { codes, .. } => dots(simd, &codes[run], (self.cols, width), x, emit),
-            Values::F16(v) => dots(simd, &v[run], (self.cols, width), x, emit),
-            Values::F32(_) | Values::Bf16(_) => return 0,
-        }
+        });
         whole
     }
 
     /// [`DenseMatrix::on_avx512`] on AVX2, if there is that.
     fn on_avx2(&self, first: usize, x: &[f32], width: usize, mut y: ArrayViewMut2<f32>) -> usize {
         use super::dense_avx2 as avx2;
-        let Some(simd) = avx2::Avx2::detect() else { return 0 };
+        let (Values::F16(values), Some(simd)) = (self.values, avx2::Avx2::detect()) else { return 0 };
         let (whole, mut room) = (y.ncols() / ROWS * ROWS, avx2::Room::new(simd));
         for at in (0..whole).step_by(ROWS) {
             let row = first + at;
             let run = row * self.cols..(row + ROWS) * self.cols;
-            let scales: [f32; ROWS] = core::array::from_fn(|r| self.row_scale(row + r));
-            let emit = |t: usize, sums: [f32; ROWS]| {
+            avx2::dots(simd, &values[run], (self.cols, width), x, &mut room, |t, sums| {
                 let mut y = y.row_mut(t);
-                let y = &mut y.as_slice_mut().expect("rows of the output are contiguous")[at..at + ROWS];
-                y.iter_mut().zip(sums).zip(scales).for_each(|((y, sum), scale)| *y = sum * scale);
-            };
-            match self.values {
-                Values::Int8 { codes, .. } => avx2::dots(simd, &codes[run], (self.cols, width), x, &mut room, emit),
-                Values::F16(v) => avx2::dots(simd, &v[run], (self.cols, width), x, &mut room, emit),
-                Values::F32(_) | Values::Bf16(_) => return 0,
-            }
+                y.as_slice_mut().expect("rows of the output are contiguous")[at..at + ROWS].copy_from_slice(&sums);
+            });
         }
         whole
     }
 }
 
-/// Some rows with all tokens.
+/// Some rows with all tokens: floats, of whatever format.
 struct Tile<'a> {
     matrix: &'a DenseMatrix<'a>,
     first: usize,
@@ -384,9 +366,7 @@ impl WithSimd for Tile<'_> {
                     _ => [dots(simd, weights, x), [0.0; ROWS]],
                 };
                 for (mut y, sums) in tokens.by_ref().take(x.len() / width).zip(sums) {
-                    for (r, (y, sum)) in y.iter_mut().zip(sums).enumerate() {
-                        *y = sum * matrix.row_scale(first + r);
-                    }
+                    y.iter_mut().zip(sums).for_each(|(y, sum)| *y = sum);
                 }
             }
         }

@@ -1,4 +1,4 @@
-//! Products with int8 or binary16 rows on AVX2. With a few tokens, weights become floats as they are multiplied. With
+//! Products with binary16 rows on AVX2. With a few tokens, weights become floats as they are multiplied. With
 //! more, rows become floats once for all tokens, a strip of columns at a time that stays in the first cache. Both add the same numbers
 //! in the same order.
 
@@ -30,32 +30,15 @@ impl Avx2 {
     }
 }
 
-/// Values of a row as they are stored.
-pub(super) trait Stored: Copy + Default {
-    /// Eight values.
-    ///
-    /// # Safety
-    /// AVX2 and F16C are there, and eight values can be read.
-    unsafe fn load(at: *const Self) -> __m256;
-}
-
-impl Stored for i8 {
-    #[inline]
-    #[target_feature(enable = "avx2,f16c")]
-    unsafe fn load(at: *const i8) -> __m256 {
-        // SAFETY: eight bytes, as the caller vouches.
-        let codes = unsafe { _mm_loadl_epi64(at.cast()) };
-        _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes))
-    }
-}
-
-impl Stored for u16 {
-    #[inline]
-    #[target_feature(enable = "avx2,f16c")]
-    unsafe fn load(at: *const u16) -> __m256 {
-        // SAFETY: sixteen bytes, as the caller vouches.
-        _mm256_cvtph_ps(unsafe { _mm_loadu_si128(at.cast()) })
-    }
+/// Eight values of a row.
+///
+/// # Safety
+/// AVX2 and F16C are there, and eight values can be read.
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+unsafe fn load(at: *const u16) -> __m256 {
+    // SAFETY: sixteen bytes, as the caller vouches.
+    _mm256_cvtph_ps(unsafe { _mm_loadu_si128(at.cast()) })
 }
 
 /// [`ROWS`] rows with one token or two.
@@ -63,14 +46,14 @@ impl Stored for u16 {
 /// # Safety
 /// `rows` is `[ROWS, cols]`, `x` `[N, width]`, and `cols`, rounded up to whole vectors, at most `width`.
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn block<T: Stored, const N: usize>(
-    rows: &[T],
+unsafe fn block<const N: usize>(
+    rows: &[u16],
     (cols, width): (usize, usize),
     x: &[f32],
     mut emit: impl FnMut(usize, [f32; ROWS]),
 ) {
     // SAFETY: as the caller vouches.
-    let acc = unsafe { sums::<T, ROWS, N>(rows.as_ptr(), (cols, width), x.as_ptr()) };
+    let acc = unsafe { sums::<ROWS, N>(rows.as_ptr(), (cols, width), x.as_ptr()) };
     for (t, sums) in acc.into_iter().enumerate() {
         emit(t, reduce(sums));
     }
@@ -81,17 +64,17 @@ unsafe fn block<T: Stored, const N: usize>(
 /// # Safety
 /// As [`block`].
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn block_of_pairs<T: Stored, const N: usize>(
-    rows: &[T],
+unsafe fn block_of_pairs<const N: usize>(
+    rows: &[u16],
     (cols, width): (usize, usize),
     x: &[f32],
     mut emit: impl FnMut(usize, [f32; ROWS]),
 ) {
     const { assert!(ROWS == 4) };
     // SAFETY: as the caller vouches.
-    let lower = unsafe { sums::<T, 2, N>(rows.as_ptr(), (cols, width), x.as_ptr()) };
+    let lower = unsafe { sums::<2, N>(rows.as_ptr(), (cols, width), x.as_ptr()) };
     // SAFETY: likewise: rows 2 and 3.
-    let upper = unsafe { sums::<T, 2, N>(rows.as_ptr().add(2 * cols), (cols, width), x.as_ptr()) };
+    let upper = unsafe { sums::<2, N>(rows.as_ptr().add(2 * cols), (cols, width), x.as_ptr()) };
     for (t, ([a, b], [c, d])) in lower.into_iter().zip(upper).enumerate() {
         emit(t, reduce([a, b, c, d]));
     }
@@ -103,13 +86,13 @@ unsafe fn block_of_pairs<T: Stored, const N: usize>(
 /// `rows` points to `[R, cols]`, `x` to `[N, width]`, and `cols`, rounded up to whole vectors, is at most `width`.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn sums<T: Stored, const R: usize, const N: usize>(
-    rows: *const T,
+unsafe fn sums<const R: usize, const N: usize>(
+    rows: *const u16,
     (cols, width): (usize, usize),
     x: *const f32,
 ) -> [[__m256; R]; N] {
     let mut acc = [[_mm256_setzero_ps(); R]; N];
-    let (whole, line) = (cols / LANES * LANES, 64 / size_of::<T>());
+    let (whole, line) = (cols / LANES * LANES, 64 / size_of::<u16>());
     for at in (0..whole).step_by(LANES) {
         let row = |r: usize| rows.wrapping_add(r * cols + at);
         if at % line == 0 {
@@ -120,7 +103,7 @@ unsafe fn sums<T: Stored, const R: usize, const N: usize>(
             let mut weights = [_mm256_setzero_ps(); R];
             for r in 0..R {
                 // SAFETY: columns `at .. at + LANES` are in all rows.
-                weights[r] = unsafe { T::load(row(r)) };
+                weights[r] = unsafe { load(row(r)) };
             }
             for t in 0..N {
                 // SAFETY: and in all tokens.
@@ -137,7 +120,7 @@ unsafe fn sums<T: Stored, const R: usize, const N: usize>(
             }
             for r in 0..R {
                 // SAFETY: as above.
-                let weights = unsafe { T::load(row(r)) };
+                let weights = unsafe { load(row(r)) };
                 for t in 0..N {
                     acc[t][r] = _mm256_fmadd_ps(weights, values[t], acc[t][r]);
                 }
@@ -146,11 +129,11 @@ unsafe fn sums<T: Stored, const R: usize, const N: usize>(
     }
     if whole < cols {
         for r in 0..R {
-            let mut last = [T::default(); LANES];
+            let mut last = [0u16; LANES];
             // SAFETY: `cols - whole` values are left of row r, and fewer than LANES.
             unsafe { last.as_mut_ptr().copy_from_nonoverlapping(rows.add(r * cols + whole), cols - whole) };
             // SAFETY: an array of eight.
-            let weights = unsafe { T::load(last.as_ptr()) };
+            let weights = unsafe { load(last.as_ptr()) };
             for t in 0..N {
                 // SAFETY: a token has whole vectors.
                 let x = unsafe { _mm256_loadu_ps(x.add(t * width + whole)) };
@@ -185,9 +168,9 @@ impl Room {
 /// # Panics
 /// When a slice does not have its size.
 #[inline(always)]
-pub(super) fn dots<T: Stored>(
+pub(super) fn dots(
     _: Avx2,
-    rows: &[T],
+    rows: &[u16],
     (cols, width): (usize, usize),
     x: &[f32],
     room: &mut Room,
@@ -210,10 +193,10 @@ pub(super) fn dots<T: Stored>(
         // SAFETY: as above.
         unsafe {
             match to - from {
-                1 => block::<T, 1>(rows, (cols, width), x, emit),
-                2 => block::<T, 2>(rows, (cols, width), x, emit),
-                3 => block_of_pairs::<T, 3>(rows, (cols, width), x, emit),
-                _ => block_of_pairs::<T, GROUP>(rows, (cols, width), x, emit),
+                1 => block::<1>(rows, (cols, width), x, emit),
+                2 => block::<2>(rows, (cols, width), x, emit),
+                3 => block_of_pairs::<3>(rows, (cols, width), x, emit),
+                _ => block_of_pairs::<GROUP>(rows, (cols, width), x, emit),
             }
         }
     }
@@ -222,8 +205,8 @@ pub(super) fn dots<T: Stored>(
 /// # Safety
 /// As [`dots`] has checked.
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn strips<T: Stored>(
-    rows: &[T],
+unsafe fn strips(
+    rows: &[u16],
     (cols, width): (usize, usize),
     x: &[f32],
     Room { strip, sums: room }: &mut Room,
@@ -237,17 +220,17 @@ unsafe fn strips<T: Stored>(
             let row = &rows[r * cols + from..][..len];
             let (whole, last) = row.as_chunks::<LANES>();
             for (k, (to, values)) in strip.iter_mut().zip(whole).enumerate() {
-                if (k * LANES).is_multiple_of(64 / size_of::<T>()) {
+                if (k * LANES).is_multiple_of(64 / size_of::<u16>()) {
                     prefetch_run(values.as_ptr().cast());
                 }
                 // SAFETY: eight values.
-                *to = unsafe { T::load(values.as_ptr()) };
+                *to = unsafe { load(values.as_ptr()) };
             }
             if !last.is_empty() {
-                let mut values = [T::default(); LANES];
+                let mut values = [0u16; LANES];
                 values[..last.len()].copy_from_slice(last);
                 // SAFETY: eight values.
-                strip[whole.len()] = unsafe { T::load(values.as_ptr()) };
+                strip[whole.len()] = unsafe { load(values.as_ptr()) };
             }
         }
         let part = Part { strip, vectors: len.div_ceil(LANES), first: from == 0, last: from + len == cols };

@@ -1,4 +1,4 @@
-//! Products with int8 or binary16 rows on AVX-512: values go from memory through a conversion into the multiply-add, without
+//! Products with binary16 rows on AVX-512: values go from memory through a conversion into the multiply-add, without
 //! standing in memory as float32 in between. The conversions are repeated for every group of tokens: where it is whole, six
 //! multiply-adds share one. The additions are those of [`crate::ops::lanes::dots`], in the same order.
 
@@ -14,35 +14,6 @@ const LANES: usize = 16;
 /// Tokens that meet weights together: with [`ROWS`] rows, 24 chains of additions in the 32 registers.
 const GROUP: usize = 6;
 
-/// Values of a row as they are stored.
-pub(super) trait Stored: Copy {
-    /// The 16 values of which `mask` has bits, the others 0.
-    ///
-    /// # Safety
-    /// AVX-512 F, BW and VL are there, and the values of the mask can be read.
-    unsafe fn load(at: *const Self, mask: u16) -> __m512;
-}
-
-impl Stored for i8 {
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-    unsafe fn load(at: *const i8, mask: u16) -> __m512 {
-        // SAFETY: the caller vouches for the values of the mask; others are not read.
-        let codes = unsafe { _mm_maskz_loadu_epi8(mask, at) };
-        _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes))
-    }
-}
-
-impl Stored for u16 {
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-    unsafe fn load(at: *const u16, mask: u16) -> __m512 {
-        // SAFETY: as above.
-        let bits = unsafe { _mm256_maskz_loadu_epi16(mask, at.cast()) };
-        _mm512_cvtph_ps(bits)
-    }
-}
-
 /// The vectors of the machine, where it has AVX-512 and is allowed to use it.
 pub(super) fn detect() -> Option<V4> {
     if Isa::detect() >= Isa::Avx512 { V4::try_new() } else { None }
@@ -54,9 +25,9 @@ pub(super) fn detect() -> Option<V4> {
 /// # Panics
 /// When a slice does not have its size.
 #[inline(always)]
-pub(super) fn dots<T: Stored>(
+pub(super) fn dots(
     _: V4,
-    rows: &[T],
+    rows: &[u16],
     (cols, width): (usize, usize),
     x: &[f32],
     mut emit: impl FnMut(usize, usize, &[[f32; ROWS]]),
@@ -72,12 +43,12 @@ pub(super) fn dots<T: Stored>(
         // SAFETY: `V4` is proof of the features, and the lengths were checked.
         unsafe {
             match to - from {
-                1 => blocks::<T, 1>(rows, (cols, width), x, emit),
-                2 => blocks::<T, 2>(rows, (cols, width), x, emit),
-                3 => blocks::<T, 3>(rows, (cols, width), x, emit),
-                4 => blocks::<T, 4>(rows, (cols, width), x, emit),
-                5 => blocks::<T, 5>(rows, (cols, width), x, emit),
-                _ => blocks::<T, GROUP>(rows, (cols, width), x, emit),
+                1 => blocks::<1>(rows, (cols, width), x, emit),
+                2 => blocks::<2>(rows, (cols, width), x, emit),
+                3 => blocks::<3>(rows, (cols, width), x, emit),
+                4 => blocks::<4>(rows, (cols, width), x, emit),
+                5 => blocks::<5>(rows, (cols, width), x, emit),
+                _ => blocks::<GROUP>(rows, (cols, width), x, emit),
             }
         }
     }
@@ -88,15 +59,15 @@ pub(super) fn dots<T: Stored>(
 /// # Safety
 /// AVX-512 F, BW and VL are there, `x` is `[N, width]`, and `cols` at most `width`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn blocks<T: Stored, const N: usize>(
-    rows: &[T],
+unsafe fn blocks<const N: usize>(
+    rows: &[u16],
     (cols, width): (usize, usize),
     x: &[f32],
     mut emit: impl FnMut(usize, &[[f32; ROWS]]),
 ) {
     for (b, rows) in rows.chunks_exact(ROWS * cols).enumerate() {
         let mut acc = [[_mm512_setzero_ps(); ROWS]; N];
-        let (whole, line) = (cols / LANES * LANES, 64 / size_of::<T>());
+        let (whole, line) = (cols / LANES * LANES, 64 / size_of::<u16>());
         for at in (0..whole).step_by(LANES) {
             if at % line == 0 {
                 for r in 0..ROWS {
@@ -125,9 +96,9 @@ unsafe fn blocks<T: Stored, const N: usize>(
 /// As [`blocks`], and the columns of the mask are in all rows and tokens.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn add<T: Stored, const N: usize>(
+unsafe fn add<const N: usize>(
     acc: &mut [[__m512; ROWS]; N],
-    rows: &[T],
+    rows: &[u16],
     (cols, width): (usize, usize),
     x: &[f32],
     at: usize,
@@ -136,7 +107,8 @@ unsafe fn add<T: Stored, const N: usize>(
     let mut weights = [_mm512_setzero_ps(); ROWS];
     for r in 0..ROWS {
         // SAFETY: as the caller vouches.
-        weights[r] = unsafe { T::load(rows.as_ptr().add(r * cols + at), mask) };
+        weights[r] =
+            _mm512_cvtph_ps(unsafe { _mm256_maskz_loadu_epi16(mask, rows.as_ptr().add(r * cols + at).cast()) });
     }
     for t in 0..N {
         // SAFETY: as the caller vouches.

@@ -18,6 +18,7 @@ mod dense_avx2;
 #[cfg(all(feature = "std", target_arch = "x86_64"))]
 mod dense_avx512;
 mod error;
+mod int8;
 mod schema;
 mod writer;
 

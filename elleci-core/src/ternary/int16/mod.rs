@@ -31,7 +31,7 @@ mod avx2;
 #[cfg(all(target_arch = "aarch64", target_endian = "little", target_feature = "neon"))]
 mod neon;
 #[cfg(all(feature = "std", target_arch = "x86_64"))]
-mod vnni;
+pub(crate) mod vnni;
 
 use alloc::vec::Vec;
 use core::ops::Range;

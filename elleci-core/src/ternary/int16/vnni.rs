@@ -84,7 +84,7 @@ unsafe fn sums<const M: usize>(a: Words, panel: &[Line], ahead: Ahead, block: &m
 /// 22 of 24 places here, which halves the rate.
 #[inline]
 #[target_feature(enable = "avx512f,avx512vnni")]
-fn dpwssd(mut sums: __m512i, a: __m512i, b: __m512i) -> __m512i {
+pub(crate) fn dpwssd(mut sums: __m512i, a: __m512i, b: __m512i) -> __m512i {
     // SAFETY: the instruction is one of the features, and touches these registers only.
     unsafe {
         asm!("vpdpwssd {sums}, {a}, {b}", sums = inout(zmm_reg) sums, a = in(zmm_reg) a, b = in(zmm_reg) b,
