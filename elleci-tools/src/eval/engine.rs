@@ -25,8 +25,9 @@ use crate::run::model::OpenModel;
 pub use windows::Windows;
 pub use writing::{Continuation, Continue};
 
-/// Tokens of a call at least, where there are so many: some passes of the model for each of a few threads.
-const CALL_TOKENS: usize = 1024;
+/// Tokens of a call at least, where there are so many: some passes of the model for each of a few threads, and enough long windows for them
+/// to share out evenly.
+const CALL_TOKENS: usize = 4096;
 /// Memory that the sessions of a call may take: those of contexts, and once more those of branches.
 const CALL_BYTES: usize = 256 << 20;
 /// Sessions of a call at most: the logits of each are kept until its continuations are scored.
