@@ -23,7 +23,7 @@ pub enum DenseFormat {
     F16,
     /// The upper half of float32.
     Bf16,
-    /// int8 with one float32 scale a row (`amax/127`): all scales, padded to 64 bytes, then all codes.
+    /// int8 with one float32 scale a row (`amax/127`): all scales, padded to 64 bytes, then all codes. Multiplied in integers.
     Int8,
 }
 
