@@ -150,6 +150,7 @@ impl Outputs<'_> {
     }
 
     /// [`Outputs::put`] of a few rows, as one vector.
+    #[cfg(all(feature = "std", target_arch = "x86_64"))]
     #[inline(always)]
     fn put_few(&mut self, row: usize, token: usize, sums: [i32; ROWS]) {
         let mut y = self.y.row_mut(token);
