@@ -6,7 +6,7 @@
 //!
 //! Activations have 16 bits, so that what they lose vanishes beside what the weights have lost to 8: a rounded activation is off
 //! by `step_t / 2` at most, 1/65,534 of the token's largest, a weight by 1/254 of its row's. Floats
-//! take twice the time (docs/LOG.md).
+//! take up to twice the time (docs/LOG.md).
 //!
 //! **Range.** `L_t` is the first of 32,767, 16,383, 8,191, … with `128 · Σ_i |r[t, i]| < 2³¹`: whatever the codes are, every sum of some
 //! of the products fits an int32. Up to 512 columns that is always 32,767.
