@@ -13,6 +13,12 @@ pub fn rows_per_task(rows: usize) -> usize {
     rows.div_ceil(16).max(8)
 }
 
+/// `rne(v)`, halves to even, in two's complement in the low bits, for `|v| < 2^22`: adding 1.5 · 2^23 leaves one unit in the last place.
+#[inline(always)]
+pub(crate) fn rne_bits(v: f32) -> u32 {
+    (v + 12_582_912.0).to_bits()
+}
+
 /// `Σ f(x_i, y_i, ..)` over the elements of `N` rows of one length, in [`LANES`] interleaved partial sums.
 #[inline(always)]
 fn reduce<const N: usize>(rows: [&[f32]; N], f: impl Fn([f32; N]) -> f32) -> f32 {

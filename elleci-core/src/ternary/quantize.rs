@@ -3,13 +3,11 @@
 use alloc::vec;
 use alloc::vec::Vec;
 
+use crate::ops::rows::rne_bits;
 use crate::{par, simd};
 
 /// Smallest `amax` and `γ`: keeps the scales finite and positive for rows and tensors of zeros.
 const FLOOR: f32 = 1e-5;
-/// Adding 1.5 · 2^23 leaves one unit in the last place: the sum is rounded to an integer, halves to even, and the
-/// integer stands in the low bits.
-const ROUND: f32 = 12_582_912.0;
 /// Lanes that [`absmean`] keeps apart, so that it vectorises: part of the definition of its order.
 const LANES: usize = 16;
 /// Weights in one partial sum of [`absmean`].
@@ -30,7 +28,7 @@ pub fn quantize_row(x: &[f32], q: &mut [i8]) -> f32 {
     // |x · scale| <= 127 · (1 + 2^-24)^2, which rounds to 127: the clamp has nothing to do.
     for (q, v) in q[..x.len()].iter_mut().zip(x) {
         let v = v * scale;
-        *q = if v.is_nan() { 0 } else { (v + ROUND).to_bits() as i8 };
+        *q = if v.is_nan() { 0 } else { rne_bits(v) as i8 };
     }
     amax / 127.0
 }

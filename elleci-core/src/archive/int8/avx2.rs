@@ -3,54 +3,42 @@
 use core::arch::x86_64::*;
 
 use super::{Activations, Outputs, ROWS, Tokens, ask_for};
-use crate::simd::Isa;
+use crate::ternary::int16::avx2::Avx2;
 
 /// Values of a vector.
 const LANES: usize = 16;
 /// Tokens that meet rows together at most.
 const GROUP: usize = 3;
 
-/// Proof that the machine has AVX2.
-#[derive(Clone, Copy)]
-pub(super) struct Avx2(());
-
-impl Avx2 {
-    /// A token, where the machine has what it takes.
-    pub(super) fn detect() -> Option<Avx2> {
-        (Isa::machine() >= Isa::Avx2).then_some(Avx2(()))
-    }
-
-    /// All rows of `codes` with all tokens.
-    pub(super) fn rows(self, codes: &[i8], cols: usize, x: &Activations, mut out: Outputs) {
-        let whole = codes.len() / cols / ROWS * ROWS;
-        let tokens = x.steps.len();
-        let groups = tokens.div_ceil(GROUP);
-        assert!(cols <= x.width && x.width.is_multiple_of(LANES) && x.codes.len() == tokens * x.width, "activations");
-        for row in (0..whole).step_by(ROWS) {
-            let codes = &codes[row * cols..(row + ROWS) * cols];
-            for group in 0..groups {
-                let (from, to) = (group * tokens / groups, (group + 1) * tokens / groups);
-                let x = Tokens { codes: x.codes[from * x.width..].as_ptr(), width: x.width };
-                // SAFETY: `self` is proof of the feature; `codes` is ROWS rows, and the group's tokens are there.
-                unsafe {
-                    match to - from {
-                        1 => block::<1>(codes, cols, x, |t, sums| out.put_few(row, from + t, sums)),
-                        2 => block::<2>(codes, cols, x, |t, sums| out.put_few(row, from + t, sums)),
-                        _ => block_of_pairs::<GROUP>(codes, cols, x, |t, sums| out.put_few(row, from + t, sums)),
-                    }
+/// All rows of `codes` with all tokens.
+pub(super) fn rows(_: Avx2, codes: &[i8], cols: usize, x: &Activations, mut out: Outputs) {
+    let whole = codes.len() / cols / ROWS * ROWS;
+    let tokens = x.check(cols);
+    let groups = tokens.div_ceil(GROUP);
+    for row in (0..whole).step_by(ROWS) {
+        let codes = &codes[row * cols..(row + ROWS) * cols];
+        for group in 0..groups {
+            let (from, to) = (group * tokens / groups, (group + 1) * tokens / groups);
+            let x = x.tokens(from);
+            // SAFETY: the token is proof of the feature; `codes` is ROWS rows, and the group's tokens are there.
+            unsafe {
+                match to - from {
+                    1 => block::<1>(codes, cols, x, |t, sums| out.put(row, from + t, sums)),
+                    2 => block::<2>(codes, cols, x, |t, sums| out.put(row, from + t, sums)),
+                    _ => block_of_pairs::<GROUP>(codes, cols, x, |t, sums| out.put(row, from + t, sums)),
                 }
             }
         }
-        for row in whole..codes.len() / cols {
-            let codes = &codes[row * cols..(row + 1) * cols];
-            for t in 0..tokens {
-                let x = Tokens { codes: x.codes[t * x.width..].as_ptr(), width: x.width };
-                // SAFETY: as above, of one row and token.
-                let [[sums]] = unsafe { sums::<1, 1>(codes.as_ptr(), cols, x) };
-                // SAFETY: as above.
-                let [sum, ..] = unsafe { reduce([sums; ROWS]) };
-                out.put(row, t, &[sum]);
-            }
+    }
+    for row in whole..codes.len() / cols {
+        let codes = &codes[row * cols..(row + 1) * cols];
+        for t in 0..tokens {
+            let x = x.tokens(t);
+            // SAFETY: as above, of one row and token.
+            let [[sums]] = unsafe { sums::<1, 1>(codes.as_ptr(), cols, x) };
+            // SAFETY: as above.
+            let [sum, ..] = unsafe { reduce([sums; ROWS]) };
+            out.put(row, t, [sum]);
         }
     }
 }

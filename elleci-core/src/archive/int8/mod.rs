@@ -25,10 +25,13 @@ use alloc::vec::Vec;
 use ndarray::{ArrayViewMut2, Axis};
 
 use crate::ops::matmul::mat_mut;
+use crate::ops::rows::rne_bits;
 use crate::par;
 use crate::simd::{Isa, vectorize};
 #[cfg(all(feature = "std", target_arch = "x86_64"))]
 use crate::simd::{prefetch_later, prefetch_line};
+#[cfg(all(feature = "std", target_arch = "x86_64"))]
+use crate::ternary::int16::{avx2::Avx2, vnni::Vnni};
 
 /// The largest code of an activation.
 const LIMIT: u16 = i16::MAX as u16;
@@ -36,9 +39,6 @@ const LIMIT: u16 = i16::MAX as u16;
 const LARGEST_SUM: u64 = i32::MAX as u64 / 128;
 /// Smallest magnitude that counts as a token's largest: keeps what is divided by it finite.
 const FLOOR: f32 = 1.0 / (1u128 << 100) as f32;
-/// Adding 1.5 · 2^23 leaves one unit in the last place: the sum is rounded to an integer, halves to even, and the
-/// integer stands in the low bits.
-const ROUND: f32 = 12_582_912.0;
 /// Activations of a token are padded to whole vectors of the widest kind.
 const LANES: usize = 32;
 /// Rows that meet a token's activations together.
@@ -83,6 +83,25 @@ impl Activations {
         });
         Activations { codes, width, steps }
     }
+
+    /// How many tokens there are. The bounds that kernels' pointers rest on.
+    ///
+    /// # Panics
+    /// When they are not whole vectors of `cols` and zeros.
+    #[cfg(all(feature = "std", target_arch = "x86_64"))]
+    fn check(&self, cols: usize) -> usize {
+        let tokens = self.steps.len();
+        assert!(cols <= self.width && self.width.is_multiple_of(LANES), "{cols} columns");
+        assert_eq!(self.codes.len(), tokens * self.width, "activations");
+        tokens
+    }
+
+    /// The tokens from `first` on.
+    #[cfg(all(feature = "std", target_arch = "x86_64"))]
+    #[inline(always)]
+    fn tokens(&self, first: usize) -> Tokens {
+        Tokens { codes: self.codes[first * self.width..].as_ptr(), width: self.width }
+    }
 }
 
 /// Some tokens of [`Activations`].
@@ -117,7 +136,7 @@ fn quantize(x: &[f32], codes: &mut [i16]) -> f32 {
         for (code, v) in codes.iter_mut().zip(x) {
             let v = v * inverse;
             // |v| <= limit · (1 + 2^-24)^2, which rounds to the limit. NaN is infinity times zero, or NaN before.
-            *code = if v.is_nan() { 0 } else { (v + ROUND).to_bits() as i16 };
+            *code = if v.is_nan() { 0 } else { rne_bits(v) as i16 };
         }
         // Parts that fit an int32.
         let part = |codes: &[i16]| codes.iter().map(|c| c.unsigned_abs() as u32).sum::<u32>() as u64;
@@ -140,23 +159,12 @@ struct Outputs<'a> {
 impl Outputs<'_> {
     /// The sums of the rows `row ..` with a token.
     #[inline(always)]
-    fn put(&mut self, row: usize, token: usize, sums: &[i32]) {
+    fn put<const N: usize>(&mut self, row: usize, token: usize, sums: [i32; N]) {
         let mut y = self.y.row_mut(token);
-        let y = &mut y.as_slice_mut().expect("rows of the output are contiguous")[row..][..sums.len()];
-        let (scales, step) = (&self.scales[row..][..sums.len()], self.steps[token]);
-        for ((y, sum), scale) in y.iter_mut().zip(sums).zip(scales) {
-            *y = *sum as f32 * step * scale;
-        }
-    }
-
-    /// [`Outputs::put`] of a few rows, as one vector.
-    #[cfg(all(feature = "std", target_arch = "x86_64"))]
-    #[inline(always)]
-    fn put_few(&mut self, row: usize, token: usize, sums: [i32; ROWS]) {
-        let mut y = self.y.row_mut(token);
-        let y = &mut y.as_slice_mut().expect("rows of the output are contiguous")[row..][..ROWS];
-        let (scales, step) = (&self.scales[row..][..ROWS], self.steps[token]);
-        let values: [f32; ROWS] = core::array::from_fn(|r| sums[r] as f32 * step * scales[r]);
+        let y = &mut y.as_slice_mut().expect("rows of the output are contiguous")[row..][..N];
+        let (scales, step) = (&self.scales[row..][..N], self.steps[token]);
+        // As one vector, before anything is written.
+        let values: [f32; N] = core::array::from_fn(|r| sums[r] as f32 * step * scales[r]);
         y.copy_from_slice(&values);
     }
 }
@@ -185,15 +193,15 @@ pub(super) fn forward(isa: Isa, matrix: Matrix, rows: usize, x: &[f32], y: &mut 
     #[cfg(all(feature = "std", target_arch = "x86_64"))]
     {
         if isa >= Isa::Avx512Vnni
-            && let Some(kernel) = vnni::Vnni::detect()
+            && let Some(kernel) = Vnni::detect()
         {
-            tasks(matrix, &x.steps, rows, y, |codes, out| kernel.rows(codes, cols, &x, out));
+            tasks(matrix, &x.steps, rows, y, |codes, out| vnni::rows(kernel, codes, cols, &x, out));
             return isa.min(Isa::machine());
         }
         if isa >= Isa::Avx2
-            && let Some(kernel) = avx2::Avx2::detect()
+            && let Some(kernel) = Avx2::detect()
         {
-            tasks(matrix, &x.steps, rows, y, |codes, out| kernel.rows(codes, cols, &x, out));
+            tasks(matrix, &x.steps, rows, y, |codes, out| avx2::rows(kernel, codes, cols, &x, out));
             return Isa::Avx2;
         }
     }
@@ -215,7 +223,7 @@ fn portable(codes: &[i8], cols: usize, x: &Activations, mut out: Outputs) {
         wide.iter_mut().zip(codes).for_each(|(wide, code)| *wide = *code as i16);
         for (token, x) in x.codes.chunks_exact(x.width).enumerate() {
             let sum = wide.iter().zip(x).map(|(w, x)| *w as i32 * *x as i32).sum();
-            out.put(row, token, &[sum]);
+            out.put(row, token, [sum]);
         }
     }
 }

@@ -4,42 +4,29 @@
 use core::arch::x86_64::*;
 
 use super::{Activations, Outputs, ROWS, Tokens, ask_for};
-use crate::simd::Isa;
-use crate::ternary::int16::vnni::dpwssd;
+use crate::ternary::int16::vnni::{Vnni, dpwssd};
 
 /// Values of a vector.
 const LANES: usize = 32;
 /// Tokens that meet rows together at most.
 const GROUP: usize = 6;
 
-/// Proof that the machine has AVX-512 F, BW, VL and VNNI.
-#[derive(Clone, Copy)]
-pub(super) struct Vnni(());
-
-impl Vnni {
-    /// A token, where the machine has what it takes.
-    pub(super) fn detect() -> Option<Vnni> {
-        (Isa::machine() >= Isa::Avx512Vnni).then_some(Vnni(()))
-    }
-
-    /// All rows of `codes` with all tokens.
-    pub(super) fn rows(self, codes: &[i8], cols: usize, x: &Activations, mut out: Outputs) {
-        let tokens = x.steps.len();
-        assert!(cols <= x.width && x.width.is_multiple_of(LANES) && x.codes.len() == tokens * x.width, "activations");
-        // All rows pass a group before the next: its activations, which have more bytes than the weights that they meet, stay near.
-        let groups = tokens.div_ceil(GROUP);
-        for group in 0..groups {
-            let (from, to) = (group * tokens / groups, (group + 1) * tokens / groups);
-            // SAFETY: `self` is proof of the features; the size of `x` was checked.
-            unsafe {
-                match to - from {
-                    1 => blocks::<1>(codes, cols, x, from, &mut out),
-                    2 => blocks::<2>(codes, cols, x, from, &mut out),
-                    3 => blocks::<3>(codes, cols, x, from, &mut out),
-                    4 => blocks::<4>(codes, cols, x, from, &mut out),
-                    5 => blocks::<5>(codes, cols, x, from, &mut out),
-                    _ => blocks::<GROUP>(codes, cols, x, from, &mut out),
-                }
+/// All rows of `codes` with all tokens.
+pub(super) fn rows(_: Vnni, codes: &[i8], cols: usize, x: &Activations, mut out: Outputs) {
+    let tokens = x.check(cols);
+    // All rows pass a group before the next: its activations, which have more bytes than the weights that they meet, stay near.
+    let groups = tokens.div_ceil(GROUP);
+    for group in 0..groups {
+        let (from, to) = (group * tokens / groups, (group + 1) * tokens / groups);
+        // SAFETY: the token is proof of the features; the size of `x` was checked.
+        unsafe {
+            match to - from {
+                1 => blocks::<1>(codes, cols, x, from, &mut out),
+                2 => blocks::<2>(codes, cols, x, from, &mut out),
+                3 => blocks::<3>(codes, cols, x, from, &mut out),
+                4 => blocks::<4>(codes, cols, x, from, &mut out),
+                5 => blocks::<5>(codes, cols, x, from, &mut out),
+                _ => blocks::<GROUP>(codes, cols, x, from, &mut out),
             }
         }
     }
@@ -51,7 +38,7 @@ impl Vnni {
 /// The features are there, and `x` has as many tokens of whole vectors and at least `cols`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 unsafe fn blocks<const N: usize>(codes: &[i8], cols: usize, x: &Activations, first: usize, out: &mut Outputs) {
-    let x = Tokens { codes: x.codes[first * x.width..].as_ptr(), width: x.width };
+    let x = x.tokens(first);
     let mut row = 0;
     let mut blocks = codes.chunks_exact(ROWS * cols);
     for codes in blocks.by_ref() {
@@ -63,7 +50,7 @@ unsafe fn blocks<const N: usize>(codes: &[i8], cols: usize, x: &Activations, fir
             sums[t] = reduce(acc[t]);
         }
         for (t, sums) in sums.into_iter().enumerate() {
-            out.put_few(row, first + t, sums);
+            out.put(row, first + t, sums);
         }
         row += ROWS;
     }
@@ -71,7 +58,7 @@ unsafe fn blocks<const N: usize>(codes: &[i8], cols: usize, x: &Activations, fir
         // SAFETY: one row, and as the caller vouches.
         let acc = unsafe { sums::<1, N>(codes.as_ptr(), cols, x) };
         for (t, [sum]) in acc.into_iter().enumerate() {
-            out.put(row, first + t, &[_mm512_reduce_add_epi32(sum)]);
+            out.put(row, first + t, [_mm512_reduce_add_epi32(sum)]);
         }
         row += 1;
     }

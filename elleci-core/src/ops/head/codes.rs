@@ -5,6 +5,7 @@ use alloc::vec::Vec;
 use core::ops::Range;
 
 use super::BLOCK;
+use crate::ops::rows::rne_bits;
 use crate::ternary::int16::kernel::{Line, WIDTH};
 use crate::{par, simd};
 
@@ -13,15 +14,13 @@ pub const LIMIT: f32 = 32_767.0;
 /// Smallest magnitude that counts as the largest of a row: what is below 2^-15 of it becomes zero. Its square, and those
 /// of all values that do not become zero, are far from where float32 loses them.
 pub const FLOOR: f32 = 1.0 / (1u64 << 60) as f32;
-/// Adding 1.5 · 2^23 leaves one unit in the last place: the integer stands in the low bits.
-const ROUND: f32 = 12_582_912.0;
 /// Words that are transposed in one go, and columns.
 const SQUARE: usize = 16;
 
 /// `rne(v · inverse)`, for `|v · inverse|` up to 32,767 and the rounding of `inverse`.
 #[inline(always)]
 pub fn code(v: f32, inverse: f32) -> i16 {
-    (v * inverse + ROUND).to_bits() as i16
+    rne_bits(v * inverse) as i16
 }
 
 /// The largest norm of a row of `depth` values divided by their scale. Rounding moves each by half a unit at most, so that

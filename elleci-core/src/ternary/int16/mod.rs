@@ -27,7 +27,7 @@ pub(crate) mod kernel;
 mod quantize;
 
 #[cfg(all(feature = "std", target_arch = "x86_64"))]
-mod avx2;
+pub(crate) mod avx2;
 #[cfg(all(target_arch = "aarch64", target_endian = "little", target_feature = "neon"))]
 mod neon;
 #[cfg(all(feature = "std", target_arch = "x86_64"))]

@@ -5,15 +5,13 @@ use core::array::from_fn;
 use alloc::vec::Vec;
 
 use super::{CHUNK, QUANTIZE_ROWS};
+use crate::ops::rows::rne_bits;
 use crate::{par, simd};
 
 /// The largest code.
 const LIMIT: f32 = 32_767.0;
 /// Smallest magnitude that counts as the largest: keeps what is divided by it finite, for rows of zeros.
 const FLOOR: f32 = 1.0 / (1u128 << 100) as f32;
-/// Adding 1.5 · 2^23 leaves one unit in the last place: the sum is rounded to an integer, halves to even, and the
-/// integer stands in the low bits.
-const ROUND: f32 = 12_582_912.0;
 /// Columns that one task rounds.
 const COLUMNS: usize = 128;
 /// Words that are transposed in one go.
@@ -28,7 +26,7 @@ fn magnitude(v: f32) -> u32 {
 /// `rne(v · inverse)`. With `inverse` = 32767 / amax it cannot leave the range: `|v · inverse| <= 32767 · (1 + 2^-24)^2`.
 #[inline(always)]
 fn code(v: f32, inverse: f32) -> i16 {
-    (v * inverse + ROUND).to_bits() as i16
+    rne_bits(v * inverse) as i16
 }
 
 /// A row a token: `dy` `[tokens, out]` into `words` `[tokens, out / 2 up]`, `scales[t] = γ · amax / 32767`. Also the
