@@ -2,7 +2,6 @@
 
 use alloc::sync::Arc;
 
-use alloc::vec;
 use alloc::vec::Vec;
 
 use super::pass::{Pass, Scratch, grown};
@@ -74,35 +73,26 @@ pub(super) fn forward(
         items.push((segment, state, own_y));
     }
     let (zx, bcdt): (&[f32], &[f32]) = (zx, bcdt);
-    par::for_each_kept(items, mix, |scratch, (segment, state, y)| {
+    par::for_each_kept(items, mix, |MixScratch { buffer, passing }, (segment, state, y)| {
         let zx = &zx[segment.row * 2 * di..(segment.row + segment.len) * 2 * di];
         let bcdt = &bcdt[segment.row * (bc + heads)..(segment.row + segment.len) * (bc + heads)];
         let parts = segment.len.div_ceil(RUN);
-        let MixScratch { buffer, passing } = scratch;
         if segment.last {
             passing.conv.clone_from(&state.conv);
             if parts > 1 {
-                passing.scan.resize(state.scan.len(), 0.0);
+                passing.scan.clone_from(&state.scan);
             }
         }
         // In parts, so that what goes from step to step stays in the caches.
         let rows = zx.chunks(RUN * 2 * di).zip(bcdt.chunks(RUN * (bc + heads)));
         for (part, ((zx, bcdt), y)) in rows.zip(y.chunks_mut(RUN * di)).enumerate() {
-            let before;
             let (scan, conv) = if segment.last {
-                let scan = match (part == 0, part + 1 == parts) {
-                    (true, true) => ScanState::Passed(&state.scan),
-                    (true, false) => ScanState::Moved { from: &state.scan, to: &mut passing.scan },
-                    (false, true) => ScanState::Passed(&passing.scan),
-                    (false, false) => ScanState::Kept(&mut passing.scan),
+                let scan = match (parts, part + 1 == parts) {
+                    (1, _) => ScanState::Passed(&state.scan),
+                    (_, true) => ScanState::Passed(&passing.scan),
+                    _ => ScanState::Kept(&mut passing.scan),
                 };
                 (scan, &mut passing.conv)
-            } else if Arc::get_mut(state).is_none() {
-                // A fork's first tokens: its scan goes from the shared state to its own, without a copy before.
-                let own = MambaState { scan: vec![0.0; state.scan.len()], conv: state.conv.clone() };
-                before = core::mem::replace(state, Arc::new(own));
-                let MambaState { scan, conv } = Arc::get_mut(state).expect("it was made here");
-                (ScanState::Moved { from: &before.scan, to: scan }, conv)
             } else {
                 let MambaState { scan, conv } = Arc::make_mut(state);
                 (ScanState::Kept(scan), conv)

@@ -32,13 +32,6 @@ const ROWS: usize = 4;
 pub enum ScanState<'a> {
     /// That after the last step takes its place.
     Kept(&'a mut [f32]),
-    /// That after the last step goes elsewhere.
-    Moved {
-        /// The state
-        from: &'a [f32],
-        /// As many values, which are not read
-        to: &'a mut [f32],
-    },
     /// That after the last step is of no use.
     Passed(&'a [f32]),
 }
@@ -48,29 +41,15 @@ impl<'a> ScanState<'a> {
     pub fn values(&self) -> &[f32] {
         match self {
             ScanState::Kept(state) => state,
-            ScanState::Moved { from, .. } => from,
             ScanState::Passed(state) => state,
         }
     }
 
     /// Parts of `len` values, the last may be shorter.
     fn parts(self, len: usize) -> Vec<ScanState<'a>> {
-        let len = len.max(1);
         match self {
-            ScanState::Kept(state) => state.chunks_mut(len).map(ScanState::Kept).collect(),
-            ScanState::Moved { from, to } => {
-                from.chunks(len).zip(to.chunks_mut(len)).map(|(from, to)| ScanState::Moved { from, to }).collect()
-            }
-            ScanState::Passed(state) => state.chunks(len).map(ScanState::Passed).collect(),
-        }
-    }
-
-    /// Where that after the last step goes, if it goes anywhere.
-    fn end(&mut self) -> Option<&mut [f32]> {
-        match self {
-            ScanState::Kept(state) => Some(state),
-            ScanState::Moved { to, .. } => Some(to),
-            ScanState::Passed(_) => None,
+            ScanState::Kept(state) => state.chunks_mut(len.max(1)).map(ScanState::Kept).collect(),
+            ScanState::Passed(state) => state.chunks(len.max(1)).map(ScanState::Passed).collect(),
         }
     }
 }
@@ -83,9 +62,6 @@ impl<'a> ScanState<'a> {
 pub fn ssd_steps(shape: SsdShape, xbc: &[f32], dt: &[f32], a: &[f32], d: &[f32], state: ScanState<'_>, y: &mut [f32]) {
     shape.check(xbc, dt, a, d, y);
     assert_eq!(state.values().len(), shape.batch * shape.state_len(), "ssd steps: state");
-    if let ScanState::Moved { from, to } = &state {
-        assert_eq!(from.len(), to.len(), "ssd steps: state");
-    }
     let (d_inner, group) = (shape.d_inner(), shape.group_heads() * shape.head_dim);
     if d_inner == 0 || shape.tokens() == 0 {
         return;
@@ -234,7 +210,7 @@ impl Step<'_> {
     }
 }
 
-/// [`Step`] for several steps, one after the other, or for a state that is not kept or goes elsewhere.
+/// [`Step`] for several steps, one after the other, or for a state that is not kept.
 struct Run<'a> {
     /// `[d_state, channels]`
     state: ScanState<'a>,
@@ -276,7 +252,7 @@ impl WithSimd for Run<'_> {
                     *y += c * *s;
                 }
             }
-            if let Some(state) = self.state.end() {
+            if let ScanState::Kept(state) = &mut self.state {
                 state.iter_mut().skip(i).step_by(channels).zip(column).for_each(|(to, s)| *to = s);
             }
         }
@@ -319,12 +295,7 @@ impl Run<'_> {
                 let rows = state.chunks_exact_mut(channels).map(vectors_mut);
                 block.sweep(simd, rows.inspect(|row| ask(row)).map(InPlace))
             }
-            (true, true, ScanState::Moved { from, to }) => {
-                let (from, to) =
-                    (from.chunks_exact(channels).map(vectors), to.chunks_exact_mut(channels).map(vectors_mut));
-                block.sweep(simd, from.inspect(|row| ask(row)).zip(to).map(|(from, to)| Move { from, to }))
-            }
-            (false, true, ScanState::Kept(state) | ScanState::Moved { to: state, .. }) => {
+            (false, true, ScanState::Kept(state)) => {
                 let rows = state.chunks_exact_mut(channels).map(vectors_mut);
                 block.sweep(simd, columns.chunks_exact(J).zip(rows).map(|(from, to)| Move { from, to }))
             }
