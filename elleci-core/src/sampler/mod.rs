@@ -34,8 +34,8 @@ pub use options::{SamplerError, SamplerOptions};
 const STREAM: u64 = 1 << 33;
 /// Raised when the bytes of a saved sampler change their meaning.
 const STATE_VERSION: u32 = 1;
-/// Logits are compared with the running threshold of top-k in groups of this many.
-const GROUP: usize = 64;
+/// Logits of a group, whose largest says whether any of them is worth a look.
+const GROUP: usize = 32;
 /// Nucleus sampling orders this many candidates at first, then four times as many each time.
 const FIRST_ORDERED: usize = 64;
 
@@ -61,6 +61,9 @@ pub struct Sampler {
     draws: u64,
     candidates: Vec<Candidate>,
     weights: Vec<f32>,
+    /// The largest finite logit of every group, and the same in another order
+    maxima: Vec<f32>,
+    ordered: Vec<f32>,
     /// One bit a token: whether the penalty has met it already. All zero between calls.
     met: Vec<u64>,
 }
@@ -83,7 +86,16 @@ impl Sampler {
         rng.set_stream(STREAM);
         // A draw takes two words of 32 bits.
         rng.set_word_pos(2 * u128::from(draws));
-        Sampler { options, rng, draws, candidates: Vec::new(), weights: Vec::new(), met: Vec::new() }
+        Sampler {
+            options,
+            rng,
+            draws,
+            candidates: Vec::new(),
+            weights: Vec::new(),
+            maxima: Vec::new(),
+            ordered: Vec::new(),
+            met: Vec::new(),
+        }
     }
 
     /// Its options.
@@ -116,7 +128,8 @@ impl Sampler {
     /// [`SamplerError::NoCandidate`] when no logit is finite; no draw has been made then.
     pub fn sample(&mut self, logits: &mut [f32], history: &[u32]) -> Result<u32, SamplerError> {
         self.penalise(logits, history);
-        let likeliest = argmax(logits).ok_or(SamplerError::NoCandidate)?;
+        group_maxima(logits, &mut self.maxima);
+        let likeliest = argmax(logits, &self.maxima).ok_or(SamplerError::NoCandidate)?;
         if self.options.temperature == 0.0 {
             return Ok(likeliest.token);
         }
@@ -153,8 +166,9 @@ impl Sampler {
 
     /// Leaves the `k` likeliest tokens in `candidates`, likeliest first; without a limit all, by id.
     ///
-    /// One pass keeps the best of what it has seen in a buffer of 2k that is halved when it is full; the `k`-th
-    /// largest so far is a threshold that soon turns away whole groups of logits at a glance.
+    /// At least `k` logits reach the `k`-th largest of the groups' maxima, so that none below it is among the `k` likeliest: most groups
+    /// are passed over. What is left is kept in a buffer of 2k that is halved when it is full; the `k`-th largest so far is the
+    /// threshold from then on.
     fn top_k(&mut self, logits: &[f32]) {
         let kept = &mut self.candidates;
         kept.clear();
@@ -166,9 +180,14 @@ impl Sampler {
         self.weights.clear();
         self.weights.reserve(if limited { k } else { capacity });
         let mut threshold = f32::NEG_INFINITY;
-        for (g, group) in logits.chunks(GROUP).enumerate() {
-            // No early exit: the compiler makes vectors of this. A NaN is never larger.
-            if !group.iter().fold(false, |any, &l| any | (l > threshold)) {
+        if limited && k <= self.maxima.len() {
+            self.ordered.clone_from(&self.maxima);
+            let (_, least, _) = self.ordered.select_nth_unstable_by(k - 1, |a, b| b.total_cmp(a));
+            // Those that equal it may be among them too.
+            threshold = least.next_down();
+        }
+        for (g, (group, max)) in logits.chunks(GROUP).zip(&self.maxima).enumerate() {
+            if *max <= threshold {
                 continue;
             }
             for (i, &logit) in group.iter().enumerate() {
@@ -296,19 +315,38 @@ impl Sampler {
     }
 }
 
+/// The largest finite logit of every group, -∞ where there is none.
+fn group_maxima(logits: &[f32], maxima: &mut Vec<f32>) {
+    // A NaN is never larger.
+    let larger = |max: f32, logit: f32| if logit > max { logit } else { max };
+    maxima.clear();
+    maxima.extend(logits.chunks(GROUP).map(|group| {
+        let (rows, rest) = group.as_chunks::<8>();
+        // Eight at a time, as the compiler makes vectors of those, and then by halves.
+        let mut max = [f32::NEG_INFINITY; 8];
+        for row in rows {
+            max.iter_mut().zip(row).for_each(|(max, logit)| *max = larger(*max, *logit));
+        }
+        let max: [f32; 4] = core::array::from_fn(|i| larger(max[i], max[i + 4]));
+        let max = larger(larger(max[0], max[2]), larger(max[1], max[3]));
+        let max = rest.iter().fold(max, |max, logit| larger(max, *logit));
+        if max < f32::INFINITY {
+            return max;
+        }
+        group.iter().filter(|logit| **logit < f32::INFINITY).fold(f32::NEG_INFINITY, |max, logit| larger(max, *logit))
+    }));
+}
+
 /// The likeliest token. `None` when no logit is finite.
-fn argmax(logits: &[f32]) -> Option<Candidate> {
-    let mut best = Candidate { logit: f32::NEG_INFINITY, token: 0 };
-    for (g, group) in logits.chunks(GROUP).enumerate() {
-        if group.iter().fold(false, |any, &l| any | (l > best.logit)) {
-            for (i, &logit) in group.iter().enumerate() {
-                if logit > best.logit && logit < f32::INFINITY {
-                    best = Candidate { logit, token: (g * GROUP + i) as u32 };
-                }
-            }
+fn argmax(logits: &[f32], maxima: &[f32]) -> Option<Candidate> {
+    let (mut group, mut max) = (0, f32::NEG_INFINITY);
+    for (g, of_group) in maxima.iter().enumerate() {
+        if *of_group > max {
+            (group, max) = (g, *of_group);
         }
     }
-    (best.logit > f32::NEG_INFINITY).then_some(best)
+    let token = logits.iter().skip(group * GROUP).position(|logit| *logit == max)? + group * GROUP;
+    (max > f32::NEG_INFINITY).then_some(Candidate { logit: max, token: token as u32 })
 }
 
 /// Probability of a candidate up to a common factor.
