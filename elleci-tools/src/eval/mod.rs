@@ -113,11 +113,9 @@ fn evaluate(args: &RunArgs) -> anyhow::Result<()> {
             seconds,
         };
         write_results(args, &prepared, &absent, &facts)?;
-        crate::exit::errln!(
-            "{} tokens in {:.1} s",
-            crate::report::format::thousands(engine.fed),
-            start.elapsed().as_secs_f64()
-        );
+        let (thousands, seconds) = (crate::report::format::thousands, start.elapsed().as_secs_f64());
+        let rate = (engine.fed as f64 / seconds) as u64;
+        crate::exit::errln!("{} tokens in {seconds:.1} s, {} a second", thousands(engine.fed), thousands(rate));
         if !finished {
             let kept =
                 if args.no_cache { "nothing was kept (--no-cache)" } else { "answers are kept: run again to go on" };
