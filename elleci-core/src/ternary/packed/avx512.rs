@@ -7,7 +7,7 @@
 use core::arch::x86_64::*;
 
 use super::super::kernel::{Line, ROWS};
-use super::kernel::{self, GROUP, PackedKernel};
+use super::kernel::{self, Dots, GROUP, PackedKernel};
 use super::t5::{ESCAPE, LOW};
 use super::{LINES, RowPacking};
 use crate::simd::{Isa, prefetch_run};
@@ -208,75 +208,8 @@ macro_rules! level {
             pub fn detect() -> Option<$token> {
                 (Isa::machine() >= $isa).then_some($token(()))
             }
-        }
 
-        impl PackedKernel for $token {
-            #[inline(always)]
-            fn dot(self, packing: RowPacking, panel: &[Line], q: &[i8], sums: &mut [i32; ROWS]) {
-                #[target_feature(enable = $features)]
-                fn i2(panel: &[Line], q: &[i8], sums: &mut [i32; ROWS]) {
-                    // Two sets of accumulators, as a chain of additions to one would wait for its own latency.
-                    let mut acc = [[_mm512_setzero_si512(); LINES]; 2];
-                    let (pairs, last) = panel.as_chunks::<2>();
-                    let (words, last_word) = q.as_chunks::<8>();
-                    for (lines, q) in pairs.iter().zip(words) {
-                        for (i, q) in q.as_chunks::<4>().0.iter().enumerate() {
-                            prefetch(&lines[i]);
-                            i2_line(&mut acc[i], load(&lines[i]), word(q));
-                        }
-                    }
-                    if let ([line], [q]) = (last, last_word.as_chunks::<4>().0) {
-                        i2_line(&mut acc[0], load(line), word(q));
-                    }
-                    for (j, sums) in sums.as_chunks_mut::<16>().0.iter_mut().enumerate() {
-                        let sum = _mm512_add_epi32(acc[0][j], acc[1][j]);
-                        store_sums(sums, _mm512_srav_epi32(sum, _mm512_set1_epi32(I2_BITS[j] as i32)));
-                    }
-                }
-
-                /// The codes stay where they are in the byte, and their sums with them; only the topmost come down by two, as
-                /// a pair of products with 3 · 64 would not fit the int16 of `maddubs`.
-                #[inline]
-                #[target_feature(enable = $features)]
-                fn i2_line(acc: &mut [__m512i; LINES], x: __m512i, q: __m512i) {
-                    for (j, acc) in acc.iter_mut().enumerate() {
-                        let x = if j == 3 { _mm512_srli_epi16::<2>(x) } else { x };
-                        *acc = $add(*acc, _mm512_and_si512(x, _mm512_set1_epi8(3 << I2_BITS[j])), q);
-                    }
-                }
-
-                #[target_feature(enable = $features)]
-                fn t5(panel: &[Line], q: &[i8], sums: &mut [i32; ROWS]) {
-                    let tables = placed_tables();
-                    let mut acc = [[_mm512_setzero_si512(); 3]; LINES];
-                    for (lines, q) in panel.as_chunks::<LINES>().0.iter().zip(q.as_chunks::<20>().0) {
-                        let words = q.as_chunks::<4>().0;
-                        for (line, acc) in lines.iter().zip(&mut acc) {
-                            prefetch(line);
-                            let codes = $placed(load(line), &tables);
-                            for k in 0..5 {
-                                acc[k % 3] = $add(acc[k % 3], codes[k], word(&words[k]));
-                            }
-                        }
-                    }
-                    for (acc, sums) in acc.iter().zip(sums.as_chunks_mut::<16>().0) {
-                        let upper = _mm512_add_epi32(_mm512_srai_epi32::<2>(acc[1]), _mm512_srai_epi32::<4>(acc[2]));
-                        store_sums(sums, _mm512_add_epi32(acc[0], upper));
-                    }
-                }
-
-                kernel::check_dot(packing, panel, q);
-                // SAFETY: `self` exists only where the features were detected.
-                unsafe {
-                    match packing {
-                        RowPacking::I2 => i2(panel, q, sums),
-                        RowPacking::T5 => t5(panel, q, sums),
-                    }
-                }
-            }
-
-            const DIRECT: bool = $direct;
-
+            /// See [`PackedKernel::DOTS`].
             #[inline(always)]
             fn dots(self, packing: RowPacking, panel: &[Line], words: &[i32], sums: &mut [[i32; ROWS]]) {
                 /// Half of the rows at a time: sixteen sums of eight tokens stay in registers beside the codes.
@@ -365,6 +298,74 @@ macro_rules! level {
                     }
                 }
             }
+        }
+
+        impl PackedKernel for $token {
+            #[inline(always)]
+            fn dot(self, packing: RowPacking, panel: &[Line], q: &[i8], sums: &mut [i32; ROWS]) {
+                #[target_feature(enable = $features)]
+                fn i2(panel: &[Line], q: &[i8], sums: &mut [i32; ROWS]) {
+                    // Two sets of accumulators, as a chain of additions to one would wait for its own latency.
+                    let mut acc = [[_mm512_setzero_si512(); LINES]; 2];
+                    let (pairs, last) = panel.as_chunks::<2>();
+                    let (words, last_word) = q.as_chunks::<8>();
+                    for (lines, q) in pairs.iter().zip(words) {
+                        for (i, q) in q.as_chunks::<4>().0.iter().enumerate() {
+                            prefetch(&lines[i]);
+                            i2_line(&mut acc[i], load(&lines[i]), word(q));
+                        }
+                    }
+                    if let ([line], [q]) = (last, last_word.as_chunks::<4>().0) {
+                        i2_line(&mut acc[0], load(line), word(q));
+                    }
+                    for (j, sums) in sums.as_chunks_mut::<16>().0.iter_mut().enumerate() {
+                        let sum = _mm512_add_epi32(acc[0][j], acc[1][j]);
+                        store_sums(sums, _mm512_srav_epi32(sum, _mm512_set1_epi32(I2_BITS[j] as i32)));
+                    }
+                }
+
+                /// The codes stay where they are in the byte, and their sums with them; only the topmost come down by two, as
+                /// a pair of products with 3 · 64 would not fit the int16 of `maddubs`.
+                #[inline]
+                #[target_feature(enable = $features)]
+                fn i2_line(acc: &mut [__m512i; LINES], x: __m512i, q: __m512i) {
+                    for (j, acc) in acc.iter_mut().enumerate() {
+                        let x = if j == 3 { _mm512_srli_epi16::<2>(x) } else { x };
+                        *acc = $add(*acc, _mm512_and_si512(x, _mm512_set1_epi8(3 << I2_BITS[j])), q);
+                    }
+                }
+
+                #[target_feature(enable = $features)]
+                fn t5(panel: &[Line], q: &[i8], sums: &mut [i32; ROWS]) {
+                    let tables = placed_tables();
+                    let mut acc = [[_mm512_setzero_si512(); 3]; LINES];
+                    for (lines, q) in panel.as_chunks::<LINES>().0.iter().zip(q.as_chunks::<20>().0) {
+                        let words = q.as_chunks::<4>().0;
+                        for (line, acc) in lines.iter().zip(&mut acc) {
+                            prefetch(line);
+                            let codes = $placed(load(line), &tables);
+                            for k in 0..5 {
+                                acc[k % 3] = $add(acc[k % 3], codes[k], word(&words[k]));
+                            }
+                        }
+                    }
+                    for (acc, sums) in acc.iter().zip(sums.as_chunks_mut::<16>().0) {
+                        let upper = _mm512_add_epi32(_mm512_srai_epi32::<2>(acc[1]), _mm512_srai_epi32::<4>(acc[2]));
+                        store_sums(sums, _mm512_add_epi32(acc[0], upper));
+                    }
+                }
+
+                kernel::check_dot(packing, panel, q);
+                // SAFETY: `self` exists only where the features were detected.
+                unsafe {
+                    match packing {
+                        RowPacking::I2 => i2(panel, q, sums),
+                        RowPacking::T5 => t5(panel, q, sums),
+                    }
+                }
+            }
+
+            const DOTS: Option<Dots<$token>> = if $direct { Some($token::dots) } else { None };
 
             #[inline(always)]
             fn unpack(self, packing: RowPacking, panel: &[Line], codes: &mut [Line]) {

@@ -8,6 +8,13 @@ use crate::simd::Isa;
 /// Tokens that meet a packed panel together at most. For more it is better unpacked, once for all.
 pub const GROUP: usize = 8;
 
+/// [`PackedKernel::dot`] of as many tokens as there are rows of sums, without codes standing in memory: of a panel and words, which have
+/// four columns in each, as little-endian bytes: those of all tokens, then the next four columns.
+///
+/// # Panics
+/// When the words are not as many as the panel and the tokens want, or the tokens are not 2 to [`GROUP`].
+pub type Dots<K> = fn(K, RowPacking, &[Line], &[i32], &mut [[i32; ROWS]]);
+
 /// Works on packed panels. A type of this trait is proof that the machine can run it.
 pub trait PackedKernel: Copy + Send + Sync {
     /// Writes `Σ (code + 1) · q` for the 64 rows of a panel.
@@ -16,17 +23,8 @@ pub trait PackedKernel: Copy + Send + Sync {
     /// When `q` is not whole runs of [`RowPacking::columns`], as many as the panel has.
     fn dot(self, packing: RowPacking, panel: &[Line], q: &[i8], sums: &mut [i32; ROWS]);
 
-    /// Whether there is [`PackedKernel::dots`].
-    const DIRECT: bool = false;
-
-    /// [`PackedKernel::dot`] of as many tokens as there are rows of `sums`, without codes standing in memory. `words` has four columns
-    /// in each, as little-endian bytes: those of all tokens, then the next four columns.
-    ///
-    /// # Panics
-    /// When `words` is not as long as the panel and the tokens want, or they are not 2 to [`GROUP`].
-    fn dots(self, _: RowPacking, _: &[Line], _: &[i32], _: &mut [[i32; ROWS]]) {
-        unimplemented!("DIRECT is false")
-    }
+    /// The form for a few tokens, where there is one that is faster than unpacking.
+    const DOTS: Option<Dots<Self>> = None;
 
     /// Writes the code lines of a panel.
     ///

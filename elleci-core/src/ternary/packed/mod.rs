@@ -423,14 +423,14 @@ impl<T: Send, F: Fn(usize, &[i32], i32, &mut [T]) + Sync> WithPackedKernel for M
         let mut out = mat_mut(out, tokens, out_dim);
         let items: Vec<_> = out.axis_chunks_iter_mut(ndarray::Axis(1), ROWS).enumerate().collect();
         if let Some(packing) = matrix.packing.by_rows()
-            && K::DIRECT
+            && let Some(dots) = K::DOTS
             && tokens <= GROUP
         {
             let words = words(q, tokens, in_dim, packing);
             par::for_each(items, |(panel, mut out)| {
                 let mut sums = [[0; ROWS]; GROUP];
                 let sums = &mut sums[..tokens];
-                kernel.dots(packing, matrix.panel(packing, panel), &words, sums);
+                dots(kernel, packing, matrix.panel(packing, panel), &words, sums);
                 for (token, (mut out, sums)) in out.rows_mut().into_iter().zip(sums).enumerate() {
                     let out = out.as_slice_mut().expect("rows of the output are contiguous");
                     (finish.finish)(token, &sums[..out.len()], finish.offsets[token], out);
