@@ -179,14 +179,14 @@ stage_neon() {
         threads= level=1
         echo "a program with a thread does not end within 20 s under qemu-aarch64 here: examples/levels in place of the tests" >&2
     fi
+    arm_cargo() {
+        command=$1 && shift
+        cargo --config profile.release.opt-level=$level "$command" --release --locked --quiet --target-dir "$target/arm" --target $arm \
+            -p elleci-core "$@"
+    }
     for cpu in max:neondot max:neon cortex-a53:neon; do
         echo "-- ${cpu%:*}, ELLECI_ISA=${cpu#*:}"
         export ELLECI_ISA="${cpu#*:}" CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -L /usr/aarch64-linux-gnu -cpu ${cpu%:*}"
-        arm_cargo() {
-            command=$1 && shift
-            cargo --config profile.release.opt-level=$level "$command" --release --locked --quiet --target-dir "$target/arm" --target $arm \
-                -p elleci-core "$@"
-        }
         if [ -n "$threads" ]; then
             arm_cargo test --lib --test isa -- ternary the_level_asked_for
         else

@@ -22,7 +22,8 @@ export async function slow(url, delay) {
         }
         reply.end(rest);
       } catch {
-        // Either side has gone: the other is told below.
+        // The server broke off in the middle, and so does this one.
+        reply.destroy();
       }
     });
     onward.on("error", () => reply.destroy());
