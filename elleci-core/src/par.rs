@@ -10,6 +10,9 @@
 //! as long as a closure runs.
 
 use alloc::vec::Vec;
+use core::cell::UnsafeCell;
+use core::ops::{Deref, DerefMut};
+use core::sync::atomic::{AtomicBool, Ordering};
 
 #[cfg(feature = "std")]
 mod team;
@@ -89,25 +92,14 @@ fn for_each_with<T: Send, S: Send>(
     init: impl Fn() -> S + Sync + Send,
     f: impl Fn(&mut S, T) + Sync + Send,
 ) {
-    #[cfg(feature = "std")]
-    {
-        use std::sync::{Mutex, PoisonError};
-        let shared = Mutex::new(core::mem::take(spare));
-        let lock = || shared.lock().unwrap_or_else(PoisonError::into_inner);
-        for_each(items, |item| {
-            let taken = lock().pop();
-            let mut state = taken.unwrap_or_else(&init);
-            f(&mut state, item);
-            lock().push(state);
-        });
-        *spare = shared.into_inner().unwrap_or_else(PoisonError::into_inner);
-    }
-    #[cfg(not(feature = "std"))]
-    {
-        let mut state = spare.pop().unwrap_or_else(init);
-        items.into_iter().for_each(|item| f(&mut state, item));
-        spare.push(state);
-    }
+    let shared = Exclusive::new(core::mem::take(spare));
+    for_each(items, |item| {
+        let taken = shared.take().pop();
+        let mut state = taken.unwrap_or_else(&init);
+        f(&mut state, item);
+        shared.take().push(state);
+    });
+    *spare = shared.into_inner();
 }
 
 /// Runs `f` with the threads of the current pool waiting for its [`for_each`] loops, and nothing else. For work of
@@ -133,11 +125,81 @@ pub fn expect(items: usize, at: impl Fn(usize) -> *const u8) {
     let _ = (items, at);
 }
 
-/// Threads that [`for_each`] would use here: 1 outside of a rayon pool.
+/// Threads that [`for_each`] would use here: 1 outside of a rayon pool, and inside of an item of a team's loop.
 pub fn threads() -> usize {
     #[cfg(feature = "std")]
-    if rayon::current_thread_index().is_some() {
+    if rayon::current_thread_index().is_some() && !matches!(team::place(), team::Place::Task) {
         return rayon::current_num_threads();
     }
     1
+}
+
+/// Waits for what another thread is about to do.
+pub fn wait_until(done: impl Fn() -> bool) {
+    let mut waited = 0u32;
+    while !done() {
+        waited += 1;
+        #[cfg(feature = "std")]
+        if waited >= team::ROUNDS {
+            std::thread::yield_now();
+            continue;
+        }
+        core::hint::spin_loop();
+    }
+}
+
+/// A value that one thread at a time has. For moments and for uses that do not meet: who waits stays awake.
+#[derive(Debug, Default)]
+pub struct Exclusive<T> {
+    taken: AtomicBool,
+    value: UnsafeCell<T>,
+}
+
+// SAFETY: a value that may be sent is reached by one thread at a time.
+unsafe impl<T: Send> Sync for Exclusive<T> {}
+
+impl<T> Exclusive<T> {
+    /// Nobody has it.
+    pub fn new(value: T) -> Exclusive<T> {
+        Exclusive { taken: AtomicBool::new(false), value: UnsafeCell::new(value) }
+    }
+
+    /// The value, until what is returned is dropped, by return or by panic.
+    pub fn take(&self) -> Taken<'_, T> {
+        wait_until(|| !self.taken.swap(true, Ordering::Acquire));
+        Taken(self)
+    }
+
+    /// The value itself.
+    pub fn into_inner(self) -> T {
+        self.value.into_inner()
+    }
+}
+
+/// An [`Exclusive`] value while this thread has it.
+#[derive(Debug)]
+pub struct Taken<'a, T>(&'a Exclusive<T>);
+
+// SAFETY: what shares it reads the value alone, which may be shared.
+unsafe impl<T: Sync> Sync for Taken<'_, T> {}
+
+impl<T> Deref for Taken<'_, T> {
+    type Target = T;
+    fn deref(&self) -> &T {
+        // SAFETY: nobody else has the value.
+        unsafe { &*self.0.value.get() }
+    }
+}
+
+impl<T> DerefMut for Taken<'_, T> {
+    fn deref_mut(&mut self) -> &mut T {
+        // SAFETY: as above.
+        unsafe { &mut *self.0.value.get() }
+    }
+}
+
+impl<T> Drop for Taken<'_, T> {
+    fn drop(&mut self) {
+        self.0.taken.store(false, Ordering::Release);
+    }
 }

@@ -2,6 +2,7 @@
 
 mod common;
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Mutex;
 
 use common::odd_config;
@@ -142,6 +143,41 @@ fn company_threads_and_packing_change_nothing() {
                 assert!(got == want);
             }
         });
+    }
+}
+
+/// Threads that take passes by themselves, each a layer behind the one before: the same bits in the same order, and nobody waits for ever.
+#[test]
+fn threads_that_take_passes_change_nothing() {
+    let c = odd_config();
+    let archive = archive(&c);
+    let model = archive.model();
+    let tokens = tokens(&c, 900);
+    let run = |threads: usize, lengths: &[usize], bad: Option<usize>| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        let mut sessions: Vec<Session> = lengths.iter().map(|_| Session::new(model).unwrap()).collect();
+        let mut rows: Vec<Vec<f32>> = vec![Vec::new(); lengths.len()];
+        for _ in 0..2 {
+            let feeds = sessions.iter_mut().zip(lengths);
+            let mut feeds: Vec<Feed> = feeds.map(|(session, n)| Feed { session, tokens: &tokens[..*n] }).collect();
+            let before: Vec<usize> = rows.iter().map(|rows| rows.len() / c.vocab_size).collect();
+            let visit = |feed: usize, index: usize, row: &[f32]| {
+                assert_ne!(Some(index), bad, "the visitor's own panic");
+                assert_eq!(before[feed] + index, rows[feed].len() / c.vocab_size);
+                rows[feed].extend_from_slice(row);
+            };
+            pool.install(|| Batch::new().extend_each(model, &mut feeds, visit)).unwrap();
+        }
+        (rows, sessions.iter().map(Session::to_bytes).collect::<Vec<_>>())
+    };
+    for lengths in [&[450][..], &[900], &[300, 2, 40, 1], &[1, 700], &[33; 9]] {
+        let want = run(1, lengths, None);
+        for threads in [2, 3, 7] {
+            assert!(run(threads, lengths, None) == want, "{lengths:?} on {threads} threads");
+        }
+    }
+    for bad in [0, 130, 449] {
+        assert!(catch_unwind(AssertUnwindSafe(|| run(3, &[450], Some(bad)))).is_err());
     }
 }
 

@@ -11,7 +11,8 @@ use alloc::vec::Vec;
 use ndarray::s;
 use pulp::{Simd, WithSimd};
 
-use super::pass::{Pass, Scratch, Segment, grown};
+use super::pass::{Pass, Scratch, grown};
+use super::schedule::Segment;
 use super::session::{LayerState, MlaCache, PAGE};
 use crate::config::ModelConfig;
 use crate::ops::activation::exp;
@@ -35,7 +36,7 @@ const EXPAND: usize = 128;
 const SMALL: usize = 256;
 
 /// Reads `scratch.norm`, writes `scratch.y`.
-pub(super) fn forward(pass: &Pass, ids: &MlaIds, states: Vec<&mut LayerState>, scratch: &mut Scratch) {
+pub(super) fn forward(pass: &Pass, ids: &MlaIds, scratch: &mut Scratch) {
     let (c, n) = (pass.model.config(), pass.rows);
     let (rank, q_row, o_row) = (c.kv_rank, c.n_heads * c.d_qk(), c.n_heads * c.d_v);
     let latent_row = rank + c.d_rope;
@@ -56,25 +57,26 @@ pub(super) fn forward(pass: &Pass, ids: &MlaIds, states: Vec<&mut LayerState>, s
         quantized,
         None,
     );
-    let states = pass.states(states, |state| match state {
-        LayerState::Mla(cache) => cache,
-        LayerState::Mamba(_) => unreachable!("the session was made from this layout"),
-    });
-    let mut rest = &mut grown(o, n * o_row)[..];
-    let mut items: Vec<(Segment, &mut MlaCache, &mut [f32])> = Vec::with_capacity(states.len());
-    for (segment, cache) in states {
-        for row in segment.row..segment.row + segment.len {
-            let codes = &quantized.codes[row * rank..(row + 1) * rank];
-            cache.push(c, codes, quantized.scales[row], &ckr[row * latent_row + rank..(row + 1) * latent_row]);
-        }
-        let (own, later) = rest.split_at_mut(segment.len * o_row);
-        rest = later;
-        items.push((segment, cache, own));
-    }
     let kv_up = pass.model.ternary(ids.kv_up);
-    par::for_each(items, |(segment, cache, o)| {
-        let q = &q[segment.row * q_row..(segment.row + segment.len) * q_row];
-        if segment.absorb { absorbed(c, &kv_up, cache, q, o) } else { expanded(c, &kv_up, cache, q, o) }
+    let mut rest = grown(o, n * o_row);
+    pass.with_states(|states| {
+        let mut items: Vec<(&Segment, &mut MlaCache, &mut [f32])> = Vec::with_capacity(states.len());
+        for (segment, cache) in states {
+            let LayerState::Mla(cache) = cache else { unreachable!("the session was made from this layout") };
+            for row in segment.row..segment.row + segment.len {
+                let codes = &quantized.codes[row * rank..(row + 1) * rank];
+                cache.push(c, codes, quantized.scales[row], &ckr[row * latent_row + rank..(row + 1) * latent_row]);
+            }
+            let (own, later) = core::mem::take(&mut rest).split_at_mut(segment.len * o_row);
+            rest = later;
+            items.push((segment, cache, own));
+        }
+        par::for_each(items, |(segment, cache, o)| {
+            let q = &q[segment.row * q_row..(segment.row + segment.len) * q_row];
+            // Whether it is a call's only token.
+            let absorb = segment.feed_len == 1 && !pass.call.one_form;
+            if absorb { absorbed(c, &kv_up, cache, q, o) } else { expanded(c, &kv_up, cache, q, o) }
+        });
     });
     let o: &[f32] = &o[..n * o_row];
     pass.expect(&[ids.out]);

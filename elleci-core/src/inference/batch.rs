@@ -1,21 +1,11 @@
 //! Advancing sessions, one or several at once.
-//!
-//! The threads of a pool share the work in one of two ways. By outputs: all rows of a pass together, every product dealt to the threads, so
-//! that weights are read once; between the loops are barriers and short serial parts. Or by sequences, where the weights fit the caches: every
-//! thread takes some of the sequences through the model by itself, and waits for nobody. The bits are the same, as those of a row do not
-//! depend on its company.
 
-use alloc::vec;
 use alloc::vec::Vec;
 
-use super::pass::{Call, Constants, Outputs, Scratch, Sessions, Visitor};
+use super::pass::{Call, Constants, Outputs, Scratch, Sessions, Visit};
 use super::{InferenceError, Session};
 use crate::archive::PackedModel;
-use crate::par;
-
-/// Bytes of a model whose sequences are dealt to the threads: every thread reads all of it in every pass, which the second and third
-/// level of the caches must allow.
-const BY_SEQUENCE: usize = 8 << 20;
+use crate::par::{self, Exclusive};
 
 /// Tokens for one session.
 #[derive(Debug)]
@@ -53,7 +43,7 @@ pub enum Output {
 /// Working memory for advancing sessions, one or several at once. It holds no state between calls.
 #[derive(Debug, Default)]
 pub struct Batch {
-    /// One a group of sequences that has a thread to itself
+    /// One a thread that takes passes by itself
     scratch: Vec<Scratch>,
     constants: Option<Constants>,
     logits: Vec<f32>,
@@ -85,10 +75,12 @@ impl Batch {
         let vocab = model.config().vocab_size;
         let mut logits = core::mem::take(&mut self.logits);
         logits.resize(feeds.len() * vocab, 0.0);
-        let mut visit = |feed: usize, _: usize, row: &[f32]| {
-            logits[feed * vocab..(feed + 1) * vocab].copy_from_slice(row);
-        };
-        let done = self.run(model, feeds, Sessions::Advance, &|_| Output::Last, Visitor::InTurn(&mut visit));
+        let done = self.extend_with(
+            model,
+            feeds,
+            |_| Output::Last,
+            |feed, _, row| logits[feed * vocab..(feed + 1) * vocab].copy_from_slice(row),
+        );
         self.logits = logits;
         done.map(|()| &self.logits[..])
     }
@@ -102,9 +94,9 @@ impl Batch {
         &mut self,
         model: PackedModel<'_>,
         feeds: &mut [Feed<'_>],
-        mut visit: impl FnMut(usize, usize, &[f32]) + Send,
+        visit: impl FnMut(usize, usize, &[f32]) + Send,
     ) -> Result<(), InferenceError> {
-        self.run(model, feeds, Sessions::Advance, &|_| Output::Each, Visitor::InTurn(&mut visit))
+        self.extend_with(model, feeds, |_| Output::Each, visit)
     }
 
     /// As [`Batch::extend_each`], with an output of its own for every feed: `outputs(feed)` says which, and `visit` gets those
@@ -117,9 +109,10 @@ impl Batch {
         model: PackedModel<'_>,
         feeds: &mut [Feed<'_>],
         outputs: impl Fn(usize) -> Output + Sync,
-        mut visit: impl FnMut(usize, usize, &[f32]) + Send,
+        visit: impl FnMut(usize, usize, &[f32]) + Send,
     ) -> Result<(), InferenceError> {
-        self.run(model, feeds, Sessions::Advance, &outputs, Visitor::InTurn(&mut visit))
+        let visit = Exclusive::new(visit);
+        self.run(model, feeds, Sessions::Advance, &outputs, &|feed, index, row| (*visit.take())(feed, index, row))
     }
 
     /// The outputs that [`Batch::extend_with`] would give, with sessions that stay as they are: for scoring what may follow. Their states
@@ -137,7 +130,7 @@ impl Batch {
         let mut sessions: Vec<Session> = probes.iter().map(|p| p.session.clone()).collect();
         let feeds = sessions.iter_mut().zip(probes);
         let mut feeds: Vec<Feed<'_>> = feeds.map(|(session, p)| Feed { session, tokens: p.tokens }).collect();
-        self.run(model, &mut feeds, Sessions::Pass, &outputs, Visitor::AtOnce(&visit))
+        self.run(model, &mut feeds, Sessions::Pass, &outputs, &visit)
     }
 
     fn run(
@@ -146,7 +139,7 @@ impl Batch {
         feeds: &mut [Feed<'_>],
         sessions: Sessions,
         outputs: &Outputs<'_>,
-        visitor: Visitor<'_>,
+        visit: &Visit<'_>,
     ) -> Result<(), InferenceError> {
         check(model, feeds)?;
         let Batch { scratch, constants, one_form, .. } = self;
@@ -155,45 +148,9 @@ impl Batch {
             _ => constants.insert(Constants::new(model)),
         };
         let call = Call { model, constants, sessions, one_form: *one_form };
-        let groups = groups(model, feeds);
-        if scratch.len() < groups.len() {
-            scratch.resize_with(groups.len(), Scratch::default);
-        }
-        par::together(|| {
-            #[cfg(feature = "std")]
-            if groups.len() > 1 {
-                return call.by_sequence(&groups, scratch, feeds, outputs, visitor);
-            }
-            match visitor {
-                Visitor::InTurn(visit) => call.passes(&mut scratch[0], feeds, outputs, visit),
-                Visitor::AtOnce(visit) => call.passes(&mut scratch[0], feeds, outputs, &mut |f, i, v| visit(f, i, v)),
-            }
-        });
+        par::together(|| call.run(scratch, feeds, outputs, visit));
         Ok(())
     }
-}
-
-/// How many of the feeds each thread takes through the model by itself; one group if the threads share all work.
-fn groups(model: PackedModel<'_>, feeds: &[Feed<'_>]) -> Vec<usize> {
-    let threads = par::threads().min(feeds.len());
-    let whole = vec![feeds.len()];
-    if threads < 2 || model.archive_bytes() > BY_SEQUENCE {
-        return whole;
-    }
-    let total: usize = feeds.iter().map(|f| f.tokens.len()).sum();
-    let (mut groups, mut rows, mut before, mut largest) = (vec![0], 0, 0, 0);
-    for feed in feeds {
-        // The middle of a feed decides whose it is.
-        if groups.len() < threads && (2 * rows + feed.tokens.len()) * threads > 2 * total * groups.len() {
-            groups.push(0);
-            before = rows;
-        }
-        rows += feed.tokens.len();
-        *groups.last_mut().expect("there is one from the start") += 1;
-        largest = largest.max(rows - before);
-    }
-    // Threads that wait for one with much more than its share would have been of more use to it.
-    if largest * threads * 4 <= total * 5 { groups } else { whole }
 }
 
 /// Everything that can go wrong, before anything changes.

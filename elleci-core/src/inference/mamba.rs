@@ -4,9 +4,10 @@ use alloc::sync::Arc;
 
 use alloc::vec::Vec;
 
-use super::pass::{Pass, Scratch, grown};
+use super::pass::{Pass, Scratch, Sessions, grown};
 use super::session::{LayerState, MambaState};
 use crate::archive::PackedModel;
+use crate::config::ModelConfig;
 use crate::layers::mamba::{decay_rates, gate, ssd_shape};
 use crate::ops::activation::softplus;
 use crate::ops::conv::{ConvFilter, ConvInput, STEPS as CONV_STEPS, conv_silu_steps, conv_taps};
@@ -45,13 +46,7 @@ pub(super) struct MixScratch {
 }
 
 /// Reads `scratch.norm` and `scratch.normed`, writes `scratch.y`.
-pub(super) fn forward(
-    pass: &Pass,
-    ids: &MambaIds,
-    constants: &Constants,
-    states: Vec<&mut LayerState>,
-    scratch: &mut Scratch,
-) {
+pub(super) fn forward(pass: &Pass, ids: &MambaIds, constants: &Constants, scratch: &mut Scratch) {
     let (c, rows) = (pass.model.config(), pass.rows);
     let (di, heads, bc) = (c.d_inner, c.mamba_heads(), 2 * c.d_state);
     let Scratch { a, b, c: scan, norm, normed, quantized, mix, y, .. } = scratch;
@@ -60,45 +55,24 @@ pub(super) fn forward(
     let bcdt = grown(b, rows * (bc + heads));
     pass.model.dense(ids.bcdt).forward(&normed[..rows * c.d_model], rows, bcdt);
 
-    let states = pass.states(states, |state| match state {
-        LayerState::Mamba(state) => state,
-        LayerState::Mla(_) => unreachable!("the session was made from this layout"),
-    });
-    let layer = Layer::new(pass, ids, constants);
-    let mut y_rest = grown(scan, rows * di);
-    let mut items = Vec::with_capacity(states.len());
-    for (segment, state) in states {
-        let (own_y, rest) = y_rest.split_at_mut(segment.len * di);
-        y_rest = rest;
-        items.push((segment, state, own_y));
-    }
+    let layer = Layer::new(pass.model, ids, constants);
     let (zx, bcdt): (&[f32], &[f32]) = (zx, bcdt);
-    par::for_each_kept(items, mix, |MixScratch { buffer, passing }, (segment, state, y)| {
-        let zx = &zx[segment.row * 2 * di..(segment.row + segment.len) * 2 * di];
-        let bcdt = &bcdt[segment.row * (bc + heads)..(segment.row + segment.len) * (bc + heads)];
-        let parts = segment.len.div_ceil(RUN);
-        if segment.last {
-            passing.conv.clone_from(&state.conv);
-            if parts > 1 {
-                passing.scan.clone_from(&state.scan);
-            }
+    let mut y_rest = grown(scan, rows * di);
+    pass.with_states(|states| {
+        let mut items = Vec::with_capacity(states.len());
+        for (segment, state) in states {
+            let LayerState::Mamba(state) = state else { unreachable!("the session was made from this layout") };
+            let (own_y, rest) = core::mem::take(&mut y_rest).split_at_mut(segment.len * di);
+            y_rest = rest;
+            items.push((segment, state, own_y));
         }
-        // In parts, so that what goes from step to step stays in the caches.
-        let rows = zx.chunks(RUN * 2 * di).zip(bcdt.chunks(RUN * (bc + heads)));
-        for (part, ((zx, bcdt), y)) in rows.zip(y.chunks_mut(RUN * di)).enumerate() {
-            let (scan, conv) = if segment.last {
-                let scan = match (parts, part + 1 == parts) {
-                    (1, _) => ScanState::Passed(&state.scan),
-                    (_, true) => ScanState::Passed(&passing.scan),
-                    _ => ScanState::Kept(&mut passing.scan),
-                };
-                (scan, &mut passing.conv)
-            } else {
-                let MambaState { scan, conv } = Arc::make_mut(state);
-                (ScanState::Kept(scan), conv)
-            };
-            layer.mix(zx, bcdt, scan, conv, buffer, y);
-        }
+        par::for_each_kept(items, mix, |scratch, (segment, state, y)| {
+            let zx = &zx[segment.row * 2 * di..(segment.row + segment.len) * 2 * di];
+            let bcdt = &bcdt[segment.row * (bc + heads)..(segment.row + segment.len) * (bc + heads)];
+            // Nothing will ever follow these tokens: the state after them need not be kept.
+            let last = segment.ends() && pass.call.sessions == Sessions::Pass;
+            layer.mix(zx, bcdt, state, last, scratch, y);
+        });
     });
 
     pass.expect(&[ids.out]);
@@ -117,7 +91,7 @@ pub(super) fn forward(
 
 /// The layer's small parameters and shapes.
 struct Layer<'a> {
-    pass: &'a Pass<'a>,
+    config: &'a ModelConfig,
     conv_bias: &'a [f32],
     dt_bias: &'a [f32],
     d: &'a [f32],
@@ -125,13 +99,57 @@ struct Layer<'a> {
 }
 
 impl<'a> Layer<'a> {
-    fn new(pass: &'a Pass<'a>, ids: &MambaIds, constants: &'a Constants) -> Layer<'a> {
-        let floats = |id| pass.model.floats(id);
-        Layer { pass, conv_bias: floats(ids.conv_bias), dt_bias: floats(ids.dt_bias), d: floats(ids.d), constants }
+    fn new(model: PackedModel<'a>, ids: &MambaIds, constants: &'a Constants) -> Layer<'a> {
+        let floats = |id| model.floats(id);
+        Layer {
+            config: model.config(),
+            conv_bias: floats(ids.conv_bias),
+            dt_bias: floats(ids.dt_bias),
+            d: floats(ids.d),
+            constants,
+        }
     }
 
-    /// Convolution and scan of some tokens of one sequence: `y` `[len, d_inner]`.
+    /// Convolution and scan of a run of tokens of one sequence, whose state stays as it is if they are its `last`: `y` `[len, d_inner]`.
     fn mix(
+        &self,
+        zx: &[f32],
+        bcdt: &[f32],
+        state: &mut Arc<MambaState>,
+        last: bool,
+        scratch: &mut MixScratch,
+        y: &mut [f32],
+    ) {
+        let c = self.config;
+        let (di, width) = (c.d_inner, 2 * c.d_state + c.mamba_heads());
+        let parts = (y.len() / di).div_ceil(RUN);
+        let MixScratch { buffer, passing } = scratch;
+        if last {
+            passing.conv.clone_from(&state.conv);
+            if parts > 1 {
+                passing.scan.clone_from(&state.scan);
+            }
+        }
+        // In parts, so that what goes from step to step stays in the caches.
+        let rows = zx.chunks(RUN * 2 * di).zip(bcdt.chunks(RUN * width));
+        for (part, ((zx, bcdt), y)) in rows.zip(y.chunks_mut(RUN * di)).enumerate() {
+            let (scan, conv) = if last {
+                let scan = match (parts, part + 1 == parts) {
+                    (1, _) => ScanState::Passed(&state.scan),
+                    (_, true) => ScanState::Passed(&passing.scan),
+                    _ => ScanState::Kept(&mut passing.scan),
+                };
+                (scan, &mut passing.conv)
+            } else {
+                let MambaState { scan, conv } = Arc::make_mut(state);
+                (ScanState::Kept(scan), conv)
+            };
+            self.mix_part(zx, bcdt, scan, conv, buffer, y);
+        }
+    }
+
+    /// [`Layer::mix`] of [`RUN`] tokens at most.
+    fn mix_part(
         &self,
         zx: &[f32],
         bcdt: &[f32],
@@ -140,7 +158,7 @@ impl<'a> Layer<'a> {
         buffer: &mut Vec<f32>,
         y: &mut [f32],
     ) {
-        let c = self.pass.model.config();
+        let c = self.config;
         let (di, heads, bc, channels) = (c.d_inner, c.mamba_heads(), 2 * c.d_state, c.conv_channels());
         let len = y.len() / di;
         let shape = ssd_shape(c, 1, len);

@@ -24,6 +24,7 @@ mod batch;
 mod mamba;
 mod pass;
 mod save;
+mod schedule;
 mod session;
 
 use core::fmt;

@@ -4,7 +4,8 @@ use alloc::vec;
 use alloc::vec::Vec;
 use core::ops::Range;
 
-use super::batch::{Feed, Output};
+use super::batch::Output;
+use super::schedule::{Inputs, Segment, Turn};
 use super::session::LayerState;
 use super::{attention, mamba};
 use crate::archive::PackedModel;
@@ -16,18 +17,16 @@ use crate::par;
 use crate::params::{FfnIds, Id, MixerIds};
 use crate::ternary::packed::{self, PackedTernary, forward_all};
 
-/// Rows of a pass at most: working memory is bounded, however long a prompt is.
-const ROWS: usize = 128;
 /// Rows whose outputs are made together: a head's weights become floats once for so many.
 const OUTPUTS: usize = 32;
 
 impl Output {
     /// The rows that are wanted of a run of a feed.
-    fn rows(self, run: &Segment, feed_len: usize) -> Range<usize> {
+    fn rows(self, run: &Segment) -> Range<usize> {
         match self {
             Output::Each | Output::Hidden => 0..run.len,
             Output::From(first) => first.saturating_sub(run.start).min(run.len)..run.len,
-            Output::Last if run.start + run.len == feed_len => run.len - 1..run.len,
+            Output::Last if run.ends() => run.len - 1..run.len,
             Output::Last | Output::Nothing => 0..0,
         }
     }
@@ -35,16 +34,8 @@ impl Output {
 
 /// Which outputs are wanted of a feed, by its index.
 pub(super) type Outputs<'a> = dyn Fn(usize) -> Output + Sync + 'a;
-/// Takes a feed's index, the index of a token in it, and the output there.
-pub(super) type Visit<'a> = dyn FnMut(usize, usize, &[f32]) + 'a;
-
-/// The same for the threads that deal with feeds.
-pub(super) enum Visitor<'a> {
-    /// One call after the other
-    InTurn(&'a mut (dyn FnMut(usize, usize, &[f32]) + Send)),
-    /// As they come; for one feed, one after the other
-    AtOnce(&'a (dyn Fn(usize, usize, &[f32]) + Sync)),
-}
+/// Takes a feed's index, the index of a token in it, and the output there; from any thread.
+pub(super) type Visit<'a> = dyn Fn(usize, usize, &[f32]) + Sync + 'a;
 
 /// What becomes of the sessions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,20 +60,6 @@ pub(super) struct Scratch {
     pub b: Vec<f32>,
     pub c: Vec<f32>,
     pub mix: Vec<mamba::MixScratch>,
-}
-
-/// Rows `row .. row + len` of a pass: a run of tokens of one feed.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Segment {
-    pub feed: usize,
-    /// First token of the run, counted from the start of the feed
-    pub start: usize,
-    pub row: usize,
-    pub len: usize,
-    /// Whether nothing will ever follow these tokens, so that the state after them need not be kept
-    pub last: bool,
-    /// Whether it is one token, whose attention reads the latents themselves
-    pub absorb: bool,
 }
 
 /// `buffer` with at least `len` elements, as a slice of `len`.
@@ -123,72 +100,22 @@ pub(super) struct Call<'a> {
 }
 
 impl Call<'_> {
-    /// Runs groups of feeds, each on a thread.
-    #[cfg(feature = "std")]
-    pub fn by_sequence(
-        &self,
-        groups: &[usize],
-        scratch: &mut [Scratch],
-        feeds: &mut [Feed<'_>],
-        outputs: &Outputs<'_>,
-        visitor: Visitor<'_>,
-    ) {
-        let (mut rest, mut first) = (feeds, 0);
-        let mut items = Vec::with_capacity(groups.len());
-        for (len, scratch) in groups.iter().zip(scratch) {
-            let (own, later) = rest.split_at_mut(*len);
-            items.push((first, own, scratch));
-            (rest, first) = (later, first + len);
-        }
-        let run = |(first, feeds, scratch): (usize, &mut [Feed<'_>], &mut Scratch), visit: &mut Visit<'_>| {
-            self.passes(scratch, feeds, &|f| outputs(first + f), &mut |f, i, v| visit(first + f, i, v));
-        };
-        match visitor {
-            Visitor::AtOnce(visit) => par::for_each(items, |item| run(item, &mut |f, i, v| visit(f, i, v))),
-            Visitor::InTurn(visit) => {
-                let visit = std::sync::Mutex::new(visit);
-                let lock = || visit.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-                par::for_each(items, |item| run(item, &mut |f, i, v| lock()(f, i, v)));
-            }
-        }
-    }
-
-    /// Cuts the feeds into passes and runs them.
-    pub fn passes(&self, scratch: &mut Scratch, feeds: &mut [Feed<'_>], outputs: &Outputs<'_>, visit: &mut Visit<'_>) {
-        let mut segments = Vec::new();
-        let mut rows = 0;
-        for feed in 0..feeds.len() {
-            let len = feeds[feed].tokens.len();
-            for start in (0..len).step_by(ROWS) {
-                let run = (len - start).min(ROWS);
-                if rows + run > ROWS {
-                    self.pass(scratch, feeds, &segments, outputs, visit);
-                    segments.clear();
-                    rows = 0;
-                }
-                let last = self.sessions == Sessions::Pass && start + run == len;
-                let absorb = len == 1 && !self.one_form;
-                segments.push(Segment { feed, start, row: rows, len: run, last, absorb });
-                rows += run;
-            }
-        }
-        self.pass(scratch, feeds, &segments, outputs, visit);
-    }
-
-    fn pass(
+    /// Takes some rows through the model, each layer's states and the outputs in `turn`.
+    pub fn pass(
         &self,
         scratch: &mut Scratch,
-        feeds: &mut [Feed<'_>],
+        inputs: &Inputs<'_>,
         segments: &[Segment],
+        turn: &Turn<'_>,
         outputs: &Outputs<'_>,
-        visit: &mut Visit<'_>,
+        visit: &Visit<'_>,
     ) {
         let Some(rows) = segments.last().map(|s| s.row + s.len) else { return };
         let model = self.model;
         let c = model.config();
         let (d, layout) = (c.d_model, model.layout());
         let positions = segments.iter().flat_map(|s| {
-            let first = feeds[s.feed].session.position();
+            let first = inputs.positions[s.feed] + s.start;
             first..first + s.len
         });
         let rope = RopeTable::of_positions(c.d_rope, c.rope_base, positions);
@@ -197,27 +124,26 @@ impl Call<'_> {
         let stream = grown(&mut h, rows * d);
         let mut row = Vec::new();
         for s in segments {
-            for (i, token) in feeds[s.feed].tokens[s.start..][..s.len].iter().enumerate() {
+            for (i, token) in inputs.tokens[s.feed][s.start..][..s.len].iter().enumerate() {
                 let to = &mut stream[(s.row + i) * d..][..d];
                 model.stored_row(layout.tok_emb(), *token as usize, &mut row).row(0, to);
             }
         }
         let mut constants = self.constants.mamba.iter();
         for (layer, ids) in layout.layers().iter().enumerate() {
-            let pass = Pass { model, segments, rows, rope: &rope };
+            let pass = Pass { call: *self, model, inputs, segments, turn, layer, rows, rope: &rope };
             let wants_floats = matches!(ids.mixer, MixerIds::Mamba(_));
             match &ids.mixer {
                 MixerIds::Mamba(m) => pass.expect(&[m.input]),
                 MixerIds::Mla(m) => pass.expect(&[m.q, m.kv_down]),
             }
             pass.norm(ids.mixer_norm, stream, scratch, wants_floats);
-            let states = feeds.iter_mut().map(|f| &mut f.session.layers[layer]).collect();
             match &ids.mixer {
                 MixerIds::Mamba(m) => {
                     let constants = constants.next().expect("one a Mamba layer");
-                    mamba::forward(&pass, m, constants, states, scratch);
+                    mamba::forward(&pass, m, constants, scratch);
                 }
-                MixerIds::Mla(m) => attention::forward(&pass, m, states, scratch),
+                MixerIds::Mla(m) => attention::forward(&pass, m, scratch),
             }
             pass.expect(&[ids.ffn.gate, ids.ffn.up]);
             add(stream, &scratch.y[..rows * d]);
@@ -225,12 +151,7 @@ impl Call<'_> {
             pass.ffn(&ids.ffn, scratch);
             add(stream, &scratch.y[..rows * d]);
         }
-        for s in segments {
-            let feed = &mut feeds[s.feed];
-            feed.session.tokens.extend_from_slice(&feed.tokens[s.start..s.start + s.len]);
-        }
-
-        self.outputs(scratch, feeds, segments, outputs, stream, visit);
+        self.outputs(scratch, segments, turn, outputs, stream, visit);
         scratch.h = h;
     }
 
@@ -238,19 +159,18 @@ impl Call<'_> {
     fn outputs(
         &self,
         scratch: &mut Scratch,
-        feeds: &[Feed<'_>],
         segments: &[Segment],
+        turn: &Turn<'_>,
         outputs: &Outputs<'_>,
         stream: &[f32],
-        visit: &mut Visit<'_>,
+        visit: &Visit<'_>,
     ) {
         let model = self.model;
         let c = model.config();
         let (d, vocab) = (c.d_model, c.vocab_size);
         let rows_of = |s: &Segment| {
             let (s, output) = (*s, outputs(s.feed));
-            let rows = output.rows(&s, feeds[s.feed].tokens.len());
-            rows.map(move |i| Wanted { feed: s.feed, index: s.start + i, row: s.row + i, output })
+            output.rows(&s).map(move |i| Wanted { feed: s.feed, index: s.start + i, row: s.row + i, output })
         };
         let mut wanted: Vec<Wanted> = segments.iter().flat_map(rows_of).collect();
         // Those that need the head come first; the order within a feed stays.
@@ -277,6 +197,8 @@ impl Call<'_> {
                 head.forward(y, n, logits);
                 (logits, vocab)
             };
+            // A sequence's outputs come in order.
+            turn.wait(c.n_layers);
             for (wanted, values) in wanted.iter().zip(values.chunks_exact(width)) {
                 visit(wanted.feed, wanted.index, values);
             }
@@ -296,15 +218,20 @@ struct Wanted {
 
 /// What every layer of a pass reads.
 #[derive(Clone, Copy)]
-pub(super) struct Pass<'a> {
+pub(super) struct Pass<'a, 'i> {
+    pub call: Call<'a>,
     pub model: PackedModel<'a>,
+    inputs: &'a Inputs<'i>,
     pub segments: &'a [Segment],
+    turn: &'a Turn<'a>,
+    /// That it is in
+    layer: usize,
     pub rows: usize,
     /// The rotation of every row
     pub rope: &'a RopeTable,
 }
 
-impl Pass<'_> {
+impl Pass<'_, '_> {
     /// Norm and quantiser of the residual stream, into `scratch.norm` and, if wanted, `scratch.normed`.
     fn norm(&self, gain: Id, h: &[f32], scratch: &mut Scratch, floats: bool) {
         let c = self.model.config();
@@ -344,6 +271,17 @@ impl Pass<'_> {
         }
     }
 
+    /// Runs `f` with the layer's states of the segments, as the tokens before have left them.
+    pub fn with_states<R>(&self, f: impl FnOnce(Vec<(&Segment, &mut LayerState)>) -> R) -> R {
+        self.turn.wait(self.layer);
+        let states = self.segments.iter().map(|s| self.inputs.state(self.layer, s.feed).take());
+        let mut states: Vec<_> = states.collect();
+        let done = f(self.segments.iter().zip(states.iter_mut().map(|state| &mut ***state)).collect());
+        drop(states);
+        self.turn.done(self.layer);
+        done
+    }
+
     fn ffn(&self, ids: &FfnIds, scratch: &mut Scratch) {
         let c = self.model.config();
         let f = c.ffn_hidden;
@@ -364,22 +302,6 @@ impl Pass<'_> {
         );
         let y = grown(&mut scratch.y, self.rows * c.d_model);
         self.project(ids.down, &scratch.quantized, y);
-    }
-
-    /// The states of this pass's segments, in order: a feed has one segment a pass at most.
-    pub fn states<'s, T>(
-        &self,
-        all: Vec<&'s mut LayerState>,
-        pick: impl Fn(&'s mut LayerState) -> T,
-    ) -> Vec<(Segment, T)> {
-        let mut segments = self.segments.iter().peekable();
-        let mut states = Vec::with_capacity(self.segments.len());
-        for (feed, state) in all.into_iter().enumerate() {
-            if let Some(segment) = segments.next_if(|s| s.feed == feed) {
-                states.push((*segment, pick(state)));
-            }
-        }
-        states
     }
 }
 

@@ -17,7 +17,7 @@ use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize};
 use crate::simd::prefetch_later;
 
 /// Rounds that a member waits before it offers its processor to others: a few tens of microseconds.
-const ROUNDS: u32 = 1 << 12;
+pub(super) const ROUNDS: u32 = 1 << 12;
 
 /// Bytes that a waiting member asks for at most: a fraction of the second-level cache.
 const FETCH: usize = 128 << 10;

@@ -13,11 +13,10 @@
 use alloc::vec;
 use alloc::vec::Vec;
 use core::arch::x86_64::*;
-use core::mem::MaybeUninit;
 use std::sync::OnceLock;
 use std::time::Instant;
 
-use ndarray::Axis;
+use ndarray::{ArrayViewMut2, Axis};
 
 use super::super::kernel::{Kernel, Line, ROWS, TOKENS};
 use super::super::vnni::Vnni;
@@ -37,6 +36,8 @@ const RUNS: usize = 16;
 const PAIR: usize = 2;
 /// Tokens whose tables are made together: those of a part take 400 KB.
 const CHUNK: usize = 128;
+/// Panels of a band at least: making the tables of its tokens takes a tenth of the time or less.
+const BAND: usize = 16;
 /// Tokens and rows from which on tables pay for themselves.
 const MANY: usize = 32;
 const TALL: usize = 2048;
@@ -98,6 +99,9 @@ fn faster(kernel: Vbmi) -> bool {
 }
 
 /// `W₃ · q` for `q` `[tokens, in]`, finished into `out` `[tokens, out]`.
+///
+/// A task is some tokens with some panels, from their tables to their outputs: threads make what they read, each in its own cache, and
+/// wait for nobody in between. Tables that another thread had made cost more than making them twice (docs/LOG.md).
 pub(super) fn product<T: Send>(
     kernel: Vbmi,
     matrix: &PackedTernary,
@@ -106,64 +110,109 @@ pub(super) fn product<T: Send>(
     finish: &Finish<impl Fn(usize, &[i32], i32, &mut [T]) + Sync>,
 ) {
     let (in_dim, out_dim) = (matrix.in_dim, matrix.out_dim);
-    let runs = in_dim.div_ceil(COLUMNS);
-    let part = runs.div_ceil(runs.div_ceil(RUNS));
-    for (first, (q, out)) in q.chunks(CHUNK * in_dim).zip(out.chunks_mut(CHUNK * out_dim)).enumerate() {
-        let (first, count) = (first * CHUNK, q.len() / in_dim);
-        let mut out = mat_mut(out, count, out_dim);
-        let pairs = count.div_ceil(PAIR);
-        let mut tables = vec![[EMPTY; PAIR]; pairs * part];
-        let mut words = vec![[[0i32; 4]; PAIR]; pairs * part];
+    let (tokens, panels) = (q.len() / in_dim, out_dim.div_ceil(ROWS));
+    let (token_parts, bands) = cut(tokens, panels, par::threads());
+    let (chunk, band) = (tokens.div_ceil(token_parts).next_multiple_of(PAIR), panels.div_ceil(bands));
+    let mut items = Vec::new();
+    for (c, (q, out)) in q.chunks(chunk * in_dim).zip(out.chunks_mut(chunk * out_dim)).enumerate() {
+        let mut out = mat_mut(out, q.len() / in_dim, out_dim);
+        while out.ncols() > 0 {
+            let first_panel = (out_dim - out.ncols()) / ROWS;
+            let columns = out.ncols().min(band * ROWS);
+            let (here, right) = out.split_at(Axis(1), columns);
+            items.push(Task { q, first_token: c * chunk, first_panel, out: here });
+            out = right;
+        }
+    }
+    par::for_each_init(items, Room::default, |room, task| task.run(kernel, matrix, finish, room));
+}
+
+/// Parts of tokens and of panels that make the tasks for `threads`: as few as keep all of them at work, of tokens first, as every band
+/// of panels makes its tables again.
+fn cut(tokens: usize, panels: usize, threads: usize) -> (usize, usize) {
+    // At most an eighth of the threads' time is waiting.
+    let even = |tasks: usize| tasks.next_multiple_of(threads) * 7 <= tasks * 8;
+    let fewest = tokens.div_ceil(CHUNK);
+    let (most, bands) = ((tokens / MANY).max(fewest), (panels / BAND).max(1));
+    let cuts = (fewest..=most).flat_map(|parts| (1..=bands).map(move |bands| (parts, bands)));
+    cuts.into_iter().find(|(parts, bands)| even(parts * bands)).unwrap_or((most, bands))
+}
+
+/// Tokens with a band of panels.
+struct Task<'a, T> {
+    /// `[tokens, in]`
+    q: &'a [i8],
+    first_token: usize,
+    first_panel: usize,
+    /// `[tokens, rows of the band]`
+    out: ArrayViewMut2<'a, T>,
+}
+
+/// What a task works in, kept from task to task.
+#[derive(Default)]
+struct Room {
+    tables: Vec<[Tables; PAIR]>,
+    words: Vec<[Words; PAIR]>,
+    /// Of a panel's part
+    runs: Vec<Run>,
+    /// Of every pair with every panel: `[panels, pairs]`
+    sums: Vec<Sums>,
+}
+
+impl<T> Task<'_, T> {
+    fn run(
+        mut self,
+        kernel: Vbmi,
+        matrix: &PackedTernary,
+        finish: &Finish<impl Fn(usize, &[i32], i32, &mut [T])>,
+        room: &mut Room,
+    ) {
+        let in_dim = matrix.in_dim;
+        let runs = in_dim.div_ceil(COLUMNS);
+        let part = runs.div_ceil(runs.div_ceil(RUNS));
+        let pairs = (self.q.len() / in_dim).div_ceil(PAIR);
+        room.tables.resize(pairs * part, [EMPTY; PAIR]);
+        room.words.resize(pairs * part, [[0; 4]; PAIR]);
+        room.runs.resize(part, EMPTY_RUN);
+        let sums = pairs * self.out.ncols().div_ceil(ROWS);
+        room.sums.resize(sums.max(room.sums.len()), [[0; ROWS]; PAIR]);
         // Σ q of the columns that are looked up, where a weight is itself and not its code.
         let mut offsets = vec![[0i32; PAIR]; pairs];
-        // Zeros are written by the threads that add to them: there are more of them than of tables.
-        let mut sums: Vec<MaybeUninit<Sums>> = Vec::with_capacity(pairs * out_dim.div_ceil(ROWS));
-        // SAFETY: there is room for so many, and they need not be initialised.
-        unsafe { sums.set_len(pairs * out_dim.div_ceil(ROWS)) };
         for from in (0..runs).step_by(part) {
             let part = part.min(runs - from);
             let columns = from * COLUMNS..in_dim.min((from + part) * COLUMNS);
-            let made = tables.chunks_mut(part).zip(words.chunks_mut(part)).zip(&mut offsets);
-            let items = q.chunks(PAIR * in_dim).zip(made).collect();
-            par::for_each(items, |(q, ((tables, words), offsets)): Made| {
+            let made = room.tables.chunks_mut(part).zip(room.words.chunks_mut(part)).zip(&mut offsets);
+            for (q, ((tables, words), offsets)) in self.q.chunks(PAIR * in_dim).zip(made) {
                 for (t, q) in q.chunks(in_dim).enumerate() {
                     offsets[t] += make_tables(kernel, &q[columns.clone()], t, tables, words);
                 }
-            });
+            }
             let last = from + part == runs;
-            let views = out.axis_chunks_iter_mut(Axis(1), ROWS);
-            let items = sums.chunks_mut(pairs).zip(views).enumerate().collect();
-            par::for_each_init(
-                items,
-                || vec![EMPTY_RUN; part],
-                |runs, (panel, (sums, mut out))| {
-                    unpack(kernel, &matrix.panel(RowPacking::T5, panel)[from * LINES..(from + part) * LINES], runs);
-                    for (pair, sums) in sums.iter_mut().enumerate() {
-                        if from == 0 {
-                            sums.write([[0; ROWS]; PAIR]);
-                        }
-                        // SAFETY: it was written with the first part.
-                        let sums = unsafe { sums.assume_init_mut() };
-                        let its = pair * part..(pair + 1) * part;
-                        add(kernel, runs, &tables[its.clone()], &words[its], sums);
-                        if !last {
-                            continue;
-                        }
-                        for (t, sums) in sums.iter().enumerate().take(count - pair * PAIR) {
-                            let mut out = out.row_mut(pair * PAIR + t);
-                            let out = out.as_slice_mut().expect("rows of the output are contiguous");
-                            let offset = finish.offsets[first + pair * PAIR + t] - offsets[pair][t];
-                            (finish.finish)(first + pair * PAIR + t, &sums[..out.len()], offset, out);
-                        }
+            let views = self.out.axis_chunks_iter_mut(Axis(1), ROWS);
+            for (panel, (sums, mut out)) in room.sums.chunks_mut(pairs).zip(views).enumerate() {
+                let lines = matrix.panel(RowPacking::T5, self.first_panel + panel);
+                unpack(kernel, &lines[from * LINES..(from + part) * LINES], &mut room.runs);
+                for (pair, sums) in sums.iter_mut().enumerate() {
+                    if from == 0 {
+                        *sums = [[0; ROWS]; PAIR];
                     }
-                },
-            );
+                    let its = pair * part..(pair + 1) * part;
+                    add(kernel, &room.runs[..part], &room.tables[its.clone()], &room.words[its], sums);
+                    if !last {
+                        continue;
+                    }
+                    for (t, sums) in (pair * PAIR..).zip(sums).take(out.nrows() - pair * PAIR) {
+                        let mut out = out.row_mut(t);
+                        let out = out.as_slice_mut().expect("rows of the output are contiguous");
+                        let token = self.first_token + t;
+                        let offset = finish.offsets[token] - offsets[t / PAIR][t % PAIR];
+                        (finish.finish)(token, &sums[..out.len()], offset, out);
+                    }
+                }
+            }
         }
     }
 }
-
-/// A pair of tokens, and what is made of it.
-type Made<'a> = (&'a [i8], ((&'a mut [[Tables; PAIR]], &'a mut [[Words; PAIR]]), &'a mut [i32; PAIR]));
 
 /// Makes a token's tables of the runs of `q`, the last of which may be cut short; returns the sum of what is looked up.
 #[inline(always)]
