@@ -8,15 +8,12 @@
 use alloc::vec;
 use alloc::vec::Vec;
 
-use ndarray::s;
-use pulp::{Simd, WithSimd};
-
+use super::absorbed::absorbed;
 use super::pass::{Pass, Scratch, grown};
 use super::schedule::Segment;
 use super::session::{LayerState, MlaCache, PAGE};
 use crate::config::ModelConfig;
 use crate::ops::activation::exp;
-use crate::ops::lanes::{dispatch, dots};
 use crate::ops::matmul::{Out, mat, mat_mut, matmul_serial};
 use crate::ops::norm::rmsnorm_quantize;
 use crate::ops::rows;
@@ -24,9 +21,7 @@ use crate::par;
 use crate::params::MlaIds;
 use crate::simd::vectorize;
 use crate::ternary::packed::PackedTernary;
-
-/// Cached tokens of a block of the absorbed attention: a task of its own. Divides [`PAGE`].
-const BLOCK: usize = 64;
+use ndarray::s;
 
 /// Cached tokens whose latents are expanded together: bounds the memory for it. Divides [`PAGE`].
 const EXPAND: usize = 128;
@@ -40,7 +35,7 @@ pub(super) fn forward(pass: &Pass, ids: &MlaIds, scratch: &mut Scratch) {
     let (c, n) = (pass.model.config(), pass.rows);
     let (rank, q_row, o_row) = (c.kv_rank, c.n_heads * c.d_qk(), c.n_heads * c.d_v);
     let latent_row = rank + c.d_rope;
-    let Scratch { a, b, c: o, norm, quantized, y, .. } = scratch;
+    let Scratch { a, b, c: o, norm, quantized, absorb, y, .. } = scratch;
     let (q, ckr) = (grown(a, n * q_row), grown(b, n * latent_row));
     pass.project_all([ids.q, ids.kv_down], norm, [&mut *q, &mut *ckr]);
     for (row, (q, ckr)) in q.chunks_exact_mut(q_row).zip(ckr.chunks_exact_mut(latent_row)).enumerate() {
@@ -71,11 +66,11 @@ pub(super) fn forward(pass: &Pass, ids: &MlaIds, scratch: &mut Scratch) {
             rest = later;
             items.push((segment, cache, own));
         }
-        par::for_each(items, |(segment, cache, o)| {
+        par::for_each_kept(items, absorb, |room, (segment, cache, o)| {
             let q = &q[segment.row * q_row..(segment.row + segment.len) * q_row];
             // Whether it is a call's only token.
-            let absorb = segment.feed_len == 1 && !pass.call.one_form;
-            if absorb { absorbed(c, &kv_up, cache, q, o) } else { expanded(c, &kv_up, cache, q, o) }
+            let alone = segment.feed_len == 1 && !pass.call.one_form;
+            if alone { absorbed(c, &kv_up, cache, q, room, o) } else { expanded(c, &kv_up, cache, q, o) }
         });
     });
     let o: &[f32] = &o[..n * o_row];
@@ -92,136 +87,8 @@ pub(super) fn forward(pass: &Pass, ids: &MlaIds, scratch: &mut Scratch) {
     pass.project(ids.out, quantized, grown(y, n * c.d_model));
 }
 
-fn softmax_scale(c: &ModelConfig) -> f32 {
+pub(super) fn softmax_scale(c: &ModelConfig) -> f32 {
     1.0 / libm::sqrtf(c.d_qk() as f32)
-}
-
-/// The newest token: `q` `[heads, d_nope + d_rope]`, `o` `[heads, d_v]`.
-fn absorbed(c: &ModelConfig, kv_up: &PackedTernary, cache: &MlaCache, q: &[f32], o: &mut [f32]) {
-    let (rank, heads, dn, dv) = (c.kv_rank, c.n_heads, c.d_nope, c.d_v);
-    // A query that meets latents and shared keys at once: [W₃ᵀ q_nope · γ | q_rope] · scale
-    let width = rank + c.d_rope;
-    let scale = softmax_scale(c);
-    let mut queries = vec![0.0f32; heads * width];
-    let items = queries.chunks_exact_mut(width).zip(q.chunks_exact(c.d_qk())).enumerate().collect();
-    par::for_each(items, |(h, (query, q)): (usize, (&mut [f32], &[f32]))| {
-        let (latent, rope) = query.split_at_mut(rank);
-        let first = h * (dn + dv);
-        kv_up.add_transposed_times(first..first + dn, &q[..dn], latent);
-        latent.iter_mut().for_each(|l| *l *= scale * kv_up.gamma());
-        rope.iter_mut().zip(&q[dn..]).for_each(|(r, q)| *r = q * scale);
-    });
-
-    let blocks = cache.len.div_ceil(BLOCK);
-    let mut partials = vec![0.0f32; blocks * heads * (rank + 2)];
-    let items = partials.chunks_exact_mut(heads * (rank + 2)).enumerate().collect();
-    let queries = &queries;
-    par::for_each(items, |(block, partial): (usize, &mut [f32])| {
-        dispatch(AttendBlock { c, cache, block, queries, partial });
-    });
-
-    let items = o.chunks_exact_mut(dv).enumerate().collect();
-    let partials = &partials;
-    par::for_each(items, |(h, o): (usize, &mut [f32])| {
-        let (mut mixed, mut total) = (vec![0.0f32; rank], 0.0);
-        vectorize(
-            #[inline(always)]
-            || {
-                let of_head = || partials.chunks_exact(rank + 2).skip(h).step_by(heads);
-                let max = of_head().fold(f32::NEG_INFINITY, |m, p| m.max(p[rank]));
-                for partial in of_head() {
-                    let weight = exp(partial[rank] - max);
-                    total += weight * partial[rank + 1];
-                    rows::add_scaled(&mut mixed, weight, &partial[..rank]);
-                }
-            },
-        );
-        let first = h * (dn + dv) + dn;
-        kv_up.times(first..first + dv, &mixed, o);
-        o.iter_mut().for_each(|o| *o *= kv_up.gamma() / total);
-    });
-}
-
-/// Heads whose scores are made together.
-const HEADS: usize = 8;
-/// Channels of the latent that are mixed at once, in registers.
-const MIX: usize = 64;
-
-/// Writes per head `[rank]` latents weighted by `exp(score - max)`, then the maximum, then the sum of the weights.
-struct AttendBlock<'a> {
-    c: &'a ModelConfig,
-    cache: &'a MlaCache,
-    block: usize,
-    queries: &'a [f32],
-    partial: &'a mut [f32],
-}
-
-impl WithSimd for AttendBlock<'_> {
-    type Output = ();
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        attend_block(simd, self.c, self.cache, self.block, self.queries, self.partial);
-    }
-}
-
-#[inline(always)]
-fn attend_block<S: Simd>(
-    simd: S,
-    c: &ModelConfig,
-    cache: &MlaCache,
-    block: usize,
-    queries: &[f32],
-    partial: &mut [f32],
-) {
-    let (rank, d_rope, heads) = (c.kv_rank, c.d_rope, c.n_heads);
-    let width = rank + d_rope;
-    let first = block * BLOCK;
-    let n = (cache.len - first).min(BLOCK);
-    let (page, at) = (&cache.pages[first / PAGE], first % PAGE);
-    let padded = width.next_multiple_of(MIX);
-    let mut latents = vec![0.0f32; n * padded];
-    for (t, row) in latents.chunks_exact_mut(padded).enumerate() {
-        let (t, scale) = (at + t, page.scales[at + t]);
-        let codes = &page.codes[t * rank..(t + 1) * rank];
-        row.iter_mut().zip(codes).for_each(|(r, code)| *r = scale * *code as f32);
-        row[rank..width].copy_from_slice(&page.keys[t * d_rope..(t + 1) * d_rope]);
-    }
-    let mut scores = vec![0.0f32; heads * BLOCK];
-    let mut group = vec![0.0f32; HEADS * padded];
-    for (g, queries) in queries.chunks(HEADS * width).enumerate() {
-        for (to, query) in group.chunks_exact_mut(padded).zip(queries.chunks_exact(width)) {
-            to[..width].copy_from_slice(query);
-        }
-        let heads = queries.len() / width;
-        for (t, row) in latents.chunks_exact(padded).enumerate() {
-            let mut sums = [0.0; HEADS];
-            if heads <= HEADS / 2 {
-                sums[..HEADS / 2].copy_from_slice(&dots::<S, { HEADS / 2 }>(simd, &group[..HEADS / 2 * padded], row));
-            } else {
-                sums = dots(simd, &group, row);
-            }
-            for i in 0..heads {
-                scores[(g * HEADS + i) * BLOCK + t] = sums[i];
-            }
-        }
-    }
-    for (scores, partial) in scores.chunks_exact_mut(BLOCK).zip(partial.chunks_exact_mut(rank + 2)) {
-        let scores = &mut scores[..n];
-        let max = rows::max(scores);
-        scores.iter_mut().for_each(|s| *s = exp(*s - max));
-        partial[rank] = max;
-        partial[rank + 1] = rows::sum(scores);
-        for (chunk, mixed) in partial[..rank].chunks_mut(MIX).enumerate() {
-            let mut acc = [0.0f32; MIX];
-            for (row, p) in latents.chunks_exact(padded).zip(scores.iter()) {
-                let row: &[f32; MIX] = row[chunk * MIX..][..MIX].try_into().expect("rows are whole chunks");
-                for l in 0..MIX {
-                    acc[l] += p * row[l];
-                }
-            }
-            mixed.copy_from_slice(&acc[..mixed.len()]);
-        }
-    }
 }
 
 /// The newest tokens: `q` `[len, heads, d_nope + d_rope]`, `o` `[len, heads, d_v]`. A row's bits depend on its own context alone.

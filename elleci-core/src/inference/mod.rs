@@ -19,6 +19,7 @@
 //! and values, and the only token of a call reads the latents themselves (absorbed attention). The ternary integers are equal and the
 //! floats differ by rounding. [`Batch::with_one_form`] leaves the absorbed form out.
 
+mod absorbed;
 mod attention;
 mod batch;
 mod mamba;

@@ -18,8 +18,8 @@ use crate::par::{self, Exclusive};
 const ROWS: usize = 128;
 /// Rows of all passes that run at a time, where so many threads take passes that fewer than [`ROWS`] for each would do.
 const ALL_ROWS: usize = 512;
-/// Rows a thread from which on weights are read for enough of them, whoever else reads them.
-const MANY: usize = 32;
+/// Rows a thread from which on weights are read for enough of them, whoever else reads them (docs/LOG.md).
+const MANY: usize = 64;
 /// Bytes of a model that the second and third level of the caches let every thread read in every pass, for however few rows.
 const SMALL: usize = 8 << 20;
 
@@ -188,13 +188,13 @@ mod tests {
         assert_eq!(rows(&cut(&[1], 1)), [1]);
         assert_eq!(rows(&cut(&[52, 48], 2)), [52, 48]);
         assert_eq!(rows(&cut(&[60, 40], 2)), [50, 50]);
-        assert_eq!(rows(&cut(&[1024], 16)), [32; 32]);
+        assert_eq!(rows(&cut(&[1024], 16)), [64; 16]);
         assert!(cut(&[], 2).is_empty());
     }
 
     #[test]
     fn threads_take_passes_of_enough_rows_or_of_a_small_model() {
-        assert_eq!([1, 63, 64, 500].map(|rows| takers(rows, 1 << 30, 2)), [1, 1, 2, 2]);
+        assert_eq!([1, 127, 128, 500].map(|rows| takers(rows, 1 << 30, 2)), [1, 1, 2, 2]);
         assert_eq!([1, 2, 8].map(|rows| takers(rows, 1 << 20, 2)), [1, 2, 2]);
         assert_eq!(takers(500, 1 << 20, 1), 1);
     }
