@@ -134,18 +134,26 @@ pub fn threads() -> usize {
     1
 }
 
+/// Rounds that a thread waits before it offers its processor to others: a few tens of microseconds.
+const ROUNDS: u32 = 1 << 12;
+
 /// Waits for what another thread is about to do.
 pub fn wait_until(done: impl Fn() -> bool) {
-    let mut waited = 0u32;
+    let mut rounds = 0..ROUNDS;
     while !done() {
-        waited += 1;
-        #[cfg(feature = "std")]
-        if waited >= team::ROUNDS {
-            std::thread::yield_now();
-            continue;
+        match rounds.next() {
+            Some(_) => core::hint::spin_loop(),
+            None => give_way(),
         }
-        core::hint::spin_loop();
     }
+}
+
+/// Offers the processor to others, where there is somebody to take it.
+fn give_way() {
+    #[cfg(feature = "std")]
+    std::thread::yield_now();
+    #[cfg(not(feature = "std"))]
+    core::hint::spin_loop();
 }
 
 /// A value that one thread at a time has. For moments and for uses that do not meet: who waits stays awake.

@@ -14,10 +14,8 @@ use core::ptr;
 use core::sync::atomic::Ordering::{Relaxed, SeqCst};
 use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize};
 
+use super::{ROUNDS, give_way};
 use crate::simd::prefetch_later;
-
-/// Rounds that a member waits before it offers its processor to others: a few tens of microseconds.
-pub(super) const ROUNDS: u32 = 1 << 12;
 
 /// Bytes that a waiting member asks for at most: a fraction of the second-level cache.
 const FETCH: usize = 128 << 10;
@@ -161,7 +159,7 @@ impl Team {
             if waited < ROUNDS {
                 core::hint::spin_loop();
             } else {
-                std::thread::yield_now();
+                give_way();
             }
         }
     }
