@@ -2,8 +2,8 @@
 //!
 //! [`for_each`] spreads its items over the current rayon pool; outside of a pool (or without `std`) it is a loop on
 //! the calling thread. So an application decides about threads by where it calls from (`pool.install(|| ..)`), and
-//! nothing here ever starts one. Items never share output, and how work is cut into items depends on shapes alone:
-//! results are the same bits at every thread count.
+//! nothing here ever starts one. Items never share output, and no bit depends on how work is cut into items:
+//! results are the same at every thread count.
 //!
 //! Decoding one token is some two hundred short parallel loops with short serial parts between them. Waking a sleeping
 //! thread takes as long as such a loop, so [`together`] keeps the pool's threads awake and waiting for the next loop for
@@ -156,7 +156,7 @@ fn give_way() {
     core::hint::spin_loop();
 }
 
-/// A value that one thread at a time has. For moments and for uses that do not meet: who waits stays awake.
+/// A value that one thread at a time has. For moments, and for uses that rarely meet: who waits stays awake.
 #[derive(Debug, Default)]
 pub struct Exclusive<T> {
     taken: AtomicBool,

@@ -4,6 +4,7 @@ mod common;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
 use common::odd_config;
 use elleci_core::archive::{AlignedBytes, Archive, DenseFormat, PackOptions, to_bytes};
@@ -47,7 +48,9 @@ fn worst(got: &[f32], want: &[f32]) -> f32 {
 #[test]
 fn every_way_of_feeding_equals_the_sequence_forward() {
     let nano = ModelConfig { vocab_size: 300, ..ModelConfig::preset("nano").unwrap() };
-    for (c, n) in [(odd_config(), 600), (nano, 150)] {
+    // Heads that attention's groups of eight and four do not divide, and that they do.
+    let heads = |n_heads| ModelConfig { n_heads, d_v: 6, n_layers: 3, ..odd_config() };
+    for (c, n) in [(odd_config(), 600), (nano, 150), (heads(5), 200), (heads(8), 200), (heads(13), 200)] {
         let archive = archive(&c);
         let model = archive.model();
         let tokens = tokens(&c, n);
@@ -179,6 +182,26 @@ fn threads_that_take_passes_change_nothing() {
     for bad in [0, 130, 449] {
         assert!(catch_unwind(AssertUnwindSafe(|| run(3, &[450], Some(bad)))).is_err());
     }
+    // What a panic has left is of no use, and says so.
+    let mut session = Session::new(model).unwrap();
+    session.extend(model, &tokens[..5]).unwrap();
+    let mark = session.clone();
+    let calls = AtomicUsize::new(0);
+    let ended = catch_unwind(AssertUnwindSafe(|| {
+        let visit = |_: usize, index: usize, _: &[f32]| {
+            calls.fetch_add(1, SeqCst);
+            assert!(index < 20, "the visitor's own panic");
+        };
+        let feed = Feed { session: &mut session, tokens: &tokens[5..705] };
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build().unwrap();
+        pool.install(|| Batch::new().extend_each(model, &mut [feed], visit))
+    }));
+    assert!(ended.is_err());
+    assert_eq!(calls.into_inner(), 21);
+    assert_eq!(session.extend(model, &[1]).unwrap_err(), InferenceError::Interrupted);
+    assert!(Session::from_bytes(model, &session.to_bytes()).is_err());
+    session.rewind(&mark);
+    assert!(session.extend(model, &[1]).unwrap() == mark.clone().extend(model, &[1]).unwrap());
 }
 
 /// Probes have the bits of feeds, however long they are and whether threads share the rows or each takes some of the sequences; the sessions

@@ -102,6 +102,7 @@ impl From<InferenceError> for Failure {
             InferenceError::Token { .. } => ElleciStatus::Token,
             InferenceError::NoTokens => ElleciStatus::NoTokens,
             InferenceError::OtherModel => ElleciStatus::OtherModel,
+            InferenceError::Interrupted => ElleciStatus::Internal,
             InferenceError::Archive(_) => ElleciStatus::Archive,
             InferenceError::Memory { .. } => ElleciStatus::Memory,
             InferenceError::Saved(_) => ElleciStatus::Saved,

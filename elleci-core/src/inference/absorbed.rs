@@ -153,14 +153,17 @@ impl WithSimd for Block<'_> {
             partial[rank] = max;
             partial[rank + 1] = rows::sum(scores);
         }
-        for at in (0..rank).step_by(2 * S::F32_LANES) {
+        // Without vectors, as many floats of a row as have a cache line or two.
+        let columns = if S::F32_LANES == 1 { PAD } else { 2 * S::F32_LANES };
+        for at in (0..rank).step_by(columns) {
             let mut first = 0;
             while first < heads {
                 let scores = &scores[first * BLOCK..];
                 let partial = &mut partial[first * (rank + 2)..];
                 first += match shape.group_heads - first {
-                    8.. if wide => mix::<S, 8>(simd, scores, latents, row, at, rank, partial),
-                    _ => mix::<S, 4>(simd, scores, latents, row, at, rank, partial),
+                    8.. if wide => mix::<S, 8, 2>(simd, scores, latents, row, at, rank, partial),
+                    _ if S::F32_LANES == 1 => mix::<S, 1, PAD>(simd, scores, latents, row, at, rank, partial),
+                    _ => mix::<S, 4, 2>(simd, scores, latents, row, at, rank, partial),
                 };
             }
         }
@@ -205,9 +208,9 @@ fn score<S: Simd, const H: usize>(simd: S, queries: &[f32], latents: &[f32], row
     H
 }
 
-/// Two vectors of the mix, from column `at` on, of `H` heads or of as many as there are; returns `H`.
+/// `V` vectors of the mix, from column `at` on, of `H` heads or of as many as there are; returns `H`.
 #[inline(always)]
-fn mix<S: Simd, const H: usize>(
+fn mix<S: Simd, const H: usize, const V: usize>(
     simd: S,
     scores: &[f32],
     latents: &[f32],
@@ -220,20 +223,21 @@ fn mix<S: Simd, const H: usize>(
         #[inline(always)]
         |h| scores[h * BLOCK..].first_chunk().expect("the last group of heads is filled up"),
     );
-    let mut acc = [[simd.splat_f32s(0.0); 2]; H];
+    let mut acc = [[simd.splat_f32s(0.0); V]; H];
     for (t, row) in (0..BLOCK).zip(latents.chunks_exact(row)) {
-        let [a, b] = *vectors::<S>(row)[at / S::F32_LANES..].first_chunk().expect("rows are padded");
+        let row: [S::f32s; V] = *vectors::<S>(row)[at / S::F32_LANES..].first_chunk().expect("rows are padded");
         for h in 0..H {
             let weight = simd.splat_f32s(weights[h][t]);
-            acc[h][0] = simd.mul_add_e_f32s(a, weight, acc[h][0]);
-            acc[h][1] = simd.mul_add_e_f32s(b, weight, acc[h][1]);
+            for v in 0..V {
+                acc[h][v] = simd.mul_add_e_f32s(row[v], weight, acc[h][v]);
+            }
         }
     }
     for (acc, partial) in acc.iter().zip(partial.chunks_exact_mut(rank + 2)) {
         let mut mixed = [0.0; PAD];
         let to = vectors_mut::<S>(&mut mixed);
-        (to[0], to[1]) = (acc[0], acc[1]);
-        let n = (rank - at).min(2 * S::F32_LANES);
+        to[..V].copy_from_slice(acc);
+        let n = (rank - at).min(V * S::F32_LANES);
         partial[at..at + n].copy_from_slice(&mixed[..n]);
     }
     H

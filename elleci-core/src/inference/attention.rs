@@ -3,7 +3,8 @@
 //! The only token of a call reads the cached latents themselves: `kv_up` is absorbed into its query on one side and into its output on the
 //! other, and the context is cut into blocks whose partial softmaxes are put together in order. A run of tokens expands the
 //! latents, some at a time, into keys and values that all its queries share; the softmax goes along. Either
-//! way little grows with the context but the cache: one token keeps a partial softmax a block, two thirds of a layer's cache at most.
+//! way little grows with the context but the cache: one token keeps a partial softmax a head and block of 64 (of `elleci-1.5b` two thirds of what
+//! a layer's cache takes).
 
 use alloc::vec;
 use alloc::vec::Vec;
@@ -54,25 +55,31 @@ pub(super) fn forward(pass: &Pass, ids: &MlaIds, scratch: &mut Scratch) {
     );
     let kv_up = pass.model.ternary(ids.kv_up);
     let mut rest = grown(o, n * o_row);
-    pass.with_states(|states| {
-        let mut items: Vec<(&Segment, &mut MlaCache, &mut [f32])> = Vec::with_capacity(states.len());
-        for (segment, cache) in states {
+    // With the pages as they are now, shared: whoever goes on with the sequence need not wait for this pass to have read them.
+    let caches: Vec<MlaCache> = pass.with_states(|states| {
+        let pushed = states.into_iter().map(|(segment, cache)| {
             let LayerState::Mla(cache) = cache else { unreachable!("the session was made from this layout") };
             for row in segment.row..segment.row + segment.len {
                 let codes = &quantized.codes[row * rank..(row + 1) * rank];
                 cache.push(c, codes, quantized.scales[row], &ckr[row * latent_row + rank..(row + 1) * latent_row]);
             }
-            let (own, later) = core::mem::take(&mut rest).split_at_mut(segment.len * o_row);
-            rest = later;
-            items.push((segment, cache, own));
-        }
-        par::for_each_kept(items, absorb, |room, (segment, cache, o)| {
-            let q = &q[segment.row * q_row..(segment.row + segment.len) * q_row];
-            // Whether it is a call's only token.
-            let alone = segment.feed_len == 1 && !pass.call.one_form;
-            if alone { absorbed(c, &kv_up, cache, q, room, o) } else { expanded(c, &kv_up, cache, q, o) }
+            cache.clone()
         });
+        pushed.collect()
     });
+    let mut items: Vec<(&Segment, &MlaCache, &mut [f32])> = Vec::with_capacity(caches.len());
+    for (segment, cache) in pass.segments.iter().zip(&caches) {
+        let (own, later) = core::mem::take(&mut rest).split_at_mut(segment.len * o_row);
+        rest = later;
+        items.push((segment, cache, own));
+    }
+    par::for_each_kept(items, absorb, |room, (segment, cache, o)| {
+        let q = &q[segment.row * q_row..(segment.row + segment.len) * q_row];
+        // Whether it is a call's only token.
+        let alone = segment.feed_len == 1 && !pass.call.one_form;
+        if alone { absorbed(c, &kv_up, cache, q, room, o) } else { expanded(c, &kv_up, cache, q, o) }
+    });
+    drop(caches);
     let o: &[f32] = &o[..n * o_row];
     pass.expect(&[ids.out]);
     quantized.resize(n, o_row);

@@ -86,7 +86,8 @@ impl Batch {
     }
 
     /// As [`Batch::extend`], with the logits after every token: `visit(feed, index, logits)` is called once for each, in order
-    /// within a feed, from any thread but never twice at a time.
+    /// within a feed, from any thread but never twice at a time. It should be short: threads that wait for it stay awake. After a panic in it no
+    /// more outputs come, and the sessions can only be rewound.
     ///
     /// # Errors
     /// As [`Batch::extend`].
@@ -130,7 +131,7 @@ impl Batch {
         let mut sessions: Vec<Session> = probes.iter().map(|p| p.session.clone()).collect();
         let feeds = sessions.iter_mut().zip(probes);
         let mut feeds: Vec<Feed<'_>> = feeds.map(|(session, p)| Feed { session, tokens: p.tokens }).collect();
-        self.run(model, &mut feeds, Sessions::Pass, &outputs, &visit)
+        self.run(model, &mut feeds, Sessions::Discard, &outputs, &visit)
     }
 
     fn run(
@@ -160,6 +161,9 @@ fn check(model: PackedModel<'_>, feeds: &[Feed<'_>]) -> Result<(), InferenceErro
     for feed in feeds {
         if feed.session.fingerprint != model.fingerprint() {
             return Err(InferenceError::OtherModel);
+        }
+        if feed.session.interrupted {
+            return Err(InferenceError::Interrupted);
         }
         if feed.tokens.is_empty() {
             return Err(InferenceError::NoTokens);

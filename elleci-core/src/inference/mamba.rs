@@ -70,7 +70,7 @@ pub(super) fn forward(pass: &Pass, ids: &MambaIds, constants: &Constants, scratc
             let zx = &zx[segment.row * 2 * di..(segment.row + segment.len) * 2 * di];
             let bcdt = &bcdt[segment.row * (bc + heads)..(segment.row + segment.len) * (bc + heads)];
             // Nothing will ever follow these tokens: the state after them need not be kept.
-            let last = segment.ends() && pass.call.sessions == Sessions::Pass;
+            let last = segment.ends() && pass.call.sessions == Sessions::Discard;
             layer.mix(zx, bcdt, state, last, scratch, y);
         });
     });

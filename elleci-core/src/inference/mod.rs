@@ -12,7 +12,7 @@
 //! ```
 //!
 //! A [`Session`] is the state of one sequence; a [`Batch`] advances several at once, whatever each of them is fed: one token or a
-//! whole prompt. Rows of a batch share the products with the weights; the mixers run a sequence at a time. What a session
+//! whole prompt. Rows of a pass share the products with the weights; the mixers run a sequence at a time. What a session
 //! computes does not depend on its company: the same tokens in the same calls give the same bits.
 //!
 //! Nor does it depend on how tokens are cut into calls, but for one thing: several tokens of a sequence expand the cached latents into keys
@@ -49,6 +49,8 @@ pub enum InferenceError {
     NoTokens,
     /// The session was made for another model.
     OtherModel,
+    /// The last call that worked on the session was ended by a panic.
+    Interrupted,
     /// The model is damaged where it is only now looked at.
     Archive(ArchiveError),
     /// A session of this model needs more memory than there is.
@@ -68,6 +70,9 @@ impl fmt::Display for InferenceError {
             }
             InferenceError::NoTokens => write!(f, "no tokens to go on from"),
             InferenceError::OtherModel => write!(f, "the session was made for another model"),
+            InferenceError::Interrupted => {
+                write!(f, "a panic ended the session's last call: go back to a mark, or begin anew")
+            }
             InferenceError::Archive(error) => write!(f, "{error}"),
             InferenceError::Memory { bytes } => write!(f, "a session of this model needs {bytes} bytes of memory"),
             InferenceError::Saved(what) => write!(f, "the saved session is unusable: {what}"),

@@ -43,7 +43,7 @@ pub(super) enum Sessions {
     /// They have taken the tokens.
     Advance,
     /// They are dropped after the call: their last states are of no use.
-    Pass,
+    Discard,
 }
 
 /// Activations of a pass, `[rows, ..]` each, kept for the next.
@@ -111,7 +111,7 @@ impl Call<'_> {
         outputs: &Outputs<'_>,
         visit: &Visit<'_>,
     ) {
-        let Some(rows) = segments.last().map(|s| s.row + s.len) else { return };
+        let rows = segments.last().map_or(0, |s| s.row + s.len);
         let model = self.model;
         let c = model.config();
         let (d, layout) = (c.d_model, model.layout());
@@ -198,8 +198,10 @@ impl Call<'_> {
                 head.forward(y, n, logits);
                 (logits, vocab)
             };
-            // A sequence's outputs come in order.
-            turn.wait(c.n_layers);
+            // A sequence's outputs come in order, and none after a panic.
+            if !turn.wait_for_all() {
+                return;
+            }
             for (wanted, values) in wanted.iter().zip(values.chunks_exact(width)) {
                 visit(wanted.feed, wanted.index, values);
             }

@@ -17,7 +17,7 @@ const MAGIC: [u8; 8] = *b"\x93ELSESS\n";
 const VERSION: u32 = 1;
 
 impl Session {
-    /// The whole state. [`Session::from_bytes`] goes on from it to the bit.
+    /// The whole state. [`Session::from_bytes`] goes on from it to the bit. (It refuses that of an interrupted session.)
     pub fn to_bytes(&self) -> Vec<u8> {
         let mut bytes = MAGIC.to_vec();
         bytes.extend(VERSION.to_le_bytes());
@@ -39,7 +39,7 @@ impl Session {
                 }
             }
         }
-        let sum = xxh3_64(&bytes);
+        let sum = xxh3_64(&bytes) ^ u64::from(self.interrupted);
         bytes.extend(sum.to_le_bytes());
         bytes
     }

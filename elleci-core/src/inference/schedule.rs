@@ -3,25 +3,27 @@
 //! The threads of a pool share the work in one of two ways. *Loops*: one pass after the other, every loop in it dealt to the threads, so that
 //! weights are read once; between the loops are barriers and short serial parts, and rows that one thread has written are read by the
 //! others. *Passes*: every thread takes the next pass through the model by itself. Passes of different sequences have nothing to do with each
-//! other; where a sequence goes on in the next pass, that one stays a layer behind, as it needs the state that the tokens before
-//! leave there. The bits are the same: those of a row depend neither on its company nor on the cut.
+//! other; where a sequence goes on in the next pass, that one stays a little behind, as it needs the state that the tokens before
+//! leave in every layer. The bits are the same: those of a row depend neither on its company nor on the cut.
 
 use alloc::vec::Vec;
-use core::sync::atomic::{AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use super::batch::Feed;
 use super::pass::{Call, Outputs, Scratch, Visit};
 use super::session::LayerState;
 use crate::par::{self, Exclusive};
 
-/// Rows of a pass: working memory is bounded, however long a prompt is.
+/// Rows of a pass, but for an eighth at either end: working memory is bounded, however long a prompt is.
 const ROWS: usize = 128;
-/// Rows of all passes that run at a time, where so many threads take passes that fewer than [`ROWS`] for each would do.
+/// Rows of the passes that more than four threads take at a time; but no less than [`LEAST_ROWS`] each.
 const ALL_ROWS: usize = 512;
-/// Rows a thread from which on weights are read for enough of them, whoever else reads them (docs/LOG.md).
-const MANY: usize = 64;
+/// Rows a thread from which on passes are taken: so many are worth reading all weights, whoever else reads them (docs/LOG.md).
+const LEAST_ROWS: usize = 64;
 /// Bytes of a model that the second and third level of the caches let every thread read in every pass, for however few rows.
-const SMALL: usize = 8 << 20;
+const SMALL_MODEL: usize = 8 << 20;
+/// Rows of a small model's pass from which on it may wait for another.
+const SMALL_ROWS: usize = 8;
 
 /// Rows `row .. row + len` of a pass: a run of tokens of one feed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,30 +71,47 @@ impl<'a> Inputs<'a> {
     }
 }
 
-/// The place of a pass in the order of those that it shares a sequence with. Whatever becomes of the pass, the next does not wait for ever.
+/// The place of a pass in the order of those that it shares a sequence with.
 pub(super) struct Turn<'a> {
-    /// Stages that the pass before has behind it, if this one goes on with a sequence of it
+    /// Stages that the pass before has behind it, if this one goes on with a sequence of it: layers' states, and all
     before: Option<&'a AtomicUsize>,
     own: &'a AtomicUsize,
+    /// Whether a panic has ended some pass of the call
+    failed: &'a AtomicBool,
 }
 
+/// What a pass has behind it that is over.
+const ALL: usize = usize::MAX;
+
 impl Turn<'_> {
-    /// Waits until the pass before has `stage` behind it.
-    pub fn wait(&self, stage: usize) {
+    /// Waits until the pass before has left its states in `layer`. After a panic they may be any.
+    pub fn wait(&self, layer: usize) {
         if let Some(before) = self.before {
-            par::wait_until(|| before.load(Ordering::Acquire) > stage);
+            par::wait_until(|| before.load(Ordering::Acquire) > layer || self.failed.load(Ordering::Relaxed));
         }
     }
 
-    /// This pass has `stage` behind it.
-    pub fn done(&self, stage: usize) {
-        self.own.store(stage + 1, Ordering::Release);
+    /// Waits until the pass before is over. False after a panic.
+    pub fn wait_for_all(&self) -> bool {
+        self.wait(ALL - 1);
+        !self.failed.load(Ordering::Relaxed)
+    }
+
+    /// This pass has left its states in `layer`.
+    pub fn done(&self, layer: usize) {
+        self.own.store(layer + 1, Ordering::Release);
+    }
+
+    fn over(self) {
+        self.own.store(ALL, Ordering::Release);
+        core::mem::forget(self);
     }
 }
 
 impl Drop for Turn<'_> {
+    /// By a panic: otherwise it is over.
     fn drop(&mut self) {
-        self.own.store(usize::MAX, Ordering::Release);
+        self.failed.store(true, Ordering::Relaxed);
     }
 }
 
@@ -100,22 +119,25 @@ impl Call<'_> {
     /// Advances the feeds' sessions, and gives `visit` the outputs: those of one feed in order, one after the other.
     pub fn run(&self, scratch: &mut Vec<Scratch>, feeds: &mut [Feed<'_>], outputs: &Outputs<'_>, visit: &Visit<'_>) {
         let lens: Vec<usize> = feeds.iter().map(|f| f.tokens.len()).collect();
-        let threads = takers(lens.iter().sum(), self.model.archive_bytes(), par::threads());
+        let (model, layers) = (self.model.archive_bytes(), self.model.config().n_layers);
+        let threads = takers(&lens, model, par::threads());
         let passes = cut(&lens, threads);
         if scratch.len() < threads {
             scratch.resize_with(threads, Scratch::default);
         }
-        let inputs = Inputs::new(feeds, self.model.config().n_layers);
+        feeds.iter_mut().for_each(|feed| feed.session.interrupted = true);
+        let inputs = Inputs::new(feeds, layers);
         let stages: Vec<AtomicUsize> = passes.iter().map(|_| AtomicUsize::new(0)).collect();
-        let next = AtomicUsize::new(0);
+        let (next, failed) = (AtomicUsize::new(0), AtomicBool::new(false));
         // In their order: what a pass waits for is always in somebody's hands.
         let take = |scratch: &mut Scratch| {
-            loop {
+            while !failed.load(Ordering::Relaxed) {
                 let p = next.fetch_add(1, Ordering::Relaxed);
                 let Some(segments) = passes.get(p) else { return };
                 let before = (segments[0].start > 0).then(|| &stages[p - 1]);
-                let turn = Turn { before, own: &stages[p] };
+                let turn = Turn { before, own: &stages[p], failed: &failed };
                 self.pass(scratch, &inputs, segments, &turn, outputs, visit);
+                turn.over();
             }
         };
         match &mut scratch[..threads] {
@@ -125,14 +147,25 @@ impl Call<'_> {
         drop(inputs);
         for feed in feeds {
             feed.session.tokens.extend_from_slice(feed.tokens);
+            feed.session.interrupted = false;
+        }
+        if model > SMALL_MODEL {
+            // What a prompt needed, and single tokens do not.
+            scratch.truncate(1);
         }
     }
 }
 
-/// How many of `threads` take passes of `rows` rows; one if they share loops.
-fn takers(rows: usize, model_bytes: usize, threads: usize) -> usize {
-    let least = if model_bytes <= SMALL { 1 } else { MANY };
-    if rows >= least * threads { threads } else { 1 }
+/// How many of `threads` take passes of feeds of `lens` tokens; one if all share loops.
+fn takers(lens: &[usize], model_bytes: usize, threads: usize) -> usize {
+    let rows: usize = lens.iter().sum();
+    if model_bytes <= SMALL_MODEL {
+        threads.min(lens.len().max(rows / SMALL_ROWS)).max(1)
+    } else if rows >= LEAST_ROWS * threads {
+        threads
+    } else {
+        1
+    }
 }
 
 /// The passes of feeds of `lens` tokens, in order: of about as many rows each, and with several threads as many for each of them. Where
@@ -140,18 +173,15 @@ fn takers(rows: usize, model_bytes: usize, threads: usize) -> usize {
 fn cut(lens: &[usize], threads: usize) -> Vec<Vec<Segment>> {
     let ends: Vec<usize> = lens.iter().scan(0, |end, len| Some(core::mem::replace(end, *end + len) + len)).collect();
     let Some(rows) = ends.last().copied().filter(|rows| *rows > 0) else { return Vec::new() };
-    let most = if threads == 1 { ROWS } else { (ALL_ROWS / threads).clamp(MANY, ROWS) };
+    let most = if threads == 1 { ROWS } else { (ALL_ROWS / threads).clamp(LEAST_ROWS, ROWS) };
     let passes = rows.div_ceil(most).next_multiple_of(threads).min(rows);
     let near = rows / passes / 8;
-    let mut bounds: Vec<usize> = (1..=passes)
-        .map(|p| {
-            let even = rows * p / passes;
-            let after = ends.partition_point(|end| *end < even);
-            let around = ends[after.saturating_sub(1)..=after].iter().copied();
-            around.min_by_key(|end| end.abs_diff(even)).filter(|end| end.abs_diff(even) <= near).unwrap_or(even)
-        })
-        .collect();
-    bounds.dedup();
+    let bounds = (1..=passes).map(|p| {
+        let even = (rows as u64 * p as u64 / passes as u64) as usize;
+        let after = ends.partition_point(|end| *end < even);
+        let around = ends[after.saturating_sub(1)..=after].iter().copied();
+        around.min_by_key(|end| end.abs_diff(even)).filter(|end| end.abs_diff(even) <= near).unwrap_or(even)
+    });
     let (mut at, mut feed, mut start) = (0, 0, 0);
     let mut pass_to = |bound: usize| {
         let (mut segments, first) = (Vec::new(), at);
@@ -165,12 +195,13 @@ fn cut(lens: &[usize], threads: usize) -> Vec<Vec<Segment>> {
         }
         segments
     };
-    bounds.into_iter().map(&mut pass_to).collect()
+    bounds.map(&mut pass_to).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use alloc::vec;
     use proptest::prelude::*;
 
     fn rows(passes: &[Vec<Segment>]) -> Vec<usize> {
@@ -194,9 +225,10 @@ mod tests {
 
     #[test]
     fn threads_take_passes_of_enough_rows_or_of_a_small_model() {
-        assert_eq!([1, 127, 128, 500].map(|rows| takers(rows, 1 << 30, 2)), [1, 1, 2, 2]);
-        assert_eq!([1, 2, 8].map(|rows| takers(rows, 1 << 20, 2)), [1, 2, 2]);
-        assert_eq!(takers(500, 1 << 20, 1), 1);
+        assert_eq!([1, 127, 128, 500].map(|rows| takers(&[rows], 1 << 30, 2)), [1, 1, 2, 2]);
+        assert_eq!([1, 15, 16, 500].map(|rows| takers(&[rows], 1 << 20, 2)), [1, 1, 2, 2]);
+        assert_eq!([1, 2, 8].map(|feeds| takers(&vec![1; feeds], 1 << 20, 4)), [1, 2, 4]);
+        assert_eq!((takers(&[500], 1 << 20, 1), takers(&[], 1 << 20, 2)), (1, 1));
     }
 
     proptest! {

@@ -20,6 +20,8 @@ pub struct Session {
     pub(super) fingerprint: u64,
     pub(super) tokens: Vec<u32>,
     pub(super) layers: Vec<LayerState>,
+    /// While a call works on it, and after one that a panic has ended: what there is fits nowhere
+    pub(super) interrupted: bool,
     /// Working memory of [`Session::extend`]; not part of the state
     batch: Option<Box<Batch>>,
 }
@@ -90,7 +92,7 @@ impl MlaCache {
 impl Clone for Session {
     fn clone(&self) -> Session {
         let (tokens, layers) = (self.tokens.clone(), self.layers.clone());
-        Session { fingerprint: self.fingerprint, tokens, layers, batch: None }
+        Session { fingerprint: self.fingerprint, tokens, layers, interrupted: self.interrupted, batch: None }
     }
 }
 
@@ -111,7 +113,8 @@ impl Session {
                 LayerKind::Mla => LayerState::Mla(MlaCache::default()),
             });
         }
-        Ok(Session { fingerprint: model.fingerprint(), tokens: Vec::new(), layers, batch: None })
+        let fingerprint = model.fingerprint();
+        Ok(Session { fingerprint, tokens: Vec::new(), layers, interrupted: false, batch: None })
     }
 
     /// Tokens that the sequence has so far.
@@ -138,6 +141,7 @@ impl Session {
     /// Goes back to where `mark`, an earlier clone of this session (or any session of the same model), stands.
     pub fn rewind(&mut self, mark: &Session) {
         self.fingerprint = mark.fingerprint;
+        self.interrupted = mark.interrupted;
         self.tokens.clone_from(&mark.tokens);
         self.layers.resize_with(mark.layers.len(), || LayerState::Mla(MlaCache::default()));
         for (own, marked) in self.layers.iter_mut().zip(&mark.layers) {

@@ -14,7 +14,7 @@ use core::ptr;
 use core::sync::atomic::Ordering::{Relaxed, SeqCst};
 use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize};
 
-use super::{ROUNDS, give_way};
+use super::{ROUNDS, give_way, wait_until};
 use crate::simd::prefetch_later;
 
 /// Bytes that a waiting member asks for at most: a fraction of the second-level cache.
@@ -180,9 +180,7 @@ impl Team {
             let _close = OnDrop(|| {
                 job.close();
                 self.job.store(ptr::null_mut(), SeqCst);
-                while self.inside.load(SeqCst) > 0 {
-                    core::hint::spin_loop();
-                }
+                wait_until(|| self.inside.load(SeqCst) == 0);
             });
             self.job.store((&raw const job).cast_mut().cast(), SeqCst);
             job.work();

@@ -13,6 +13,7 @@
 use alloc::vec;
 use alloc::vec::Vec;
 use core::arch::x86_64::*;
+use core::mem::MaybeUninit;
 use std::sync::OnceLock;
 use std::time::Instant;
 
@@ -127,9 +128,9 @@ pub(super) fn product<T: Send>(
     par::for_each_init(items, Room::default, |room, task| task.run(kernel, matrix, finish, room));
 }
 
-/// Parts of tokens and of panels that make the tasks for `threads`: as few as keep all of them at work, of tokens first, as every band
-/// of panels makes its tables again.
-fn cut(tokens: usize, panels: usize, threads: usize) -> (usize, usize) {
+/// Parts of tokens and of panels that make the tasks for `threads`: as few of tokens as keep all of them at work, as each unpacks the panels
+/// again, then as few of panels, as each makes the tables again.
+pub(super) fn cut(tokens: usize, panels: usize, threads: usize) -> (usize, usize) {
     // At most an eighth of the threads' time is waiting.
     let even = |tasks: usize| tasks.next_multiple_of(threads) * 7 <= tasks * 8;
     let fewest = tokens.div_ceil(CHUNK);
@@ -148,7 +149,7 @@ struct Task<'a, T> {
     out: ArrayViewMut2<'a, T>,
 }
 
-/// What a task works in, kept from task to task.
+/// What a task works in, kept for a thread's next.
 #[derive(Default)]
 struct Room {
     tables: Vec<[Tables; PAIR]>,
@@ -156,7 +157,7 @@ struct Room {
     /// Of a panel's part
     runs: Vec<Run>,
     /// Of every pair with every panel: `[panels, pairs]`
-    sums: Vec<Sums>,
+    sums: Vec<MaybeUninit<Sums>>,
 }
 
 impl<T> Task<'_, T> {
@@ -174,8 +175,12 @@ impl<T> Task<'_, T> {
         room.tables.resize(pairs * part, [EMPTY; PAIR]);
         room.words.resize(pairs * part, [[0; 4]; PAIR]);
         room.runs.resize(part, EMPTY_RUN);
+        // Zeros are written where they are added to, not before: these are the most.
         let sums = pairs * self.out.ncols().div_ceil(ROWS);
-        room.sums.resize(sums.max(room.sums.len()), [[0; ROWS]; PAIR]);
+        room.sums.clear();
+        room.sums.reserve(sums);
+        // SAFETY: there is room for so many, and they need not be initialised.
+        unsafe { room.sums.set_len(sums) };
         // Σ q of the columns that are looked up, where a weight is itself and not its code.
         let mut offsets = vec![[0i32; PAIR]; pairs];
         for from in (0..runs).step_by(part) {
@@ -194,8 +199,10 @@ impl<T> Task<'_, T> {
                 unpack(kernel, &lines[from * LINES..(from + part) * LINES], &mut room.runs);
                 for (pair, sums) in sums.iter_mut().enumerate() {
                     if from == 0 {
-                        *sums = [[0; ROWS]; PAIR];
+                        sums.write([[0; ROWS]; PAIR]);
                     }
+                    // SAFETY: it was written with the first part.
+                    let sums = unsafe { sums.assume_init_mut() };
                     let its = pair * part..(pair + 1) * part;
                     add(kernel, &room.runs[..part], &room.tables[its.clone()], &room.words[its], sums);
                     if !last {

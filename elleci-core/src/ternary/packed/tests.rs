@@ -228,6 +228,33 @@ mod tables {
         }
     }
 
+    /// Threads deal tokens and bands of panels among themselves, evenly or not.
+    #[test]
+    fn threads_change_nothing() {
+        let Some(kernel) = kernel() else { return };
+        let (out, input) = (64 * 33 + 5, 45);
+        let mut rng = Lcg(3);
+        let codes: Vec<i8> = (0..out * input).map(|_| (rng.next() % 3) as i8 - 1).collect();
+        let (m, lines) = packed(&codes, out, input, Packing::T5);
+        for tokens in [1, 33, 129, 300] {
+            let q: Vec<i8> = (0..tokens * input).map(|_| rng.next() as i8).collect();
+            let want = definition(&codes, &q, out, input);
+            for threads in [1, 2, 3, 7] {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                let got = pool.install(|| sums(kernel, &view(&m, Packing::T5, &lines), &q, tokens));
+                assert!(got == want, "{tokens} tokens on {threads} threads");
+            }
+        }
+    }
+
+    #[test]
+    fn few_parts_keep_all_threads_at_work() {
+        use tables_avx512::cut;
+        assert_eq!([(128, 32, 1), (300, 32, 1), (64, 8, 4)].map(|(t, p, n)| cut(t, p, n)), [(1, 1), (3, 1), (2, 1)]);
+        assert_eq!([(128, 88, 2), (256, 88, 2), (300, 88, 2)].map(|(t, p, n)| cut(t, p, n)), [(1, 2), (2, 1), (3, 2)]);
+        assert_eq!([(128, 88, 8), (128, 32, 16), (32, 16, 16)].map(|(t, p, n)| cut(t, p, n)), [(2, 4), (4, 2), (1, 1)]);
+    }
+
     #[test]
     fn extremes_are_exact() {
         let Some(kernel) = kernel() else { return };
