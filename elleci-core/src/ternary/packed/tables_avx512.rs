@@ -41,7 +41,7 @@ const CHUNK: usize = 128;
 const BAND: usize = 16;
 /// Tokens and rows from which on tables pay for themselves.
 const MANY: usize = 32;
-const TALL: usize = 2048;
+const TALL: usize = 512;
 
 /// A run of a panel.
 #[derive(Clone, Copy)]
@@ -65,11 +65,12 @@ type Sums = [[i32; ROWS]; PAIR];
 
 const EMPTY: Tables = [Line([0; 64]); LOOKED_UP];
 
-/// The kernel, where the machine has what it takes and is faster with it.
+/// The kernel, where the machine has what it takes, is faster with it, and there are tasks for all threads.
 pub(super) fn detect(matrix: &PackedTernary, tokens: usize) -> Option<Vbmi> {
     let worth = tokens >= MANY && matrix.out_dim >= TALL && matrix.packing.by_rows() == Some(RowPacking::T5);
     let kernel = if worth { Vbmi::detect() } else { None };
-    kernel.filter(|kernel| faster(*kernel))
+    let busy = || cut(tokens, matrix.out_dim.div_ceil(ROWS), par::threads()).is_some();
+    kernel.filter(|kernel| busy() && faster(*kernel))
 }
 
 /// Whether tables beat multiply-adds on this machine, measured once, in some hundred microseconds. Both give the same integers.
@@ -112,7 +113,7 @@ pub(super) fn product<T: Send>(
 ) {
     let (in_dim, out_dim) = (matrix.in_dim, matrix.out_dim);
     let (tokens, panels) = (q.len() / in_dim, out_dim.div_ceil(ROWS));
-    let (token_parts, bands) = cut(tokens, panels, par::threads());
+    let (token_parts, bands) = cut(tokens, panels, par::threads()).unwrap_or((tokens.div_ceil(CHUNK), 1));
     let (chunk, band) = (tokens.div_ceil(token_parts).next_multiple_of(PAIR), panels.div_ceil(bands));
     let mut items = Vec::new();
     for (c, (q, out)) in q.chunks(chunk * in_dim).zip(out.chunks_mut(chunk * out_dim)).enumerate() {
@@ -129,14 +130,14 @@ pub(super) fn product<T: Send>(
 }
 
 /// Parts of tokens and of panels that make the tasks for `threads`: as few of tokens as keep all of them at work, as each unpacks the panels
-/// again, then as few of panels, as each makes the tables again.
-pub(super) fn cut(tokens: usize, panels: usize, threads: usize) -> (usize, usize) {
+/// again, then as few of panels, as each makes the tables again. `None` if some would be idle.
+pub(super) fn cut(tokens: usize, panels: usize, threads: usize) -> Option<(usize, usize)> {
     // At most an eighth of the threads' time is waiting.
     let even = |tasks: usize| tasks.next_multiple_of(threads) * 7 <= tasks * 8;
     let fewest = tokens.div_ceil(CHUNK);
     let (most, bands) = ((tokens / MANY).max(fewest), (panels / BAND).max(1));
-    let cuts = (fewest..=most).flat_map(|parts| (1..=bands).map(move |bands| (parts, bands)));
-    cuts.into_iter().find(|(parts, bands)| even(parts * bands)).unwrap_or((most, bands))
+    let mut cuts = (fewest..=most).flat_map(|parts| (1..=bands).map(move |bands| (parts, bands)));
+    cuts.find(|(parts, bands)| even(parts * bands))
 }
 
 /// Tokens with a band of panels.

@@ -249,10 +249,10 @@ mod tables {
 
     #[test]
     fn few_parts_keep_all_threads_at_work() {
-        use tables_avx512::cut;
-        assert_eq!([(128, 32, 1), (300, 32, 1), (64, 8, 4)].map(|(t, p, n)| cut(t, p, n)), [(1, 1), (3, 1), (2, 1)]);
-        assert_eq!([(128, 88, 2), (256, 88, 2), (300, 88, 2)].map(|(t, p, n)| cut(t, p, n)), [(1, 2), (2, 1), (3, 2)]);
-        assert_eq!([(128, 88, 8), (128, 32, 16), (32, 16, 16)].map(|(t, p, n)| cut(t, p, n)), [(2, 4), (4, 2), (1, 1)]);
+        let cuts = |cases: [(usize, usize, usize); 3]| cases.map(|(t, p, n)| tables_avx512::cut(t, p, n));
+        assert_eq!(cuts([(128, 32, 1), (300, 32, 1), (64, 8, 2)]), [Some((1, 1)), Some((3, 1)), Some((2, 1))]);
+        assert_eq!(cuts([(128, 88, 2), (256, 88, 2), (300, 88, 2)]), [Some((1, 2)), Some((2, 1)), Some((3, 2))]);
+        assert_eq!(cuts([(128, 88, 8), (128, 32, 16), (32, 16, 2)]), [Some((2, 4)), None, None]);
     }
 
     #[test]
