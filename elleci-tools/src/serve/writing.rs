@@ -12,9 +12,9 @@ use crate::data::tokenizer::{END_OF_TEXT_ID, IM_END_ID, Tokenizer};
 use crate::run::logprob::{LogRow, likeliest};
 use crate::run::text::TextStream;
 
-/// Text that comes sooner than this after the last piece goes with the next one: nobody reads faster, and a message a token would
-/// cost a small model more than the token.
-const PIECE: Duration = Duration::from_millis(4);
+/// Text that comes sooner than this after the last piece goes with the next one: a picture of most screens lasts as long, and a message a
+/// token would cost a small model more than the token.
+const PIECE: Duration = Duration::from_millis(16);
 
 /// Scores a token at its place.
 pub fn score(row: &[f32], token: u32, top: usize) -> TokenScore {
