@@ -149,7 +149,7 @@ fn company_threads_and_packing_change_nothing() {
     }
 }
 
-/// Threads that take passes by themselves, each a layer behind the one before: the same bits in the same order, and nobody waits for ever.
+/// Threads that take passes by themselves, each a little behind the one before: the same bits in the same order, and nobody waits for ever.
 #[test]
 fn threads_that_take_passes_change_nothing() {
     let c = odd_config();
@@ -182,6 +182,20 @@ fn threads_that_take_passes_change_nothing() {
     for bad in [0, 130, 449] {
         assert!(catch_unwind(AssertUnwindSafe(|| run(3, &[450], Some(bad)))).is_err());
     }
+    // Once, whatever other sequences have at hand.
+    let calls = AtomicUsize::new(0);
+    let mut sessions: Vec<Session> = (0..4).map(|_| Session::new(model).unwrap()).collect();
+    let ended = catch_unwind(AssertUnwindSafe(|| {
+        let visit = |_: usize, _: usize, _: &[f32]| {
+            calls.fetch_add(1, SeqCst);
+            panic!("the visitor's own panic");
+        };
+        let mut feeds: Vec<Feed> =
+            sessions.iter_mut().map(|session| Feed { session, tokens: &tokens[..200] }).collect();
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
+        pool.install(|| Batch::new().extend_each(model, &mut feeds, visit))
+    }));
+    assert!(ended.is_err() && calls.into_inner() == 1);
     // What a panic has left is of no use, and says so.
     let mut session = Session::new(model).unwrap();
     session.extend(model, &tokens[..5]).unwrap();

@@ -112,8 +112,15 @@ impl Batch {
         outputs: impl Fn(usize) -> Output + Sync,
         visit: impl FnMut(usize, usize, &[f32]) + Send,
     ) -> Result<(), InferenceError> {
-        let visit = Exclusive::new(visit);
-        self.run(model, feeds, Sessions::Advance, &outputs, &|feed, index, row| (*visit.take())(feed, index, row))
+        // With whether a call of it has begun: after a panic it is not called again.
+        let visit = Exclusive::new((visit, false));
+        self.run(model, feeds, Sessions::Advance, &outputs, &|feed, index, row| {
+            let (visit, begun) = &mut *visit.take();
+            if !core::mem::replace(begun, true) {
+                visit(feed, index, row);
+                *begun = false;
+            }
+        })
     }
 
     /// The outputs that [`Batch::extend_with`] would give, with sessions that stay as they are: for scoring what may follow. Their states
