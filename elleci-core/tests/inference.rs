@@ -13,6 +13,7 @@ use elleci_core::inference::{Batch, Feed, InferenceError, Output, Probe, Session
 use elleci_core::init::initialise;
 use elleci_core::model::{Batch as TrainBatch, Checkpointing, Model, Workspace};
 use elleci_core::ternary::packed::Packing;
+use rayon::{ThreadPool, ThreadPoolBuilder};
 
 const EXACT: PackOptions = PackOptions { packing: Packing::T5, sparse: Packing::C5, dense: DenseFormat::F32 };
 
@@ -33,6 +34,10 @@ fn sequence_forward(c: &ModelConfig, tokens: &[u32]) -> Vec<f32> {
     let batch = TrainBatch { batch: 1, seq: n, tokens, targets: tokens, weights: &vec![1.0; n] };
     model.logits(&mut ws, &batch, &mut logits).unwrap();
     logits
+}
+
+fn pool(threads: usize) -> ThreadPool {
+    ThreadPoolBuilder::new().num_threads(threads).build().unwrap()
 }
 
 fn worst(got: &[f32], want: &[f32]) -> f32 {
@@ -133,7 +138,7 @@ fn company_threads_and_packing_change_nothing() {
     let other = PackOptions { packing: Packing::I2, sparse: Packing::I2, ..EXACT };
     let i2 = Archive::open(to_bytes(&c, &initialise(&c, 11), None, other).unwrap()).unwrap();
     for (threads, model) in [(1, model), (3, model), (2, i2.model())] {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        let pool = pool(threads);
         pool.install(|| {
             let mut sessions: Vec<Session> = prompts.iter().map(|_| Session::new(model).unwrap()).collect();
             let mut batch = Batch::new();
@@ -157,7 +162,7 @@ fn threads_that_take_passes_change_nothing() {
     let model = archive.model();
     let tokens = tokens(&c, 900);
     let run = |threads: usize, lengths: &[usize], bad: Option<usize>| {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        let pool = pool(threads);
         let mut sessions: Vec<Session> = lengths.iter().map(|_| Session::new(model).unwrap()).collect();
         let mut rows: Vec<Vec<f32>> = vec![Vec::new(); lengths.len()];
         for _ in 0..2 {
@@ -192,7 +197,7 @@ fn threads_that_take_passes_change_nothing() {
         };
         let mut feeds: Vec<Feed> =
             sessions.iter_mut().map(|session| Feed { session, tokens: &tokens[..200] }).collect();
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
+        let pool = pool(3);
         pool.install(|| Batch::new().extend_each(model, &mut feeds, visit))
     }));
     assert!(ended.is_err() && calls.into_inner() == 1);
@@ -207,7 +212,7 @@ fn threads_that_take_passes_change_nothing() {
             assert!(index < 20, "the visitor's own panic");
         };
         let feed = Feed { session: &mut session, tokens: &tokens[5..705] };
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build().unwrap();
+        let pool = pool(2);
         pool.install(|| Batch::new().extend_each(model, &mut [feed], visit))
     }));
     assert!(ended.is_err());
@@ -243,7 +248,7 @@ fn probes_have_the_bits_of_feeds_and_change_nothing() {
             })
             .collect();
         for threads in [1, 3] {
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let pool = pool(threads);
             let probes: Vec<Probe> = parts.iter().map(|part| Probe { session: &session, tokens: part }).collect();
             let got: Vec<Mutex<Vec<f32>>> = parts.iter().map(|_| Mutex::default()).collect();
             // All of the first, of the others the last two.

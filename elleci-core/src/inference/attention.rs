@@ -9,6 +9,8 @@
 use alloc::vec;
 use alloc::vec::Vec;
 
+use ndarray::s;
+
 use super::absorbed::absorbed;
 use super::pass::{Pass, Scratch, grown};
 use super::schedule::Segment;
@@ -22,7 +24,6 @@ use crate::par;
 use crate::params::MlaIds;
 use crate::simd::vectorize;
 use crate::ternary::packed::PackedTernary;
-use ndarray::s;
 
 /// Cached tokens whose latents are expanded together: bounds the memory for it. Divides [`PAGE`].
 const EXPAND: usize = 128;
@@ -33,7 +34,7 @@ const SMALL: usize = 256;
 
 /// Reads `scratch.norm`, writes `scratch.y`.
 pub(super) fn forward(pass: &Pass, ids: &MlaIds, scratch: &mut Scratch) {
-    let (c, n) = (pass.model.config(), pass.rows);
+    let (c, n) = (pass.call.model.config(), pass.rows);
     let (rank, q_row, o_row) = (c.kv_rank, c.n_heads * c.d_qk(), c.n_heads * c.d_v);
     let latent_row = rank + c.d_rope;
     let Scratch { a, b, c: o, norm, quantized, absorb, y, .. } = scratch;
@@ -48,13 +49,11 @@ pub(super) fn forward(pass: &Pass, ids: &MlaIds, scratch: &mut Scratch) {
     rmsnorm_quantize(
         #[inline(always)]
         |t, row| row.copy_from_slice(&ckr[t * latent_row..][..rank]),
-        pass.model.floats(ids.kv_norm),
+        pass.call.model.floats(ids.kv_norm),
         c.norm_eps,
         quantized,
         None,
     );
-    let kv_up = pass.model.ternary(ids.kv_up);
-    let mut rest = grown(o, n * o_row);
     // With the pages as they are now, shared: whoever goes on with the sequence need not wait for this pass to have read them.
     let caches: Vec<MlaCache> = pass.with_states(|states| {
         let pushed = states.into_iter().map(|(segment, cache)| {
@@ -67,6 +66,8 @@ pub(super) fn forward(pass: &Pass, ids: &MlaIds, scratch: &mut Scratch) {
         });
         pushed.collect()
     });
+    let kv_up = pass.call.model.ternary(ids.kv_up);
+    let mut rest = grown(o, n * o_row);
     let mut items: Vec<(&Segment, &MlaCache, &mut [f32])> = Vec::with_capacity(caches.len());
     for (segment, cache) in pass.segments.iter().zip(&caches) {
         let (own, later) = core::mem::take(&mut rest).split_at_mut(segment.len * o_row);
@@ -79,14 +80,13 @@ pub(super) fn forward(pass: &Pass, ids: &MlaIds, scratch: &mut Scratch) {
         let alone = segment.feed_len == 1 && !pass.call.one_form;
         if alone { absorbed(c, &kv_up, cache, q, room, o) } else { expanded(c, &kv_up, cache, q, o) }
     });
-    drop(caches);
     let o: &[f32] = &o[..n * o_row];
     pass.expect(&[ids.out]);
     quantized.resize(n, o_row);
     rmsnorm_quantize(
         #[inline(always)]
         |t, row| row.copy_from_slice(&o[t * o_row..(t + 1) * o_row]),
-        pass.model.floats(ids.out_norm),
+        pass.call.model.floats(ids.out_norm),
         c.norm_eps,
         quantized,
         None,

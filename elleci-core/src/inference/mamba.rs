@@ -47,15 +47,15 @@ pub(super) struct MixScratch {
 
 /// Reads `scratch.norm` and `scratch.normed`, writes `scratch.y`.
 pub(super) fn forward(pass: &Pass, ids: &MambaIds, constants: &Constants, scratch: &mut Scratch) {
-    let (c, rows) = (pass.model.config(), pass.rows);
+    let (c, rows) = (pass.call.model.config(), pass.rows);
     let (di, heads, bc) = (c.d_inner, c.mamba_heads(), 2 * c.d_state);
     let Scratch { a, b, c: scan, norm, normed, quantized, mix, y, .. } = scratch;
     let zx = grown(a, rows * 2 * di);
     pass.project(ids.input, norm, zx);
     let bcdt = grown(b, rows * (bc + heads));
-    pass.model.dense(ids.bcdt).forward(&normed[..rows * c.d_model], rows, bcdt);
+    pass.call.model.dense(ids.bcdt).forward(&normed[..rows * c.d_model], rows, bcdt);
 
-    let layer = Layer::new(pass.model, ids, constants);
+    let layer = Layer::new(pass.call.model, ids, constants);
     let (zx, bcdt): (&[f32], &[f32]) = (zx, bcdt);
     let mut y_rest = grown(scan, rows * di);
     pass.with_states(|states| {
@@ -81,7 +81,7 @@ pub(super) fn forward(pass: &Pass, ids: &MambaIds, constants: &Constants, scratc
     rmsnorm_quantize(
         #[inline(always)]
         |t, row| gate(&scan[t * di..(t + 1) * di], &zx[t * 2 * di..][..di], row),
-        pass.model.floats(ids.gate_norm),
+        pass.call.model.floats(ids.gate_norm),
         c.norm_eps,
         quantized,
         None,

@@ -132,7 +132,7 @@ impl Call<'_> {
         }
         let mut constants = self.constants.mamba.iter();
         for (layer, ids) in layout.layers().iter().enumerate() {
-            let pass = Pass { call: *self, model, inputs, segments, turn, layer, rows, rope: &rope };
+            let pass = Pass { call: *self, inputs, segments, turn, layer, rows, rope: &rope };
             let wants_floats = matches!(ids.mixer, MixerIds::Mamba(_));
             match &ids.mixer {
                 MixerIds::Mamba(m) => pass.expect(&[m.input]),
@@ -223,7 +223,6 @@ struct Wanted {
 #[derive(Clone, Copy)]
 pub(super) struct Pass<'a, 'i> {
     pub call: Call<'a>,
-    pub model: PackedModel<'a>,
     inputs: &'a Inputs<'i>,
     pub segments: &'a [Segment],
     turn: &'a Turn<'a>,
@@ -237,14 +236,14 @@ pub(super) struct Pass<'a, 'i> {
 impl Pass<'_, '_> {
     /// Norm and quantiser of the residual stream, into `scratch.norm` and, if wanted, `scratch.normed`.
     fn norm(&self, gain: Id, h: &[f32], scratch: &mut Scratch, floats: bool) {
-        let c = self.model.config();
+        let c = self.call.model.config();
         let d = c.d_model;
         scratch.norm.resize(self.rows, d);
         let normed = floats.then(|| grown(&mut scratch.normed, self.rows * d));
         rmsnorm_quantize(
             #[inline(always)]
             |t, row| row.copy_from_slice(&h[t * d..(t + 1) * d]),
-            self.model.floats(gain),
+            self.call.model.floats(gain),
             c.norm_eps,
             &mut scratch.norm,
             normed,
@@ -253,12 +252,12 @@ impl Pass<'_, '_> {
 
     /// `y` `[rows, out]`: the projection of quantised rows.
     pub fn project(&self, id: Id, rows: &QuantizedRows, y: &mut [f32]) {
-        self.model.ternary(id).forward(&rows.codes, &rows.scales, y);
+        self.call.model.ternary(id).forward(&rows.codes, &rows.scales, y);
     }
 
     /// Projections of the same rows.
     pub fn project_all<const N: usize>(&self, ids: [Id; N], rows: &QuantizedRows, outs: [&mut [f32]; N]) {
-        let parts = ids.into_iter().map(|id| self.model.ternary(id)).zip(outs);
+        let parts = ids.into_iter().map(|id| self.call.model.ternary(id)).zip(outs);
         if self.rows == 1 {
             forward_all(parts.collect(), &rows.codes, rows.scales[0]);
         } else {
@@ -269,7 +268,7 @@ impl Pass<'_, '_> {
     /// What the next projection will read, said before the serial work that leads to it.
     pub fn expect(&self, ids: &[Id]) {
         if self.rows == 1 {
-            let matrices: Vec<PackedTernary> = ids.iter().map(|id| self.model.ternary(*id)).collect();
+            let matrices: Vec<PackedTernary> = ids.iter().map(|id| self.call.model.ternary(*id)).collect();
             packed::expect(&matrices);
         }
     }
@@ -286,7 +285,7 @@ impl Pass<'_, '_> {
     }
 
     fn ffn(&self, ids: &FfnIds, scratch: &mut Scratch) {
-        let c = self.model.config();
+        let c = self.call.model.config();
         let f = c.ffn_hidden;
         // The buffers that the mixers make nearly as large.
         let gate = grown(&mut scratch.a, self.rows * f);
@@ -298,7 +297,7 @@ impl Pass<'_, '_> {
         rmsnorm_quantize(
             #[inline(always)]
             |t, row| activate(&gate[t * f..(t + 1) * f], &up[t * f..(t + 1) * f], row),
-            self.model.floats(ids.sub_norm),
+            self.call.model.floats(ids.sub_norm),
             c.norm_eps,
             &mut scratch.quantized,
             None,
