@@ -55,9 +55,15 @@ fn every_way_of_feeding_equals_the_sequence_forward() {
     let nano = ModelConfig { vocab_size: 300, ..ModelConfig::preset("nano").unwrap() };
     // Heads that attention's groups of eight and four do not divide, and that they do.
     let heads = |n_heads| ModelConfig { n_heads, d_v: 6, n_layers: 3, ..odd_config() };
-    for (c, n) in
-        [(odd_config(), 600), (nano, 150), (heads(5), 200), (heads(8), 200), (heads(9), 200), (heads(12), 200)]
-    {
+    for (c, n) in [
+        (odd_config(), 600),
+        (nano, 150),
+        (heads(5), 200),
+        (heads(8), 200),
+        (heads(9), 200),
+        (heads(12), 200),
+        (heads(13), 200),
+    ] {
         let archive = archive(&c);
         let model = archive.model();
         let tokens = tokens(&c, n);
