@@ -37,12 +37,12 @@ def nano(folder):
 
 
 class Server:
-    """`elleci-run serve` with these options; a context manager that stops it."""
+    """`elleci-run serve` with these options, and these variables besides our own; a context manager that stops it."""
 
-    def __init__(self, model, *options):
+    def __init__(self, model, *options, environment=None):
         self.process = subprocess.Popen(
             [binary("elleci-run"), "serve", "-m", model, "--port", "0", "--quiet", *options],
-            stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={**os.environ, **(environment or {})})
         self.url = None
         for line in self.process.stderr:
             found = re.match(r"listening on (http://\S+)", line)
