@@ -1,11 +1,10 @@
 //! Mamba-2 over a pass (SPEC §1.3): the projections for all rows, convolution and scan a sequence at a time.
 
 use alloc::sync::Arc;
-
 use alloc::vec::Vec;
 
 use super::pass::{Pass, Scratch, Sessions, grown};
-use super::session::{LayerState, MambaState};
+use super::session::{LayerState, MambaRecent, MambaState};
 use crate::archive::PackedModel;
 use crate::config::ModelConfig;
 use crate::layers::mamba::{decay_rates, gate, ssd_shape};
@@ -41,8 +40,14 @@ impl Constants {
 pub(super) struct MixScratch {
     /// Outputs of the convolution, and dt
     buffer: Vec<f32>,
-    /// For a sequence whose state stays as it is: that of the convolution, and between parts that of the scan
-    passing: MambaState,
+    /// For a sequence whose state stays as it is: that between parts
+    passing: MambaPassing,
+}
+
+#[derive(Debug, Default)]
+struct MambaPassing {
+    scan: Vec<f32>,
+    recent: MambaRecent,
 }
 
 /// Reads `scratch.norm` and `scratch.normed`, writes `scratch.y`.
@@ -115,7 +120,7 @@ impl<'a> Layer<'a> {
         &self,
         zx: &[f32],
         bcdt: &[f32],
-        state: &mut Arc<MambaState>,
+        state: &mut MambaState,
         last: bool,
         scratch: &mut MixScratch,
         y: &mut [f32],
@@ -125,7 +130,7 @@ impl<'a> Layer<'a> {
         let parts = (y.len() / di).div_ceil(RUN);
         let MixScratch { buffer, passing } = scratch;
         if last {
-            passing.conv.clone_from(&state.conv);
+            passing.recent.clone_from(&state.recent);
             if parts > 1 {
                 passing.scan.clone_from(&state.scan);
             }
@@ -133,18 +138,23 @@ impl<'a> Layer<'a> {
         // In parts, so that what goes from step to step stays in the caches.
         let rows = zx.chunks(RUN * 2 * di).zip(bcdt.chunks(RUN * width));
         for (part, ((zx, bcdt), y)) in rows.zip(y.chunks_mut(RUN * di)).enumerate() {
-            let (scan, conv) = if last {
+            let (scan, recent) = if last {
                 let scan = match (parts, part + 1 == parts) {
                     (1, _) => ScanState::Passed(&state.scan),
                     (_, true) => ScanState::Passed(&passing.scan),
                     _ => ScanState::Kept(&mut passing.scan),
                 };
-                (scan, &mut passing.conv)
+                (scan, &mut passing.recent)
             } else {
-                let MambaState { scan, conv } = Arc::make_mut(state);
-                (ScanState::Kept(scan), conv)
+                let recent = Arc::make_mut(&mut state.recent);
+                // A fork shares the state until it is written.
+                let scan = match recent.steps.is_over_within(y.len() / di) {
+                    true => ScanState::Kept(Arc::<Vec<f32>>::make_mut(&mut state.scan)),
+                    false => ScanState::Passed(&state.scan),
+                };
+                (scan, recent)
             };
-            self.mix_part(zx, bcdt, scan, conv, buffer, y);
+            self.mix_part(zx, bcdt, scan, recent, buffer, y);
         }
     }
 
@@ -154,7 +164,7 @@ impl<'a> Layer<'a> {
         zx: &[f32],
         bcdt: &[f32],
         scan: ScanState<'_>,
-        conv: &mut [f32],
+        recent: &mut MambaRecent,
         buffer: &mut Vec<f32>,
         y: &mut [f32],
     ) {
@@ -178,7 +188,7 @@ impl<'a> Layer<'a> {
         if len <= CONV_STEPS {
             ssd_steps_expect(shape, scan.values());
         }
-        conv_silu_steps(filter, &inputs, conv, xbc);
-        ssd_steps(shape, xbc, dt, a, self.d, scan, y);
+        conv_silu_steps(filter, &inputs, &mut recent.conv, xbc);
+        ssd_steps(shape, xbc, dt, a, self.d, scan, &mut recent.steps, y);
     }
 }

@@ -1,20 +1,20 @@
 //! A session as bytes: exact, and only for the model that it was made with.
 //!
-//! Little-endian: magic, version, the model's fingerprint, the tokens, then every layer in order (a Mamba layer's scan and
-//! convolution inputs; an MLA layer's codes, scales and keys of the tokens so far), and XXH3-64 of all that.
+//! Little-endian: magic, version, the model's fingerprint, the tokens, then every layer in order (a Mamba layer's state, its
+//! convolution's inputs and the steps since the state was written; an MLA layer's codes, scales and keys of the tokens so far), and XXH3-64 of all that.
 
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::session::{LayerState, MlaCache, PAGE, Page};
+use super::session::{LayerState, MambaState, MlaCache, PAGE, Page};
 use super::{InferenceError, Session};
 use crate::archive::PackedModel;
 use crate::config::ModelConfig;
 
 const MAGIC: [u8; 8] = *b"\x93ELSESS\n";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 impl Session {
     /// The whole state. [`Session::from_bytes`] goes on from it to the bit. (It refuses that of an interrupted session.)
@@ -27,7 +27,8 @@ impl Session {
         for layer in &self.layers {
             match layer {
                 LayerState::Mamba(state) => {
-                    let floats = state.scan.iter().chain(&state.conv);
+                    let [b, left] = state.recent.steps.values();
+                    let floats = state.scan.iter().chain(&state.recent.conv).chain(b).chain(left);
                     bytes.extend(floats.flat_map(|v| v.to_le_bytes()));
                 }
                 LayerState::Mla(cache) => {
@@ -77,10 +78,13 @@ impl Session {
         }
         for layer in &mut session.layers {
             match layer {
-                LayerState::Mamba(state) => {
-                    let state = Arc::make_mut(state);
-                    reader.floats(&mut state.scan)?;
-                    reader.floats(&mut state.conv)?;
+                LayerState::Mamba(MambaState { scan, recent }) => {
+                    let recent = Arc::make_mut(recent);
+                    reader.floats(Arc::<Vec<f32>>::make_mut(scan))?;
+                    reader.floats(&mut recent.conv)?;
+                    for values in recent.steps.fill(count) {
+                        reader.floats(values)?;
+                    }
                 }
                 LayerState::Mla(cache) => *cache = reader.cache(c, count)?,
             }

@@ -7,6 +7,7 @@ use alloc::vec::Vec;
 use super::{Batch, Feed, InferenceError};
 use crate::archive::PackedModel;
 use crate::config::{LayerKind, ModelConfig};
+use crate::ops::ssd::Recent;
 
 /// Tokens of a page of an MLA cache.
 pub(super) const PAGE: usize = 256;
@@ -28,16 +29,33 @@ pub struct Session {
 
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum LayerState {
-    Mamba(Arc<MambaState>),
+    Mamba(MambaState),
     Mla(MlaCache),
 }
 
-/// `scan`, the state as [`ssd_steps`](crate::ops::ssd::ssd_steps) keeps it, and the last inputs of the convolution
-/// `[d_conv - 1, channels]`, oldest first.
-#[derive(Clone, Debug, Default, PartialEq)]
+/// What [`ssd_steps`](crate::ops::ssd::ssd_steps) keeps: the state, which few steps write, and what all do.
+#[derive(Clone, Debug, PartialEq)]
 pub(super) struct MambaState {
-    pub scan: Vec<f32>,
+    pub scan: Arc<Vec<f32>>,
+    pub recent: Arc<MambaRecent>,
+}
+
+/// Besides the steps since the state was written the last inputs of the convolution `[d_conv - 1, channels]`, oldest first.
+#[derive(Debug, Default, PartialEq)]
+pub(super) struct MambaRecent {
+    pub steps: Recent,
     pub conv: Vec<f32>,
+}
+
+impl Clone for MambaRecent {
+    fn clone(&self) -> MambaRecent {
+        MambaRecent { steps: self.steps.clone(), conv: self.conv.clone() }
+    }
+
+    fn clone_from(&mut self, other: &MambaRecent) {
+        self.steps.clone_from(&other.steps);
+        self.conv.clone_from(&other.conv);
+    }
 }
 
 /// Per token the int8 latent that `kv_up` reads, with its scale, and the rotated shared key.
@@ -106,10 +124,13 @@ impl Session {
         let mut layers = Vec::new();
         for kind in c.layer_kinds() {
             layers.push(match kind {
-                LayerKind::Mamba => LayerState::Mamba(Arc::new(MambaState {
-                    scan: zeros(c.d_inner.checked_mul(c.d_state))?,
-                    conv: zeros((c.d_conv - 1).checked_mul(c.conv_channels()))?,
-                })),
+                LayerKind::Mamba => LayerState::Mamba(MambaState {
+                    scan: Arc::new(zeros(c.d_inner.checked_mul(c.d_state))?),
+                    recent: Arc::new(MambaRecent {
+                        steps: Recent::new(c.d_inner, c.d_state).map_err(|bytes| InferenceError::Memory { bytes })?,
+                        conv: zeros((c.d_conv - 1).checked_mul(c.conv_channels()))?,
+                    }),
+                }),
                 LayerKind::Mla => LayerState::Mla(MlaCache::default()),
             });
         }
@@ -146,14 +167,13 @@ impl Session {
         self.layers.resize_with(mark.layers.len(), || LayerState::Mla(MlaCache::default()));
         for (own, marked) in self.layers.iter_mut().zip(&mark.layers) {
             match (own, marked) {
-                (LayerState::Mamba(own), LayerState::Mamba(marked)) => match Arc::get_mut(own) {
-                    // The next token writes to every part of the state: sharing would only put the copy off, into new memory.
-                    Some(state) => {
-                        state.scan.clone_from(&marked.scan);
-                        state.conv.clone_from(&marked.conv);
+                (LayerState::Mamba(own), LayerState::Mamba(marked)) => {
+                    // What the next tokens will write to: sharing would only put the copy off, into new memory.
+                    copy(&mut own.recent, &marked.recent);
+                    if !Arc::ptr_eq(&own.scan, &marked.scan) {
+                        copy(&mut own.scan, &marked.scan);
                     }
-                    None => *own = marked.clone(),
-                },
+                }
                 (own, marked) => own.clone_from(marked),
             }
         }
@@ -162,12 +182,22 @@ impl Session {
     /// Bytes that the state takes, shared pages included.
     pub fn bytes(&self) -> usize {
         let layer = |layer: &LayerState| match layer {
-            LayerState::Mamba(state) => 4 * (state.scan.len() + state.conv.len()),
+            LayerState::Mamba(MambaState { scan, recent }) => {
+                4 * (scan.len() + recent.conv.len()) + recent.steps.bytes()
+            }
             LayerState::Mla(cache) => {
                 cache.pages.iter().map(|p| p.codes.capacity() + 4 * (p.scales.capacity() + p.keys.capacity())).sum()
             }
         };
         self.layers.iter().map(layer).sum::<usize>() + 4 * self.tokens.len()
+    }
+}
+
+/// Makes `own` what `other` is, in its own memory if that is its alone.
+fn copy<T: Clone>(own: &mut Arc<T>, other: &Arc<T>) {
+    match Arc::get_mut(own) {
+        Some(value) => value.clone_from(other),
+        None => own.clone_from(other),
     }
 }
 

@@ -27,7 +27,7 @@ use alloc::vec::Vec;
 
 pub use backward::ssd_backward;
 pub use forward::ssd_forward;
-pub use step::{ScanState, ssd_steps, ssd_steps_expect};
+pub use step::{Recent, ScanState, ssd_steps, ssd_steps_expect};
 
 /// Steps of a chunk. The matrices inside a chunk are `[CHUNK, CHUNK]` a head.
 pub const CHUNK: usize = 64;
@@ -78,8 +78,8 @@ impl SsdShape {
         self.batch * self.chunks().saturating_sub(1) * self.state_len()
     }
 
-    /// Elements of the state of one sequence: `[d_state, channels]` a group of heads (512 channels, the last group what is left),
-    /// one group after the other.
+    /// Elements of the state of one sequence. Their order is private to this module: groups of heads (512 channels, the last what is
+    /// left), and [`ssd_steps`] keeps tiles of channels in each.
     pub fn state_len(&self) -> usize {
         self.d_state * self.d_inner()
     }

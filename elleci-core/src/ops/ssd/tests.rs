@@ -103,30 +103,34 @@ impl Case {
 }
 
 impl Case {
-    /// Outputs, sequence by sequence, and states after runs of the given lengths.
-    fn steps(&self, lengths: &[usize]) -> (Vec<f32>, Vec<f32>) {
-        let whole = self.shape;
-        let cut = |data: &[f32], cols: usize, start: usize, seq: usize| -> Vec<f32> {
-            let sequences = data.chunks(whole.seq * cols);
-            sequences.flat_map(|s| s[start * cols..(start + seq) * cols].to_vec()).collect()
-        };
-        let mut state = vec![0.0; whole.batch * whole.state_len()];
-        let mut all = vec![f32::NAN; whole.tokens() * whole.d_inner()];
-        let mut start = 0;
-        for &seq in lengths {
-            let shape = SsdShape { seq, ..whole };
-            let (xbc, dt) = (cut(&self.xbc, whole.width(), start, seq), cut(&self.dt, whole.heads, start, seq));
-            let mut y = vec![f32::NAN; shape.tokens() * whole.d_inner()];
-            let mut passed = vec![f32::NAN; y.len()];
-            ssd_steps(shape, &xbc, &dt, &self.a, &self.d, ScanState::Passed(&state), &mut passed);
-            ssd_steps(shape, &xbc, &dt, &self.a, &self.d, ScanState::Kept(&mut state), &mut y);
-            assert_eq!(y, passed, "what becomes of the state");
-            for (all, y) in all.chunks_mut(whole.seq * whole.d_inner()).zip(y.chunks(seq * whole.d_inner())) {
-                all[start * whole.d_inner()..][..y.len()].copy_from_slice(y);
+    /// Outputs, sequence by sequence, and what is kept after runs of the given lengths.
+    fn steps(&self, lengths: &[usize]) -> (Vec<f32>, Vec<(Vec<f32>, Recent)>) {
+        let shape = self.shape;
+        let (width, heads, d_inner) = (shape.seq * shape.width(), shape.seq * shape.heads, shape.d_inner());
+        let sequences = self.xbc.chunks(width).zip(self.dt.chunks(heads));
+        let mut all = vec![f32::NAN; shape.tokens() * d_inner];
+        let kept = sequences.zip(all.chunks_mut(shape.seq * d_inner)).map(|((xbc, dt), all)| {
+            let mut state = vec![0.0; shape.state_len()];
+            let mut recent = Recent::new(d_inner, shape.d_state).unwrap();
+            let mut start = 0;
+            for &seq in lengths {
+                let run = SsdShape { batch: 1, seq, ..shape };
+                let (xbc, dt) = (&xbc[start * shape.width()..], &dt[start * shape.heads..]);
+                let (xbc, dt) = (&xbc[..seq * shape.width()], &dt[..seq * shape.heads]);
+                let y = &mut all[start * d_inner..(start + seq) * d_inner];
+                let mut passed = (vec![f32::NAN; y.len()], recent.clone());
+                ssd_steps(run, xbc, dt, &self.a, &self.d, ScanState::Passed(&state), &mut passed.1, &mut passed.0);
+                let over = recent.is_over_within(seq);
+                let before = state.clone();
+                ssd_steps(run, xbc, dt, &self.a, &self.d, ScanState::Kept(&mut state), &mut recent, y);
+                assert_eq!(y, passed.0, "what becomes of the state");
+                assert!(over || (before == state && recent == passed.1), "the state is written at the end of blocks");
+                start += seq;
             }
-            start += seq;
-        }
-        (all, state)
+            (state, recent)
+        });
+        let kept = kept.collect();
+        (all, kept)
     }
 
     /// Holds single steps against the chunked form, and runs of the given lengths to the bit against single steps.
