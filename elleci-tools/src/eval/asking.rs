@@ -14,8 +14,12 @@ use super::report::{Absent, Why};
 use super::task::{Kind, Task};
 use crate::run::interrupt::Generating;
 
-/// Items that are asked together.
-const WAVE: usize = 128;
+/// Items that are asked together, at most: of many with one context some begin alike.
+const WAVE: usize = 512;
+/// Bytes of text in them at most, and at least; in between as many as keep a model busy for some seconds.
+const WAVE_BYTES: [u64; 2] = [64 << 10, 16 << 10];
+/// Bytes of text times those of the model.
+const WAVE_WORK: u64 = 1 << 40;
 /// Texts that are generated together.
 const GENERATE_WAVE: usize = 32;
 /// Windows of texts that are scored together, at most.
@@ -74,12 +78,17 @@ fn answer_task(
         return rolling(engine, p, &missing, interrupt, progress);
     }
     let stem = if scored { stem(engine, &p.items)? } else { None };
-    let wave = if p.task.kind == Kind::Generate { GENERATE_WAVE } else { WAVE };
+    let [most, least] = WAVE_BYTES;
+    let bytes = (WAVE_WORK / engine.model_bytes().max(1)).clamp(least, most);
     let mut done = p.wanted - missing.len();
-    for items in missing.chunks(wave) {
-        if interrupt.stopped() {
-            break;
-        }
+    let mut rest = missing.as_slice();
+    while !rest.is_empty() && !interrupt.stopped() {
+        let count = match p.task.kind {
+            Kind::Generate => GENERATE_WAVE.min(rest.len()),
+            _ => wave(rest, bytes),
+        };
+        let (items, after) = rest.split_at(count);
+        rest = after;
         let answers = match p.task.kind {
             Kind::Generate => generate(args, engine, &p.task, items)?,
             _ => score(engine, items, stem.as_ref())?,
@@ -89,6 +98,16 @@ fn answer_task(
         progress.step(items.iter().map(Item::weight).sum(), &p.task.name, done, p.wanted);
     }
     Ok(())
+}
+
+/// How many of the items are asked together: no more than [`WAVE`] with so many bytes of text, but one at least.
+fn wave(items: &[Item], bytes: u64) -> usize {
+    let mut text = 0;
+    let fitting = items.iter().take(WAVE).take_while(|item| {
+        text += item.weight();
+        text <= bytes
+    });
+    fitting.count().max(1)
 }
 
 /// What the contexts of a task begin with: what its last two items have in common.

@@ -3,7 +3,7 @@
 //! Text becomes tokens as lm-evaluation-harness does it: a context and its continuation are encoded as one text, white space at
 //! the end of the context counts as the continuation's, and the continuation's tokens are those past the length of the context
 //! encoded alone. A context that several requests share is evaluated once, and each continuation is scored on its session, which stays as
-//! it is. What neighbouring continuations have in common is evaluated once too, and so is the beginning that all contexts
+//! it is. What the continuations of a context have in common is evaluated once too, and so is the beginning that all contexts
 //! of a task share (examples, instructions), for the whole task (the [`Stem`]).
 //! What a request is given does not depend on the others, nor on what is shared: a session computes the same bits in every company and,
 //! in the one form of attention that scoring has it use, however its tokens are cut into calls.
@@ -85,7 +85,7 @@ impl Branch {
     }
 }
 
-/// The continuations of a context, neighbours that begin alike together: the choices of an item, which come one after the other.
+/// The continuations of a context, neighbours that begin alike together.
 fn branches(pairs: &[Pair], members: &[usize], group: usize) -> Vec<Branch> {
     let mut branches: Vec<Branch> = Vec::new();
     for &i in members {
@@ -130,6 +130,8 @@ pub struct Engine<'a> {
     sessions: usize,
     /// Tokens fed so far.
     pub fed: u64,
+    /// Tokens that would have been, had every request been answered by itself.
+    pub asked: u64,
 }
 
 impl<'a> Engine<'a> {
@@ -147,7 +149,12 @@ impl<'a> Engine<'a> {
         let banned = open.banned(false);
         let (batch, writing) = (Batch::new().with_one_form(), Batch::new());
         let words = Cache::default();
-        Ok(Engine { model, tokenizer, banned, batch, writing, words, max_length, sessions, fed: 0 })
+        Ok(Engine { model, tokenizer, banned, batch, writing, words, max_length, sessions, fed: 0, asked: 0 })
+    }
+
+    /// Bytes of the model.
+    pub fn model_bytes(&self) -> u64 {
+        self.model.archive_bytes() as u64
     }
 
     /// Length of a window in tokens.
@@ -238,6 +245,8 @@ impl<'a> Engine<'a> {
             });
             groups[place].1.push(i);
         }
+        // The last token of each is only predicted.
+        self.asked += pairs.iter().map(|p| (p.context.len() + p.continuation.len() - 1) as u64).sum::<u64>();
         let mut scores = vec![NOTHING; pairs.len()];
         let mut rest = groups.as_slice();
         while !rest.is_empty() {
@@ -304,7 +313,11 @@ impl<'a> Engine<'a> {
                 add(&mut scores[i], &row, rows[g], pairs[i].continuation[0]);
             }
         }
-        let of_group = |(g, (_, members)): (usize, &(&[u32], Vec<usize>))| branches(pairs, members, g);
+        let of_group = |(g, (_, members)): (usize, &(&[u32], Vec<usize>))| {
+            let mut members = members.clone();
+            members.sort_by_key(|&i| &pairs[i].continuation);
+            branches(pairs, &members, g)
+        };
         let branches: Vec<Branch> = groups.iter().enumerate().flat_map(of_group).collect();
         let mut rest = branches.as_slice();
         while !rest.is_empty() {

@@ -114,8 +114,16 @@ fn evaluate(args: &RunArgs) -> anyhow::Result<()> {
         };
         write_results(args, &prepared, &absent, &facts)?;
         let (thousands, seconds) = (crate::report::format::thousands, start.elapsed().as_secs_f64());
-        let rate = (engine.fed as f64 / seconds) as u64;
-        crate::exit::errln!("{} tokens in {seconds:.1} s, {} a second", thousands(engine.fed), thousands(rate));
+        let rate = (engine.asked as f64 / seconds) as u64;
+        let shared = match engine.fed {
+            fed if fed < engine.asked => format!(" ({} computed: beginnings are shared)", thousands(fed)),
+            _ => String::new(),
+        };
+        crate::exit::errln!(
+            "{} tokens in {seconds:.1} s, {} a second{shared}",
+            thousands(engine.asked),
+            thousands(rate)
+        );
         if !finished {
             let kept =
                 if args.no_cache { "nothing was kept (--no-cache)" } else { "answers are kept: run again to go on" };

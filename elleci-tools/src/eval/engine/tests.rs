@@ -182,7 +182,7 @@ fn scores_are_those_of_a_sequence_of_its_own_whatever_the_company() {
 }
 
 #[test]
-fn what_neighbouring_continuations_have_in_common_is_fed_once() {
+fn what_continuations_have_in_common_is_fed_once() {
     let mut e = engine(64);
     let shared = "La città è più grande che bella: perché no?";
     let texts = [&format!("{shared} è"), &format!("{shared} no? x"), shared, shared, "perché no?", "x", shared];
@@ -192,10 +192,16 @@ fn what_neighbouring_continuations_have_in_common_is_fed_once() {
     // The third ends with what the others share, so that its last token is left.
     assert_eq!(found[0].shared, pairs[2].continuation.len() - 1);
     assert!(found[0].shared >= MIN_BRANCH && found[1..].iter().all(|b| b.shared == 0));
+    // They are sorted, so that the last joins them.
+    let fed = |branches: &[Branch]| 1 + branches.iter().map(|b| b.tokens(&pairs)).sum::<usize>();
+    let mut order: Vec<usize> = (0..pairs.len()).collect();
+    order.sort_by_key(|&i| &pairs[i].continuation);
+    let sorted = branches(&pairs, &order, 0);
+    assert!(sorted.iter().any(|b| b.members.len() == 5) && fed(&sorted) < fed(&found));
     let scores = e.score(&pairs, None).unwrap();
-    let fed: usize = 1 + found.iter().map(|b| b.tokens(&pairs)).sum::<usize>();
-    assert_eq!(e.fed, fed as u64);
-    assert!(fed < 1 + pairs.iter().map(|p| p.continuation.len() - 1).sum::<usize>());
+    assert_eq!(e.fed, fed(&sorted) as u64);
+    assert_eq!(e.asked, pairs.iter().map(|p| p.continuation.len() as u64).sum::<u64>(), "with a context of one token");
+    assert!(e.fed < e.asked);
     for (pair, score) in pairs.iter().zip(&scores) {
         assert_alone(pair, *score);
     }

@@ -101,7 +101,9 @@ impl Engine<'_> {
     /// One more token for every text.
     fn step(&mut self, active: &mut [Writing], how: &Continue) -> anyhow::Result<()> {
         let vocab = self.model.config().vocab_size;
-        self.fed += active.iter().map(|w| w.next.len() as u64).sum::<u64>();
+        let tokens = active.iter().map(|w| w.next.len() as u64).sum::<u64>();
+        self.fed += tokens;
+        self.asked += tokens;
         let mut feeds: Vec<Feed<'_>> =
             active.iter_mut().map(|w| Feed { session: &mut w.session, tokens: &w.next }).collect();
         let mut logits = self.writing.extend(self.model, &mut feeds)?.to_vec();

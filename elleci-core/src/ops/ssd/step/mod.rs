@@ -31,7 +31,7 @@ use crate::simd::vectorize;
 /// the state would grow as much as its writing shrinks.
 pub const BLOCK: usize = 8;
 
-/// The steps since the state was written, fewer than [`BLOCK`].
+/// The steps since the state was written, fewer than a block has.
 #[derive(Debug, Default)]
 pub struct Recent {
     steps: usize,
