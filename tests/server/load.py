@@ -21,7 +21,7 @@ from common import Server, binary
 
 STREAMS, TOKENS, ROUNDS = 64, 128, 26
 # Rounds that memory takes to its plateau, those after them and at the end whose medians are compared, and the MiB that they may differ by
-# (0.2 at most without a leak, in docs/LOG.md).
+# (0.3 at most without a leak, in docs/LOG.md).
 WARM, COMPARED, GROWTH = 11, 5, 0.75
 ONE_ARENA = {"MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": str(1 << 30), "MALLOC_MMAP_THRESHOLD_": str(1 << 30)}
 # No stream takes so many times as long as another in a quarter of the rounds (1.1 to 1.2 where all have their share), and so many in any.
