@@ -50,7 +50,7 @@ pub(super) static LOW_TRITS: Line = {
 /// such codes has sums at three places; but the look-ups are the dearest part of reading a line for one token.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn placed_tables() -> [__m512i; 3] {
+pub(super) fn placed_tables() -> [__m512i; 3] {
     [load(&LOW_TRITS), load(&TABLES[3]), _mm512_slli_epi16::<2>(load(&TABLES[4]))]
 }
 
@@ -116,7 +116,7 @@ pub(super) fn trits_vbmi(x: __m512i, tables: &[__m512i; 5]) -> [__m512i; 5] {
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi,gfni")]
-fn placed_vbmi(x: __m512i, [low_table, t3, t4]: &[__m512i; 3]) -> [__m512i; 5] {
+pub(super) fn placed_vbmi(x: __m512i, [low_table, t3, t4]: &[__m512i; 3]) -> [__m512i; 5] {
     let (low, high) = indices_vbmi(x);
     let [t0, t1, t2] = apart(_mm512_permutexvar_epi8(low, *low_table));
     [t0, t1, t2, _mm512_permutexvar_epi8(high, *t3), _mm512_permutexvar_epi8(high, *t4)]
@@ -410,7 +410,7 @@ macro_rules! level {
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn store_sums(sums: &mut [i32; 16], sum: __m512i) {
+pub(super) fn store_sums(sums: &mut [i32; 16], sum: __m512i) {
     // SAFETY: `sums` is 16 int32.
     unsafe { _mm512_storeu_si512(sums.as_mut_ptr().cast(), sum) }
 }

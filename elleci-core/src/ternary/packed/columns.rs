@@ -9,17 +9,27 @@
 use alloc::vec;
 use alloc::vec::Vec;
 
-use super::{LINES, Line, PackedTernary, ROWS, t5};
+use ndarray::Axis;
+
+use super::super::kernel::{Block, Kernel, TOKENS, WithKernel, dispatch};
+use super::{Finish, LINES, Line, PackedTernary, ROWS, t5};
+use crate::ops::matmul::mat_mut;
 use crate::par;
 use crate::simd::{Isa, vectorize};
 use crate::ternary::TernaryMatrix;
 
+/// Panels of a slab.
+pub(super) const PANELS: usize = 5;
 /// Rows of a slab.
-pub(super) const SLAB: usize = 5 * ROWS;
-/// Columns that meet their activations together.
+pub(super) const SLAB: usize = PANELS * ROWS;
+/// Columns of a code line.
 pub(super) const QUAD: usize = 4;
-/// Tasks that the columns are dealt to. Each has sums of its own for all rows.
-const TASKS: usize = 16;
+/// Columns that are unpacked before tokens meet them: the code lines of a slab are 40 KB.
+const CHUNK: usize = 128;
+/// Tokens that meet packed columns where the kernel can; more have them unpacked, once for all.
+const DIRECT: usize = 8;
+/// Tokens that share unpacked columns. Their sums, of all rows, stay in the second cache.
+const GROUP: usize = 24;
 
 /// Lines of a column.
 pub(super) fn column_lines(out_dim: usize) -> usize {
@@ -69,23 +79,41 @@ fn trits(line: &Line) -> [[u8; 64]; 5] {
     all
 }
 
-/// The code lines of a panel, as the other packings unpack them.
-pub(super) fn unpack(matrix: &PackedTernary, panel: usize, codes: &mut [Line]) {
-    let (per, slab, k) = (column_lines(matrix.out_dim), panel / 5, panel % 5);
+/// Columns of a code line, by their numbers.
+pub(super) type Quad = [u32; QUAD];
+
+/// The quads of neighbouring columns; the last may repeat the last column.
+pub(super) fn quads(columns: core::ops::Range<usize>) -> impl Iterator<Item = Quad> {
+    let last = columns.end.saturating_sub(1);
+    columns.step_by(QUAD).map(move |first| [0, 1, 2, 3].map(|c| (first + c).min(last) as u32))
+}
+
+/// The code lines of some columns in the five panels of a slab: `codes` `[PANELS][quads][LINES]`.
+fn unpack_slab(isa: Isa, matrix: &PackedTernary, slab: usize, quads: &[Quad], codes: &mut [Line]) {
+    let per = column_lines(matrix.out_dim);
+    #[cfg(all(feature = "std", target_arch = "x86_64"))]
+    if isa >= Isa::Avx512Vbmi
+        && let Some(kernel) = super::avx512::Vbmi::detect()
+    {
+        return super::columns_avx512::unpack(kernel, matrix.lines, per, slab, quads, codes);
+    }
+    let _ = isa;
+    let panels = codes.len() / PANELS;
     vectorize(
         #[inline(always)]
         || {
-            for (group, codes) in codes.chunks_exact_mut(LINES).enumerate() {
-                let mut columns = [[0u8; 64]; QUAD];
-                for (c, column) in columns.iter_mut().enumerate() {
-                    if let Some(line) = matrix.lines.get((group * QUAD + c) * per + slab) {
-                        *column = trits(line)[k];
-                    }
-                }
-                for (j, codes) in codes.iter_mut().enumerate() {
-                    for r in 0..16 {
-                        for c in 0..QUAD {
-                            codes.0[QUAD * r + c] = columns[c][16 * j + r];
+            for (group, quad) in quads.iter().enumerate() {
+                let columns = quad.map(
+                    #[inline(always)]
+                    |c| trits(&matrix.lines[c as usize * per + slab]),
+                );
+                for k in 0..PANELS {
+                    for j in 0..LINES {
+                        let to = &mut codes[k * panels + group * LINES + j].0;
+                        for r in 0..16 {
+                            for c in 0..QUAD {
+                                to[QUAD * r + c] = columns[c][k][16 * j + r];
+                            }
                         }
                     }
                 }
@@ -94,86 +122,156 @@ pub(super) fn unpack(matrix: &PackedTernary, panel: usize, codes: &mut [Line]) {
     );
 }
 
-/// Columns with an activation: four of them at a time, and their four activations. The last are filled up with zeros.
-pub(super) struct Quad {
-    pub columns: [u32; QUAD],
-    pub q: [i8; QUAD],
-}
-
-/// `Σ (code + 1) · q` of every row, added to `sums` (a multiple of [`SLAB`]).
-fn add_products(isa: Isa, matrix: &PackedTernary, quads: &[Quad], sums: &mut [i32]) -> Isa {
-    #[cfg(all(feature = "std", target_arch = "x86_64"))]
-    if isa >= Isa::Avx512Vbmi
-        && let Some(kernel) = super::avx512::Vbmi::detect()
-    {
-        super::columns_avx512::add_products(kernel, matrix.lines, column_lines(matrix.out_dim), quads, sums);
-        return Isa::Avx512Vbmi;
-    }
-    let _ = isa;
-    vectorize(
-        #[inline(always)]
-        || add_products_plain(matrix, quads, sums),
-    );
-    Isa::Portable
-}
-
-#[inline(always)]
-fn add_products_plain(matrix: &PackedTernary, quads: &[Quad], sums: &mut [i32]) {
-    let per = column_lines(matrix.out_dim);
-    for quad in quads {
-        for (slab, sums) in sums.chunks_exact_mut(SLAB).enumerate() {
-            let codes = quad.columns.map(|c| trits(&matrix.lines[c as usize * per + slab]));
-            for (k, sums) in sums.chunks_exact_mut(ROWS).enumerate() {
-                for (b, sum) in sums.iter_mut().enumerate() {
-                    // At most 4 · 2 · 128 in magnitude.
-                    let dot: i16 = (0..QUAD).map(|c| codes[c][k][b] as i16 * quad.q[c] as i16).sum();
-                    *sum += dot as i32;
-                }
-            }
-        }
+/// The code lines of a panel, as the other packings unpack them. Behind the last column anything may stand.
+pub(super) fn unpack(isa: Isa, matrix: &PackedTernary, panel: usize, codes: &mut [Line]) {
+    let quads: Vec<Quad> = quads(0..matrix.in_dim).collect();
+    let mut slab = [Line([0; 64]); PANELS * LINES * CHUNK / QUAD];
+    for (quads, codes) in quads.chunks(CHUNK / QUAD).zip(codes.chunks_mut(CHUNK / QUAD * LINES)) {
+        let slab = &mut slab[..PANELS * codes.len()];
+        unpack_slab(isa, matrix, panel / PANELS, quads, slab);
+        codes.copy_from_slice(&slab[panel % PANELS * codes.len()..][..codes.len()]);
     }
 }
 
-/// One token: `finish(biased, offset, out)` makes outputs of the sums of as many rows. Returns the kernel that ran.
+/// What a task makes of its columns.
+struct Part {
+    /// `Σ (code + 1) · q` of its columns: `[tokens, rows]`, in whole slabs
+    sums: Vec<i32>,
+    ran: Isa,
+}
+
+/// `W₃ · q` for `q` `[tokens, in]`, finished into `out` `[tokens, out]`. Returns the level of a kernel that ran.
 pub(super) fn product<T: Send>(
     isa: Isa,
     matrix: &PackedTernary,
     q: &[i8],
     out: &mut [T],
-    finish: impl Fn(&[i32], i32, &mut [T]) + Sync,
+    finish: &Finish<impl Fn(usize, &[i32], i32, &mut [T]) + Sync>,
 ) -> Isa {
-    let rows = column_lines(matrix.out_dim) * SLAB;
-    let run = q.len().div_ceil(TASKS).next_multiple_of(QUAD);
-    let mut parts: Vec<(Vec<i32>, Isa)> = q.chunks(run.max(1)).map(|_| (Vec::new(), Isa::Portable)).collect();
-    let items: Vec<_> = q.chunks(run.max(1)).zip(&mut parts).enumerate().collect();
-    par::for_each(items, |(task, (q, (sums, ran)))| {
-        let mut columns: Vec<(u32, i8)> = vec![((task * run) as u32, 0); q.len().next_multiple_of(QUAD)];
-        let mut count = 0;
-        for (i, q) in q.iter().enumerate() {
-            // Without a branch that nobody could predict: a zero's place is taken by the next.
-            columns[count] = ((task * run + i) as u32, *q);
-            count += usize::from(*q != 0);
-        }
-        columns.truncate(count.next_multiple_of(QUAD));
-        columns[count..].fill(((task * run) as u32, 0));
-        let quads: Vec<Quad> = columns.as_chunks::<QUAD>().0.iter().map(quad).collect();
-        *sums = vec![0; rows];
-        *ran = add_products(isa, matrix, &quads, sums);
-    });
-    let offset = super::sum(q);
-    let items: Vec<_> = out.chunks_mut(SLAB).enumerate().collect();
-    par::for_each(items, |(slab, out)| {
-        let mut sums = [0; SLAB];
-        for (part, _) in &parts {
-            sums.iter_mut().zip(&part[slab * SLAB..]).for_each(|(sum, part)| *sum += part);
-        }
-        finish(&sums[..out.len()], offset, out);
-    });
-    parts.first().map_or(Isa::Portable, |(_, ran)| *ran)
+    let (in_dim, out_dim) = (matrix.in_dim, matrix.out_dim);
+    let rows = column_lines(out_dim) * SLAB;
+    let mut ran = isa;
+    let groups = q.chunks((GROUP * in_dim).max(1)).zip(out.chunks_mut((GROUP * out_dim).max(1)));
+    for (group, (q, out)) in groups.enumerate() {
+        let tokens = q.len() / in_dim;
+        // A task begins at columns that nobody has asked for, and its sums are added to the others': so there are few.
+        let tasks = if par::threads() > 1 { 2 * par::threads() } else { 1 };
+        let run = in_dim.div_ceil(tasks).next_multiple_of(QUAD);
+        let mut parts: Vec<_> = (0..in_dim).step_by(run).map(|_| Part { sums: Vec::new(), ran: isa }).collect();
+        let items: Vec<_> = parts.iter_mut().enumerate().collect();
+        par::for_each(items, |(task, part)| {
+            let columns = task * run..in_dim.min((task + 1) * run);
+            part.sums = vec![0; tokens * rows];
+            part.ran = add_products(isa, matrix, &used(q, tokens, in_dim, columns), &mut part.sums);
+        });
+        let mut out = mat_mut(out, tokens, out_dim);
+        let items: Vec<_> = out.axis_chunks_iter_mut(Axis(1), SLAB).enumerate().collect();
+        par::for_each(items, |(slab, mut out)| {
+            for (t, mut out) in out.rows_mut().into_iter().enumerate() {
+                let out = out.as_slice_mut().expect("rows of the output are contiguous");
+                let mut sums = [0; SLAB];
+                for part in &parts {
+                    let part = &part.sums[t * rows + slab * SLAB..][..SLAB];
+                    sums.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
+                }
+                let token = group * GROUP + t;
+                (finish.finish)(token, &sums[..out.len()], finish.offsets[token], out);
+            }
+        });
+        ran = parts.first().map_or(ran, |part| part.ran);
+    }
+    ran
 }
 
-fn quad(columns: &[(u32, i8); QUAD]) -> Quad {
-    Quad { columns: columns.map(|(c, _)| c), q: columns.map(|(_, q)| q) }
+/// Columns that some token needs, and their activations.
+struct Used {
+    quads: Vec<Quad>,
+    /// `[tokens, 4 quads]`: zeros fill up the last quad
+    q: Vec<i8>,
+    tokens: usize,
+}
+
+/// The columns of a run in which some of `q` `[tokens, in]` is not zero.
+fn used(q: &[i8], tokens: usize, in_dim: usize, run: core::ops::Range<usize>) -> Used {
+    let row = |t: usize| &q[t * in_dim..][run.clone()];
+    let mut any = row(0).to_vec();
+    for t in 1..tokens {
+        any.iter_mut().zip(row(t)).for_each(|(any, q)| *any |= q);
+    }
+    let mut columns = vec![run.start as u32; any.len().next_multiple_of(QUAD)];
+    let mut count = 0;
+    for (i, any) in any.iter().enumerate() {
+        // Without a branch that nobody could predict: the place of one that is not used is taken by the next.
+        columns[count] = (run.start + i) as u32;
+        count += usize::from(*any != 0);
+    }
+    columns.truncate(count.next_multiple_of(QUAD));
+    columns[count..].fill(run.start as u32);
+    let mut packed = vec![0; tokens * columns.len()];
+    for (t, to) in packed.chunks_exact_mut(columns.len().max(1)).enumerate() {
+        let row = row(t);
+        for (to, column) in to.iter_mut().zip(&columns[..count]) {
+            *to = row[*column as usize - run.start];
+        }
+    }
+    Used { quads: columns.as_chunks::<QUAD>().0.to_vec(), q: packed, tokens }
+}
+
+/// `Σ (code + 1) · q` of every row, added to `sums` `[tokens, rows]`. Returns the level of the kernel that ran.
+fn add_products(isa: Isa, matrix: &PackedTernary, used: &Used, sums: &mut [i32]) -> Isa {
+    #[cfg(all(feature = "std", target_arch = "x86_64"))]
+    if used.tokens <= DIRECT
+        && isa >= Isa::Avx512Vbmi
+        && let Some(kernel) = super::avx512::Vbmi::detect()
+    {
+        use super::columns_avx512::{GROUP, add_products};
+        // Groups of equal size, as below.
+        let step = used.tokens.div_ceil(used.tokens.div_ceil(GROUP));
+        let (per, rows, columns) = (column_lines(matrix.out_dim), sums.len() / used.tokens, used.quads.len() * QUAD);
+        for (q, sums) in used.q.chunks((step * columns).max(1)).zip(sums.chunks_mut(step * rows)) {
+            let words = super::words(q, sums.len() / rows, columns, QUAD);
+            add_products(kernel, matrix.lines, per, &used.quads, &words, sums);
+        }
+        return Isa::Avx512Vbmi;
+    }
+    dispatch(isa, Unpacked { isa, matrix, used, sums })
+}
+
+/// Columns that become code lines, a chunk at a time, before all tokens meet them.
+struct Unpacked<'a> {
+    isa: Isa,
+    matrix: &'a PackedTernary<'a>,
+    used: &'a Used,
+    sums: &'a mut [i32],
+}
+
+impl WithKernel for Unpacked<'_> {
+    fn run<K: Kernel>(self, kernel: K) {
+        let Unpacked { isa, matrix, used: Used { quads, q, tokens }, sums } = self;
+        let (columns, rows, panels) = (quads.len() * QUAD, sums.len() / tokens, matrix.out_dim.div_ceil(ROWS));
+        let mut codes = vec![Line([0; 64]); PANELS * LINES * quads.len().min(CHUNK / QUAD)];
+        let (mut block, mut piece): (Block, _) = ([[0; ROWS]; TOKENS], Vec::new());
+        // Blocks of equal size: eight tokens are better met by four and four than by six and two.
+        let step = tokens.div_ceil(tokens.div_ceil(TOKENS));
+        for (chunk, quads) in quads.chunks(CHUNK / QUAD).enumerate() {
+            let width = quads.len() * QUAD;
+            piece.clear();
+            q.chunks_exact(columns).for_each(|q| piece.extend_from_slice(&q[chunk * CHUNK..][..width]));
+            let codes = &mut codes[..PANELS * LINES * quads.len()];
+            for slab in 0..column_lines(matrix.out_dim) {
+                unpack_slab(isa, matrix, slab, quads, codes);
+                for (k, codes) in codes.chunks_exact(LINES * quads.len()).enumerate().take(panels - slab * PANELS) {
+                    let first = slab * SLAB + k * ROWS;
+                    for (q, sums) in piece.chunks(step * width).zip(sums.chunks_mut(step * rows)) {
+                        kernel.block(codes, q, width, &mut block);
+                        for (block, sums) in block.iter().zip(sums.chunks_exact_mut(rows)) {
+                            sums[first..][..ROWS].iter_mut().zip(block).for_each(|(sum, block)| *sum += block);
+                        }
+                    }
+                }
+            }
+        }
+    }
 }
 
 #[cfg(test)]

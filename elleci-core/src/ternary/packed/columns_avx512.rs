@@ -1,76 +1,174 @@
 //! [`super::columns`] with VBMI and VNNI. The bytes of four columns are brought together, so that every 32-bit lane holds four
 //! columns of five rows; from there on it is T5.
 //!
-//! Four lines take 8 instructions to interleave and 4 · 14 for their trits and products, 16 cycles a line at two a cycle: behind the
-//! memory, which takes ten for a line, by less than what is left out.
+//! A line takes two instructions to interleave and some fifteen for its trits and products, 9 to 10 cycles: ahead of the memory, which
+//! takes 13 of one thread of two that read 35 GB/s.
 
 use core::arch::x86_64::*;
 
-use super::avx512::{Vbmi, add_vnni, load, tables, trits_vbmi, word};
-use super::columns::{QUAD, Quad, SLAB};
+use super::avx512::{Vbmi, add_vnni, load, placed_tables, placed_vbmi, store, store_sums, tables, trits_vbmi};
+use super::columns::{PANELS, QUAD, Quad, SLAB};
 use super::{LINES, Line};
 use crate::simd::{prefetch_later, prefetch_line};
 
-/// Quads whose columns are asked for before they are needed, near and far.
-const SOON: usize = 2;
-const LATER: usize = 8;
+/// Tokens that meet the packed lines together at most.
+pub(super) const GROUP: usize = 4;
+/// Quads that meet a slab's sums while these are in registers.
+const BLOCK: usize = 8;
+/// Where the sums of a slab's five panels stand, in bits.
+const PLACES: [u32; PANELS] = [0, 2, 4, 0, 2];
 
-/// Sums of a slab in the order of the lanes: `[4 quarters of the interleaved line][5 trits]`, 16 lanes each.
-type Sums = [[__m512i; 5]; QUAD];
+/// A token's sums of a slab in the order of the lanes: `[4 quarters of the interleaved line][5 panels]`, 16 lanes each.
+type Sums = [[__m512i; PANELS]; QUAD];
 
-/// `Σ (code + 1) · q` of every row, added to `sums`, [`SLAB`] rows a line of a column.
+/// `Σ (code + 1) · q` of every row, added to `sums` `[tokens, rows]`, [`SLAB`] rows a line of a column. `words` are the activations of a
+/// quad, as little-endian bytes: those of all tokens, then the next quad's.
 ///
 /// # Panics
-/// When a column lies outside of `lines`, or `sums` has another size.
-pub(super) fn add_products(kernel: Vbmi, lines: &[Line], per: usize, quads: &[Quad], sums: &mut [i32]) {
-    assert_eq!(sums.len(), per * SLAB, "sums");
+/// When a column lies outside of `lines`, `sums` or `words` has another size, or the tokens are not 1 to [`GROUP`].
+pub(super) fn add_products(kernel: Vbmi, lines: &[Line], per: usize, quads: &[Quad], words: &[i32], sums: &mut [i32]) {
+    let tokens = sums.len() / (per * SLAB);
+    assert_eq!((words.len(), sums.len()), (tokens * quads.len(), tokens * per * SLAB), "activations and sums");
     let _ = kernel;
     // SAFETY: a `Vbmi` exists only where the features were detected.
-    unsafe { run(lines, per, quads, sums) }
+    unsafe {
+        match tokens {
+            1 => run::<1, 4>(lines, per, quads, words, sums),
+            2 => run::<2, 2>(lines, per, quads, words, sums),
+            3 => run::<3, 1>(lines, per, quads, words, sums),
+            GROUP => run::<4, 1>(lines, per, quads, words, sums),
+            _ => panic!("{tokens} tokens"),
+        }
+    }
 }
 
+/// `T` tokens, with `M` quarters of an interleaved line at a time: so that their sums stay in registers.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,gfni")]
-fn run(lines: &[Line], per: usize, quads: &[Quad], sums: &mut [i32]) {
-    let tables = tables();
-    let mut acc: alloc::vec::Vec<Sums> = alloc::vec![[[_mm512_setzero_si512(); 5]; QUAD]; per];
-    for (i, quad) in quads.iter().enumerate() {
-        for (ahead, fetch) in [(SOON, prefetch_line as fn(*const u8)), (LATER, prefetch_later)] {
-            if let Some(quad) = quads.get(i + ahead) {
-                for column in quad.columns {
-                    let first = lines.as_ptr().wrapping_add(column as usize * per);
-                    (0..per).for_each(|l| fetch(first.wrapping_add(l).cast()));
-                }
+fn run<const T: usize, const M: usize>(lines: &[Line], per: usize, quads: &[Quad], words: &[i32], sums: &mut [i32]) {
+    let words = words.as_chunks::<T>().0;
+    let mut all: alloc::vec::Vec<[Sums; T]> = alloc::vec![[[[_mm512_setzero_si512(); PANELS]; QUAD]; T]; per];
+    let line = |column: u32, l: usize| lines.as_ptr().wrapping_add(column as usize * per + l).cast::<u8>();
+    for quad in quads.iter().take(BLOCK) {
+        quad.iter().for_each(|c| (0..per).for_each(|l| prefetch_later(line(*c, l))));
+    }
+    for (b, (block, words)) in quads.chunks(BLOCK).zip(words.chunks(BLOCK)).enumerate() {
+        let next = &quads[quads.len().min((b + 1) * BLOCK)..];
+        for (l, sums) in all.iter_mut().enumerate() {
+            let columns = Columns { lines, per, block, next };
+            quarters::<T, M, 0>(&columns, l, words, sums);
+            if M < 4 {
+                quarters::<T, M, 1>(&columns, l, words, sums);
+            }
+            if M < 2 {
+                quarters::<T, M, 2>(&columns, l, words, sums);
+                quarters::<T, M, 3>(&columns, l, words, sums);
             }
         }
-        let q = word(&quad.q);
-        let columns = quad.columns.map(|c| &lines[c as usize * per..][..per]);
-        for (l, acc) in acc.iter_mut().enumerate() {
-            let interleaved = interleave(columns.map(
-                #[inline(always)]
-                |c| load(&c[l]),
-            ));
-            for (x, acc) in interleaved.into_iter().zip(acc) {
-                let trits = trits_vbmi(x, &tables);
-                for k in 0..5 {
-                    acc[k] = add_vnni(acc[k], trits[k], q);
+    }
+    for (l, all) in all.iter().enumerate() {
+        for (all, sums) in all.iter().zip(sums.chunks_exact_mut(per * SLAB)) {
+            for k in 0..PANELS {
+                let lanes = in_order([all[0][k], all[1][k], all[2][k], all[3][k]]);
+                for j in 0..LINES {
+                    let sums = &mut sums.as_chunks_mut::<16>().0[(l * PANELS + k) * LINES + j];
+                    // SAFETY: `sums` is 16 int32.
+                    let before = unsafe { _mm512_loadu_si512(sums.as_ptr().cast()) };
+                    let placed = _mm512_srav_epi32(lanes[j], _mm512_set1_epi32(PLACES[k] as i32));
+                    store_sums(sums, _mm512_add_epi32(before, placed));
                 }
             }
         }
     }
-    for (acc, sums) in acc.iter().zip(sums.as_chunks_mut::<SLAB>().0) {
-        for (m, acc) in acc.iter().enumerate() {
-            for (k, acc) in acc.iter().enumerate() {
-                let mut lanes = [0i32; 16];
-                // SAFETY: `lanes` is 16 int32.
-                unsafe { _mm512_storeu_si512(lanes.as_mut_ptr().cast(), *acc) };
-                // Lane d of 128-bit part p has the row of byte 16 p + 4 m + d.
-                for (p, lanes) in lanes.as_chunks::<LINES>().0.iter().enumerate() {
-                    let row = 64 * k + 16 * p + 4 * m;
-                    sums[row..row + LINES].iter_mut().zip(lanes).for_each(|(sum, lane)| *sum += lane);
+}
+
+/// A block of quads, and those that follow.
+struct Columns<'a> {
+    lines: &'a [Line],
+    per: usize,
+    block: &'a [Quad],
+    next: &'a [Quad],
+}
+
+/// Quarters `P M ..` of a block's lines of slab `l`.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,gfni")]
+fn quarters<const T: usize, const M: usize, const P: usize>(
+    columns: &Columns,
+    l: usize,
+    words: &[[i32; T]],
+    sums: &mut [Sums; T],
+) {
+    let Columns { lines, per, block, next } = *columns;
+    let tables = placed_tables();
+    let line = |column: u32, l: usize| lines.as_ptr().wrapping_add(column as usize * per + l).cast::<u8>();
+    let mut acc = [[[_mm512_setzero_si512(); PANELS]; M]; T];
+    for t in 0..T {
+        for m in 0..M {
+            acc[t][m] = sums[t][P * M + m];
+        }
+    }
+    for (i, (quad, words)) in block.iter().zip(words).enumerate() {
+        if P == 0 {
+            // The next slab's line of these columns, or the first of the next; and this slab's of the next.
+            let (soon, at) = if l + 1 < per { (Some(quad), l + 1) } else { (next.get(i), 0) };
+            if let Some(soon) = soon {
+                soon.iter().for_each(|c| prefetch_line(line(*c, at)));
+            }
+            if let Some(later) = next.get(i) {
+                later.iter().for_each(|c| prefetch_later(line(*c, l)));
+            }
+        }
+        let [a, b, c, d] = quad.map(|c| &lines[c as usize * per + l]);
+        let interleaved = interleave([load(a), load(b), load(c), load(d)]);
+        for m in 0..M {
+            let codes = placed_vbmi(interleaved[P * M + m], &tables);
+            for k in 0..PANELS {
+                for t in 0..T {
+                    acc[t][m][k] = add_vnni(acc[t][m][k], codes[k], _mm512_set1_epi32(words[t]));
                 }
             }
         }
     }
+    for t in 0..T {
+        for m in 0..M {
+            sums[t][P * M + m] = acc[t][m];
+        }
+    }
+}
+
+/// The code lines of columns in a slab, of all its panels: `codes` `[PANELS][quads][LINES]`.
+///
+/// # Panics
+/// When a column lies outside of `lines`, or `codes` has another size.
+pub(super) fn unpack(kernel: Vbmi, lines: &[Line], per: usize, slab: usize, quads: &[Quad], codes: &mut [Line]) {
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,gfni")]
+    fn run(lines: &[Line], per: usize, slab: usize, quads: &[Quad], codes: &mut [Line]) {
+        let (tables, panel) = (tables(), quads.len() * LINES);
+        for (g, quad) in quads.iter().enumerate() {
+            let packed = packed_lines(lines, per, slab, quad);
+            for j in 0..LINES {
+                let trits = trits_vbmi(packed[j], &tables);
+                for k in 0..PANELS {
+                    store(&mut codes[k * panel + g * LINES + j], trits[k]);
+                }
+            }
+        }
+    }
+    assert_eq!(codes.len(), PANELS * quads.len() * LINES, "code lines");
+    let _ = kernel;
+    // SAFETY: a `Vbmi` exists only where the features were detected.
+    unsafe { run(lines, per, slab, quads, codes) }
+}
+
+/// The lines of a quad in a slab, byte by byte: byte `4 r + c` of vector j has rows `16 j + r` of the five panels, and column c.
+///
+/// # Panics
+/// When a column lies outside of `lines`.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+pub(super) fn packed_lines(lines: &[Line], per: usize, slab: usize, quad: &Quad) -> [__m512i; LINES] {
+    let [a, b, c, d] = quad.map(|c| &lines[c as usize * per + slab]);
+    in_order(interleave([load(a), load(b), load(c), load(d)]))
 }
 
 /// Four lines byte by byte: 32-bit lane d of part p of vector m has byte `16 p + 4 m + d` of each.
@@ -80,4 +178,18 @@ fn interleave(x: [__m512i; QUAD]) -> [__m512i; QUAD] {
     let (a, b) = (_mm512_unpacklo_epi8(x[0], x[1]), _mm512_unpackhi_epi8(x[0], x[1]));
     let (c, d) = (_mm512_unpacklo_epi8(x[2], x[3]), _mm512_unpackhi_epi8(x[2], x[3]));
     [_mm512_unpacklo_epi16(a, c), _mm512_unpackhi_epi16(a, c), _mm512_unpacklo_epi16(b, d), _mm512_unpackhi_epi16(b, d)]
+}
+
+/// The lanes of [`interleave`] in the order of the rows: part p of vector m becomes part m of vector p.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn in_order(x: [__m512i; QUAD]) -> [__m512i; LINES] {
+    let (a, b) = (_mm512_shuffle_i32x4::<0x44>(x[0], x[1]), _mm512_shuffle_i32x4::<0xee>(x[0], x[1]));
+    let (c, d) = (_mm512_shuffle_i32x4::<0x44>(x[2], x[3]), _mm512_shuffle_i32x4::<0xee>(x[2], x[3]));
+    [
+        _mm512_shuffle_i32x4::<0x88>(a, c),
+        _mm512_shuffle_i32x4::<0xdd>(a, c),
+        _mm512_shuffle_i32x4::<0x88>(b, d),
+        _mm512_shuffle_i32x4::<0xdd>(b, d),
+    ]
 }

@@ -203,7 +203,7 @@ impl<'a> PackedTernary<'a> {
     fn unpack(&self, isa: Isa, panel: usize, lines: &mut [Line]) {
         match self.packing.by_rows() {
             Some(packing) => _ = kernel::dispatch(isa, Unpack { packing, panel: self.panel(packing, panel), lines }),
-            None => columns::unpack(self, panel, lines),
+            None => columns::unpack(isa, self, panel, lines),
         }
     }
 
@@ -276,7 +276,20 @@ impl<'a> PackedTernary<'a> {
             one_token(isa, vec![(*self, out)], q, finish)
         } else {
             let finish = Finish { finish, offsets: q.chunks_exact(self.in_dim.max(1)).map(sum).collect() };
-            kernel::dispatch(isa, MatMul { isa, matrix: self, q, out, finish })
+            if self.out_dim == 0 || tokens == 0 {
+                return isa;
+            }
+            #[cfg(all(feature = "std", target_arch = "x86_64"))]
+            if isa >= Isa::Avx512Vbmi
+                && let Some(kernel) = tables_avx512::detect(self, tokens)
+            {
+                tables_avx512::product(kernel, self, q, out, &finish);
+                return Isa::Avx512Vbmi;
+            }
+            match self.packing.by_rows() {
+                Some(packing) => kernel::dispatch(isa, MatMul { isa, matrix: self, packing, q, out, finish }),
+                None => columns::product(isa, self, q, out, &finish),
+            }
         }
     }
 }
@@ -324,7 +337,8 @@ fn one_token<T: Send>(
     let (rows, columns): (Parts<T>, Parts<T>) = parts.into_iter().partition(|(m, _)| m.packing.by_rows().is_some());
     let mut ran = isa;
     for (matrix, out) in columns {
-        ran = columns::product(isa, &matrix, q, out, |sums, offset, out| finish(&matrix, sums, offset, out));
+        let finish = |_: usize, sums: &[i32], offset: i32, out: &mut [T]| finish(&matrix, sums, offset, out);
+        ran = columns::product(isa, &matrix, q, out, &Finish { finish, offsets: vec![sum(q)] });
     }
     if !rows.is_empty() {
         ran = kernel::dispatch(isa, MatVec { parts: rows, q, finish });
@@ -382,9 +396,9 @@ impl<T: Send, F: Fn(&PackedTernary, &[i32], i32, &mut [T]) + Sync> WithPackedKer
     }
 }
 
-/// Four columns in each, as little-endian bytes, zeros behind the last: those of all tokens of `q` `[tokens, in_dim]`, then the next four.
-fn words(q: &[i8], tokens: usize, in_dim: usize, packing: RowPacking) -> Vec<i32> {
-    let mut words = vec![0; in_dim.next_multiple_of(packing.columns()) / 4 * tokens];
+/// Four columns in each, as little-endian bytes, zeros behind the last up to a whole run: those of all tokens of `q` `[tokens, in_dim]`, then the next four.
+fn words(q: &[i8], tokens: usize, in_dim: usize, run: usize) -> Vec<i32> {
+    let mut words = vec![0; in_dim.next_multiple_of(run) / 4 * tokens];
     for (t, q) in q.chunks_exact(in_dim).enumerate() {
         let (whole, last) = q.as_chunks::<4>();
         let mut end = [0; 4];
@@ -396,11 +410,12 @@ fn words(q: &[i8], tokens: usize, in_dim: usize, packing: RowPacking) -> Vec<i32
     words
 }
 
-/// Several tokens. Where the kernel can, few of them meet the panels as they are read; otherwise every panel is unpacked once, into code
+/// Several tokens with a matrix that is packed by rows. Where the kernel can, few of them meet the panels as they are read; otherwise every panel is unpacked once, into code
 /// lines that all tokens meet.
 struct MatMul<'a, T, F> {
     isa: Isa,
     matrix: &'a PackedTernary<'a>,
+    packing: RowPacking,
     q: &'a [i8],
     out: &'a mut [T],
     finish: Finish<F>,
@@ -408,25 +423,15 @@ struct MatMul<'a, T, F> {
 
 impl<T: Send, F: Fn(usize, &[i32], i32, &mut [T]) + Sync> WithPackedKernel for MatMul<'_, T, F> {
     fn run<K: PackedKernel>(self, kernel: K) {
-        let MatMul { isa, matrix, q, out, finish } = self;
+        let MatMul { isa, matrix, packing, q, out, finish } = self;
         let tokens = finish.offsets.len();
         let (in_dim, out_dim) = (matrix.in_dim, matrix.out_dim);
-        if out_dim == 0 || tokens == 0 {
-            return;
-        }
-        #[cfg(all(feature = "std", target_arch = "x86_64"))]
-        if isa >= Isa::Avx512Vbmi
-            && let Some(kernel) = tables_avx512::detect(matrix, tokens)
-        {
-            return tables_avx512::product(kernel, matrix, q, out, &finish);
-        }
         let mut out = mat_mut(out, tokens, out_dim);
         let items: Vec<_> = out.axis_chunks_iter_mut(ndarray::Axis(1), ROWS).enumerate().collect();
-        if let Some(packing) = matrix.packing.by_rows()
-            && let Some(dots) = K::DOTS
+        if let Some(dots) = K::DOTS
             && tokens <= GROUP
         {
-            let words = words(q, tokens, in_dim, packing);
+            let words = words(q, tokens, in_dim, packing.columns());
             par::for_each(items, |(panel, mut out)| {
                 let mut sums = [[0; ROWS]; GROUP];
                 let sums = &mut sums[..tokens];
@@ -441,10 +446,7 @@ impl<T: Send, F: Fn(usize, &[i32], i32, &mut [T]) + Sync> WithPackedKernel for M
         // One buffer for many panels: clearing it for each took 10 % of the time of eight tokens (docs/LOG.md).
         let buffer = || vec![Line([0; 64]); matrix.packing.code_lines(in_dim)];
         par::for_each_init(items, buffer, |lines, (panel, mut out)| {
-            match matrix.packing.by_rows() {
-                Some(packing) => kernel.unpack(packing, matrix.panel(packing, panel), lines),
-                None => columns::unpack(matrix, panel, lines),
-            }
+            kernel.unpack(packing, matrix.panel(packing, panel), lines);
             let lines = &lines[..in_dim.div_ceil(4) * LINES];
             let emit = |token: usize, sums: &[i32; ROWS]| {
                 let mut out = out.row_mut(token);

@@ -1,4 +1,4 @@
-//! T5 with many tokens on VBMI: nine columns of a run of twenty by look-up, the others by multiply-adds, at the same time.
+//! T5 and C5 with many tokens on VBMI: nine columns of a run of twenty by look-up, the others by multiply-adds, at the same time.
 //!
 //! `vpdpbusd` does 64 products, and two units of a core share its work; on the machines that were measured they do one a cycle, which is
 //! what bounds long prompts. Another unit permutes. With the sums that three activations can make with three ternary weights (27, so
@@ -14,6 +14,7 @@ use alloc::vec;
 use alloc::vec::Vec;
 use core::arch::x86_64::*;
 use core::mem::MaybeUninit;
+use core::ops::Range;
 use std::sync::OnceLock;
 use std::time::Instant;
 
@@ -22,9 +23,12 @@ use ndarray::{ArrayViewMut2, Axis};
 use super::super::kernel::{Kernel, Line, ROWS, TOKENS};
 use super::super::vnni::Vnni;
 use super::avx512::{LOW_TRITS, Vbmi, add_vnni, apart, indices_vbmi, load, store, tables};
-use super::{Finish, LINES, PackedTernary, RowPacking};
+use super::columns::{PANELS, QUAD, Quad, column_lines};
+use super::columns_avx512::packed_lines;
+use super::{Finish, LINES, PackedTernary, Packing, RowPacking};
 use crate::ops::matmul::mat_mut;
 use crate::par;
+use crate::simd::prefetch_later;
 
 /// Columns of a run.
 const COLUMNS: usize = 20;
@@ -67,7 +71,7 @@ const EMPTY: Tables = [Line([0; 64]); LOOKED_UP];
 
 /// The kernel, where the machine has what it takes, is faster with it, and there are tasks for all threads.
 pub(super) fn detect(matrix: &PackedTernary, tokens: usize) -> Option<Vbmi> {
-    let worth = tokens >= MANY && matrix.out_dim >= TALL && matrix.packing.by_rows() == Some(RowPacking::T5);
+    let worth = tokens >= MANY && matrix.out_dim >= TALL && matrix.packing != Packing::I2;
     let kernel = if worth { Vbmi::detect() } else { None };
     let busy = || cut(tokens, matrix.out_dim.div_ceil(ROWS), par::threads()).is_some();
     kernel.filter(|kernel| busy() && faster(*kernel))
@@ -155,7 +159,7 @@ struct Task<'a, T> {
 struct Room {
     tables: Vec<[Tables; PAIR]>,
     words: Vec<[Words; PAIR]>,
-    /// Of a panel's part
+    /// Of a panel's part, or of those of a slab: `[panels, runs]`
     runs: Vec<Run>,
     /// Of every pair with every panel: `[panels, pairs]`
     sums: Vec<MaybeUninit<Sums>>,
@@ -175,7 +179,8 @@ impl<T> Task<'_, T> {
         let pairs = (self.q.len() / in_dim).div_ceil(PAIR);
         room.tables.resize(pairs * part, [EMPTY; PAIR]);
         room.words.resize(pairs * part, [[0; 4]; PAIR]);
-        room.runs.resize(part, EMPTY_RUN);
+        let slab = if matrix.packing == Packing::C5 { PANELS } else { 1 };
+        room.runs.resize(slab * part, EMPTY_RUN);
         // Zeros are written where they are added to, not before: these are the most.
         let sums = pairs * self.out.ncols().div_ceil(ROWS);
         room.sums.clear();
@@ -196,8 +201,20 @@ impl<T> Task<'_, T> {
             let last = from + part == runs;
             let views = self.out.axis_chunks_iter_mut(Axis(1), ROWS);
             for (panel, (sums, mut out)) in room.sums.chunks_mut(pairs).zip(views).enumerate() {
-                let lines = matrix.panel(RowPacking::T5, self.first_panel + panel);
-                unpack(kernel, &lines[from * LINES..(from + part) * LINES], &mut room.runs);
+                let place = (self.first_panel + panel) % slab;
+                if matrix.packing == Packing::T5 {
+                    let lines = matrix.panel(RowPacking::T5, self.first_panel + panel);
+                    unpack(kernel, &lines[from * LINES..(from + part) * LINES], &mut room.runs);
+                } else if place == 0 || panel == 0 {
+                    unpack_columns(
+                        kernel,
+                        matrix,
+                        (self.first_panel + panel) / PANELS,
+                        columns.clone(),
+                        &mut room.runs[..PANELS * part],
+                    );
+                }
+                let runs = &room.runs[place * part..][..part];
                 for (pair, sums) in sums.iter_mut().enumerate() {
                     if from == 0 {
                         sums.write([[0; ROWS]; PAIR]);
@@ -205,7 +222,7 @@ impl<T> Task<'_, T> {
                     // SAFETY: it was written with the first part.
                     let sums = unsafe { sums.assume_init_mut() };
                     let its = pair * part..(pair + 1) * part;
-                    add(kernel, &room.runs[..part], &room.tables[its.clone()], &room.words[its], sums);
+                    add(kernel, runs, &room.tables[its.clone()], &room.words[its], sums);
                     if !last {
                         continue;
                     }
@@ -298,21 +315,88 @@ fn unpack(kernel: Vbmi, lines: &[Line], runs: &mut [Run]) {
                 let [a, b, c] = apart(row);
                 let bytes = _mm512_ternarylogic_epi32::<0xfe>(a, _mm512_slli_epi32::<6>(b), _mm512_slli_epi32::<12>(c));
                 store(&mut run.codes[0][j], bytes);
-                // c0 + 32 c1, and c2; then c0 + 32 c1 + 1024 c2.
-                let low = _mm512_and_si512(low, _mm512_set1_epi8(31));
-                let pairs = _mm512_maddubs_epi16(low, _mm512_set1_epi32(0x00_01_20_01));
-                let word = _mm512_madd_epi16(pairs, _mm512_set1_epi32(1 | 1024 << 16));
-                indices[j] = _mm512_cvtepi32_epi16(word);
+                indices[j] = index_words(_mm512_and_si512(low, _mm512_set1_epi8(31)));
             }
-            for (h, to) in run.indices.iter_mut().enumerate() {
-                let lower = _mm512_castsi256_si512(indices[2 * h]);
-                store(to, _mm512_inserti64x4::<1>(lower, indices[2 * h + 1]));
-            }
+            store_indices(indices, run);
         }
     }
     let _ = kernel;
     // SAFETY: a `Vbmi` exists only where the features were detected.
     unsafe { run(lines, runs) }
+}
+
+/// Of 16 rows with a byte a column: `c0 + 32 c1 + 1024 c2`.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn index_words(bytes: __m512i) -> __m256i {
+    // c0 + 32 c1, and c2; then the whole.
+    let pairs = _mm512_maddubs_epi16(bytes, _mm512_set1_epi32(0x00_01_20_01));
+    _mm512_cvtepi32_epi16(_mm512_madd_epi16(pairs, _mm512_set1_epi32(1 | 1024 << 16)))
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn store_indices(indices: [__m256i; LINES], run: &mut Run) {
+    for (h, to) in run.indices.iter_mut().enumerate() {
+        let lower = _mm512_castsi256_si512(indices[2 * h]);
+        store(to, _mm512_inserti64x4::<1>(lower, indices[2 * h + 1]));
+    }
+}
+
+/// [`unpack`] of some columns in the five panels of a slab of C5: `runs` `[PANELS][runs]`.
+///
+/// # Panics
+/// When the columns lie outside of the matrix or are more than the runs.
+#[inline(always)]
+fn unpack_columns(kernel: Vbmi, matrix: &PackedTernary, slab: usize, columns: Range<usize>, runs: &mut [Run]) {
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,gfni")]
+    fn run(lines: &[Line], per: usize, slab: usize, columns: Range<usize>, runs: &mut [Run]) {
+        let tables = tables();
+        let part = runs.len() / PANELS;
+        let last = columns.end - 1;
+        for (r, first) in columns.step_by(COLUMNS).enumerate() {
+            // What will be read two runs later.
+            for column in first + 2 * COLUMNS..first + 3 * COLUMNS {
+                prefetch_later(lines.as_ptr().wrapping_add(column * per + slab).cast());
+            }
+            let mut packed = [[_mm512_setzero_si512(); LINES]; COLUMNS / QUAD];
+            for (g, packed) in packed.iter_mut().enumerate() {
+                let quad: Quad = [0, 1, 2, 3].map(|c| (first + g * QUAD + c).min(last) as u32);
+                *packed = packed_lines(lines, per, slab, &quad);
+            }
+            let mut indices = [[_mm256_setzero_si256(); LINES]; PANELS];
+            for j in 0..LINES {
+                let (mut low, mut high) = ([_mm512_setzero_si512(); 5], [_mm512_setzero_si512(); 5]);
+                for g in 0..COLUMNS / QUAD {
+                    (low[g], high[g]) = indices_vbmi(packed[g][j]);
+                }
+                for k in 0..PANELS {
+                    let trit = |g: usize| _mm512_permutexvar_epi8(if k < 3 { low[g] } else { high[g] }, tables[k]);
+                    let (a, b, c) = (trit(0), trit(1), trit(2));
+                    let codes = &mut runs[k * part + r].codes;
+                    store(&mut codes[1][j], trit(3));
+                    store(&mut codes[2][j], trit(4));
+                    // The last byte of every row.
+                    let (a3, b3, c3) =
+                        (_mm512_srli_epi32::<24>(a), _mm512_srli_epi32::<24>(b), _mm512_srli_epi32::<24>(c));
+                    let bytes =
+                        _mm512_ternarylogic_epi32::<0xfe>(a3, _mm512_slli_epi32::<8>(b3), _mm512_slli_epi32::<16>(c3));
+                    store(&mut codes[0][j], bytes);
+                    // a + 3 (b + 3 c)
+                    let upper = _mm512_add_epi8(b, _mm512_add_epi8(c, _mm512_add_epi8(c, c)));
+                    let low = _mm512_add_epi8(a, _mm512_add_epi8(upper, _mm512_add_epi8(upper, upper)));
+                    indices[k][j] = index_words(low);
+                }
+            }
+            for k in 0..PANELS {
+                store_indices(indices[k], &mut runs[k * part + r]);
+            }
+        }
+    }
+    let per = column_lines(matrix.out_dim);
+    let _ = kernel;
+    // SAFETY: a `Vbmi` exists only where the features were detected.
+    unsafe { run(matrix.lines, per, slab, columns, runs) }
 }
 
 /// Adds the products of a panel's part with a pair of tokens.
