@@ -15,50 +15,77 @@ use crate::simd::{Isa, prefetch_run};
 /// Where the kernels add up each code of an I2 byte, in bits. 3 · 16 · 128 a column leaves an int32 room for any row.
 const I2_BITS: [u32; LINES] = [0, 2, 4, 4];
 
-/// The 64-entry table of trit `k`, by the low six bits of a byte (bit 5 does not matter to the low trits), and for the high trits
-/// by its bits 2 to 7.
-const fn table(k: usize) -> Line {
-    let mut table = [0; 64];
-    let mut i = 0;
-    while i < 64 {
-        let high = if i as u8 & ESCAPE >> 2 == ESCAPE >> 2 { 8 } else { (i >> 3) as u8 };
-        table[i] = match k {
-            0..3 => LOW[i & 31][k],
-            3 => high % 3,
-            _ => high / 3,
-        };
-        i += 1;
-    }
-    Line(table)
+/// A table of 64 entries.
+macro_rules! table {
+    (|$i:ident| $entry:expr) => {{
+        let mut table = [0; 64];
+        let mut i = 0;
+        while i < 64 {
+            let $i = i as u8;
+            table[i] = $entry;
+            i += 1;
+        }
+        Line(table)
+    }};
 }
 
-static TABLES: [Line; 5] = [table(0), table(1), table(2), table(3), table(4)];
+/// `t3 + 3 t4` by the upper six bits of a byte.
+const fn high(upper: u8) -> u8 {
+    if upper & ESCAPE >> 2 == ESCAPE >> 2 { 8 } else { upper >> 3 }
+}
 
-/// The low trits of every value, trit k at bit 2 k.
-pub(super) static LOW_TRITS: Line = {
-    let mut table = [0; 64];
-    let mut i = 0;
-    while i < 64 {
-        let [a, b, c] = LOW[i & 31];
-        table[i] = a | b << 2 | c << 4;
-        i += 1;
-    }
-    Line(table)
-};
+/// What the upper six bits of a byte say: t3 at bit 0, t4 at bit 6; and between them, above the byte's own two lowest bits, what the low
+/// trits are looked up by in [`LOWER`].
+static UPPER: Line = table!(|i| {
+    let index = if high(i) == 8 { 8 | i >> 3 } else { i & 7 };
+    high(i) % 3 | index << 2 | high(i) / 3 << 6
+});
 
-/// The tables of trits that stand at bit `2 (k mod 3)` of their bytes: the low ones in one look-up, then t3 and t4. What adds up
-/// such codes has sums at three places; but the look-ups are the dearest part of reading a line for one token.
+/// The fifth trit by the upper six bits of a byte.
+static T4: Line = table!(|i| high(i) / 3);
+
+/// The five bits that say the low trits, by the two lowest bits of a byte and, above them, four of [`UPPER`]: bits 2 to 4 of the byte, or
+/// bits 5 to 7 of one with `high = 8`.
+const fn low(index: u8) -> usize {
+    let (lowest, middle) = (index & 3, index >> 2 & 7);
+    (if index < 32 { lowest | middle << 2 } else { lowest << 3 | middle }) as usize
+}
+
+/// [`low`], and its trits: one, or trit k at bit 2 k.
+pub(super) static LOW_BITS: Line = table!(|i| low(i) as u8);
+static LOW_TRIT: [Line; 3] = [table!(|i| LOW[low(i)][0]), table!(|i| LOW[low(i)][1]), table!(|i| LOW[low(i)][2])];
+pub(super) static LOWER: Line = table!(|i| placed_low(low(i)));
+
+/// The low trits of five bits, trit k at bit 2 k.
+const fn placed_low(low: usize) -> u8 {
+    let [a, b, c] = LOW[low];
+    a | b << 2 | c << 4
+}
+
+/// One low trit by the five bits themselves, and all.
+static BY_BITS: [Line; 3] =
+    [table!(|i| LOW[i as usize & 31][0]), table!(|i| LOW[i as usize & 31][1]), table!(|i| LOW[i as usize & 31][2])];
+static PLACED_BY_BITS: Line = table!(|i| placed_low(i as usize & 31));
+
+/// Where trits stand in their bytes, in bits, and which of [`SUMS`] takes them in. A look-up for each is the dearest part of reading a line
+/// for one token; so they are left where a look-up of several has them.
+pub(super) const PLACES: [(u32, usize); 5] = [(0, 0), (2, 1), (4, 2), (0, 0), (6, 3)];
+/// Places that trits have.
+pub(super) const SUMS: usize = 4;
+
+/// What [`placed_vbmi`] looks up in.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-pub(super) fn placed_tables() -> [__m512i; 3] {
-    [load(&LOW_TRITS), load(&TABLES[3]), _mm512_slli_epi16::<2>(load(&TABLES[4]))]
+pub(super) fn placed_tables() -> [__m512i; 2] {
+    [load(&UPPER), load(&LOWER)]
 }
 
-/// The tables as VBMI reads them.
+/// What [`trits_vbmi`] looks up in.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 pub(super) fn tables() -> [__m512i; 5] {
-    [0, 1, 2, 3, 4].map(|k| load(&TABLES[k]))
+    let [a, b, c] = &LOW_TRIT;
+    [load(&UPPER), load(a), load(b), load(c), load(&T4)]
 }
 
 #[inline]
@@ -88,38 +115,38 @@ pub(super) fn word(q: &[i8; 4]) -> __m512i {
     _mm512_set1_epi32(i32::from_le_bytes(q.map(|q| q as u8)))
 }
 
-/// What the low trits are looked up by, in the low five bits, and the high ones, in the low six.
+/// What [`UPPER`] says of every byte, the index of its low trits, and its upper six bits. A look-up takes six bits; what stands above them
+/// is not looked at.
 #[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi,gfni")]
-pub(super) fn indices_vbmi(x: __m512i) -> (__m512i, __m512i) {
-    /// The bit matrix that rotates every byte left by three: byte 7 - i selects the bit that goes to bit i.
-    const ROTATE: i64 = 0x2040_8001_0204_0810;
-    let escape = _mm512_set1_epi8(ESCAPE as i8);
-    let escaped = _mm512_cmpeq_epi8_mask(_mm512_and_si512(x, escape), escape);
-    let low = _mm512_mask_gf2p8affine_epi64_epi8::<0>(x, escaped, x, _mm512_set1_epi64(ROTATE));
-    (low, _mm512_srli_epi16::<2>(x))
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi")]
+pub(super) fn indices_vbmi(x: __m512i, upper: __m512i) -> [__m512i; 3] {
+    let bits = _mm512_srli_epi16::<2>(x);
+    let found = _mm512_permutexvar_epi8(bits, upper);
+    // The byte's bits where the mask is set, what was found elsewhere.
+    [found, _mm512_ternarylogic_epi32::<0xca>(_mm512_set1_epi8(3), x, found), bits]
 }
 
 #[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi,gfni")]
-pub(super) fn trits_vbmi(x: __m512i, tables: &[__m512i; 5]) -> [__m512i; 5] {
-    let (low, high) = indices_vbmi(x);
-    let [t0, t1, t2, t3, t4] = *tables;
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi")]
+pub(super) fn trits_vbmi(x: __m512i, [upper, t0, t1, t2, t4]: &[__m512i; 5]) -> [__m512i; 5] {
+    let [found, index, bits] = indices_vbmi(x, *upper);
     [
-        _mm512_permutexvar_epi8(low, t0),
-        _mm512_permutexvar_epi8(low, t1),
-        _mm512_permutexvar_epi8(low, t2),
-        _mm512_permutexvar_epi8(high, t3),
-        _mm512_permutexvar_epi8(high, t4),
+        _mm512_permutexvar_epi8(index, *t0),
+        _mm512_permutexvar_epi8(index, *t1),
+        _mm512_permutexvar_epi8(index, *t2),
+        _mm512_and_si512(found, _mm512_set1_epi8(3)),
+        _mm512_permutexvar_epi8(bits, *t4),
     ]
 }
 
+/// The five trits of every byte, at [`PLACES`]: two look-ups, as the second's index is part of what the first finds.
 #[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi,gfni")]
-pub(super) fn placed_vbmi(x: __m512i, [low_table, t3, t4]: &[__m512i; 3]) -> [__m512i; 5] {
-    let (low, high) = indices_vbmi(x);
-    let [t0, t1, t2] = apart(_mm512_permutexvar_epi8(low, *low_table));
-    [t0, t1, t2, _mm512_permutexvar_epi8(high, *t3), _mm512_permutexvar_epi8(high, *t4)]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi")]
+pub(super) fn placed_vbmi(x: __m512i, [upper, lower]: &[__m512i; 2]) -> [__m512i; 5] {
+    let [found, index, _] = indices_vbmi(x, *upper);
+    let [t0, t1, t2] = apart(_mm512_permutexvar_epi8(index, *lower));
+    let (t3, t4) = (_mm512_and_si512(found, _mm512_set1_epi8(3)), _mm512_and_si512(found, _mm512_set1_epi8(3 << 6)));
+    [t0, t1, t2, t3, t4]
 }
 
 /// What the low trits are looked up by, where the upper half of their table is meant, and `t3 + 3 t4`.
@@ -146,34 +173,35 @@ fn shuffle(table: __m512i, index: __m512i, upper: __mmask64) -> __m512i {
     _mm512_mask_shuffle_epi8(lower, upper, _mm512_shuffle_i32x4::<0x55>(table, table), index)
 }
 
-/// The high trits, the last at bit `2 PLACE`.
+/// The high trits, the last at bit `PLACE`.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn high_shuffle<const PLACE: i32>(high: __m512i) -> [__m512i; 2] {
+fn high_shuffle<const PLACE: u32>(high: __m512i) -> [__m512i; 2] {
     let t3 = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 0, 0, 0, 0, 0, 0));
     let t4 = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 0, 1, 1, 1, 2, 2, 2, 0, 0, 0, 0, 0, 0, 0));
-    let t4 = if PLACE == 0 { t4 } else { _mm512_slli_epi16::<2>(t4) };
+    let t4 = if PLACE == 0 { t4 } else { _mm512_slli_epi16::<6>(t4) };
     [_mm512_shuffle_epi8(t3, high), _mm512_shuffle_epi8(t4, high)]
 }
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn trits_shuffle(x: __m512i, tables: &[__m512i; 5]) -> [__m512i; 5] {
+fn trits_shuffle(x: __m512i, _: &[__m512i; 5]) -> [__m512i; 5] {
     let (index, upper, high) = indices_shuffle(x);
     let [t3, t4] = high_shuffle::<0>(high);
-    [shuffle(tables[0], index, upper), shuffle(tables[1], index, upper), shuffle(tables[2], index, upper), t3, t4]
+    let [a, b, c] = &BY_BITS;
+    [shuffle(load(a), index, upper), shuffle(load(b), index, upper), shuffle(load(c), index, upper), t3, t4]
 }
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn placed_shuffle(x: __m512i, [low_table, _, _]: &[__m512i; 3]) -> [__m512i; 5] {
+fn placed_shuffle(x: __m512i, _: &[__m512i; 2]) -> [__m512i; 5] {
     let (index, upper, high) = indices_shuffle(x);
-    let [t0, t1, t2] = apart(shuffle(*low_table, index, upper));
-    let [t3, t4] = high_shuffle::<1>(high);
+    let [t0, t1, t2] = apart(shuffle(load(&PLACED_BY_BITS), index, upper));
+    let [t3, t4] = high_shuffle::<6>(high);
     [t0, t1, t2, t3, t4]
 }
 
-/// The three trits of [`LOW_TRITS`], each where it stands.
+/// Three trits at bits 0, 2 and 4, each where it stands.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 pub(super) fn apart(low: __m512i) -> [__m512i; 3] {
@@ -193,7 +221,7 @@ pub(super) fn add_vnni(acc: __m512i, codes: __m512i, q: __m512i) -> __m512i {
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 fn add_madd(acc: __m512i, codes: __m512i, q: __m512i) -> __m512i {
-    // Codes are at most 3 << 4: a pair is at most 2 · 48 · 128 in magnitude, and fits an int16.
+    // I2's codes are at most 3 << 4, T5's 2 << 6: a pair is -2 · 128 · 128 to 2 · 128 · 127, and fits an int16.
     _mm512_add_epi32(acc, _mm512_madd_epi16(_mm512_maddubs_epi16(codes, q), _mm512_set1_epi16(1)))
 }
 
@@ -338,20 +366,25 @@ macro_rules! level {
                 #[target_feature(enable = $features)]
                 fn t5(panel: &[Line], q: &[i8], sums: &mut [i32; ROWS]) {
                     let tables = placed_tables();
-                    let mut acc = [[_mm512_setzero_si512(); 3]; LINES];
+                    let mut acc = [[_mm512_setzero_si512(); SUMS]; LINES];
                     for (lines, q) in panel.as_chunks::<LINES>().0.iter().zip(q.as_chunks::<20>().0) {
                         let words = q.as_chunks::<4>().0;
                         for (line, acc) in lines.iter().zip(&mut acc) {
                             prefetch(line);
                             let codes = $placed(load(line), &tables);
                             for k in 0..5 {
-                                acc[k % 3] = $add(acc[k % 3], codes[k], word(&words[k]));
+                                let place = PLACES[k].1;
+                                acc[place] = $add(acc[place], codes[k], word(&words[k]));
                             }
                         }
                     }
                     for (acc, sums) in acc.iter().zip(sums.as_chunks_mut::<16>().0) {
-                        let upper = _mm512_add_epi32(_mm512_srai_epi32::<2>(acc[1]), _mm512_srai_epi32::<4>(acc[2]));
-                        store_sums(sums, _mm512_add_epi32(acc[0], upper));
+                        let mut sum = acc[0];
+                        for (bits, place) in [PLACES[1], PLACES[2], PLACES[4]] {
+                            let placed = _mm512_srav_epi32(acc[place], _mm512_set1_epi32(bits as i32));
+                            sum = _mm512_add_epi32(sum, placed);
+                        }
+                        store_sums(sums, sum);
                     }
                 }
 

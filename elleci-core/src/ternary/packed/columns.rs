@@ -26,6 +26,8 @@ pub(super) const SLAB: usize = PANELS * ROWS;
 pub(super) const QUAD: usize = 4;
 /// Columns that are unpacked before tokens meet them: the code lines of a slab are 40 KB.
 const CHUNK: usize = 128;
+/// Columns of a task at most: trits that stand at bit 6 of their bytes may be added up for so many, and twice that, in an int32.
+const LONGEST: usize = 1 << 16;
 /// Tokens that meet packed columns where the kernel can; more have them unpacked, once for all.
 const DIRECT: usize = 8;
 /// Tokens that share unpacked columns. Their sums, of all rows, stay in the second cache.
@@ -156,7 +158,7 @@ pub(super) fn product<T: Send>(
         let tokens = q.len() / in_dim;
         // A task begins at columns that nobody has asked for, and its sums are added to the others': so there are few.
         let tasks = if par::threads() > 1 { 2 * par::threads() } else { 1 };
-        let run = in_dim.div_ceil(tasks).next_multiple_of(QUAD);
+        let run = in_dim.div_ceil(tasks).next_multiple_of(QUAD).min(LONGEST);
         let mut parts: Vec<_> = (0..in_dim).step_by(run).map(|_| Part { sums: Vec::new(), ran: isa }).collect();
         let items: Vec<_> = parts.iter_mut().enumerate().collect();
         par::for_each(items, |(task, part)| {

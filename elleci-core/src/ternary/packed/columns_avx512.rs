@@ -6,7 +6,7 @@
 
 use core::arch::x86_64::*;
 
-use super::avx512::{Vbmi, add_vnni, load, placed_tables, placed_vbmi, store, store_sums, tables, trits_vbmi};
+use super::avx512::{PLACES, Vbmi, add_vnni, load, placed_tables, placed_vbmi, store, store_sums, tables, trits_vbmi};
 use super::columns::{PANELS, QUAD, Quad, SLAB};
 use super::{LINES, Line};
 use crate::simd::{prefetch_later, prefetch_line};
@@ -15,8 +15,6 @@ use crate::simd::{prefetch_later, prefetch_line};
 pub(super) const GROUP: usize = 4;
 /// Quads that meet a slab's sums while these are in registers.
 const BLOCK: usize = 8;
-/// Where the sums of a slab's five panels stand, in bits.
-const PLACES: [u32; PANELS] = [0, 2, 4, 0, 2];
 
 /// A token's sums of a slab in the order of the lanes: `[4 quarters of the interleaved line][5 panels]`, 16 lanes each.
 type Sums = [[__m512i; PANELS]; QUAD];
@@ -73,7 +71,7 @@ fn run<const T: usize, const M: usize>(lines: &[Line], per: usize, quads: &[Quad
                     let sums = &mut sums.as_chunks_mut::<16>().0[(l * PANELS + k) * LINES + j];
                     // SAFETY: `sums` is 16 int32.
                     let before = unsafe { _mm512_loadu_si512(sums.as_ptr().cast()) };
-                    let placed = _mm512_srav_epi32(lanes[j], _mm512_set1_epi32(PLACES[k] as i32));
+                    let placed = _mm512_srav_epi32(lanes[j], _mm512_set1_epi32(PLACES[k].0 as i32));
                     store_sums(sums, _mm512_add_epi32(before, placed));
                 }
             }

@@ -22,7 +22,7 @@ use ndarray::{ArrayViewMut2, Axis};
 
 use super::super::kernel::{Kernel, Line, ROWS, TOKENS};
 use super::super::vnni::Vnni;
-use super::avx512::{LOW_TRITS, Vbmi, add_vnni, apart, indices_vbmi, load, store, tables};
+use super::avx512::{LOW_BITS, LOWER, Vbmi, add_vnni, apart, indices_vbmi, load, store, tables, trits_vbmi};
 use super::columns::{PANELS, QUAD, Quad, column_lines};
 use super::columns_avx512::packed_lines;
 use super::{Finish, LINES, PackedTernary, Packing, RowPacking};
@@ -303,19 +303,19 @@ fn make_tables(kernel: Vbmi, q: &[i8], t: usize, tables: &mut [[Tables; PAIR]], 
 fn unpack(kernel: Vbmi, lines: &[Line], runs: &mut [Run]) {
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,gfni")]
     fn run(lines: &[Line], runs: &mut [Run]) {
-        let (low_trits, [.., t3, t4]) = (load(&LOW_TRITS), tables());
+        let ([upper, .., t4], low_bits, lower) = (tables(), load(&LOW_BITS), load(&LOWER));
         for (lines, run) in lines.as_chunks::<LINES>().0.iter().zip(runs) {
             let mut indices = [_mm256_setzero_si256(); LINES];
             for (j, line) in lines.iter().enumerate() {
-                let (low, high) = indices_vbmi(load(line));
-                store(&mut run.codes[1][j], _mm512_permutexvar_epi8(high, t3));
-                store(&mut run.codes[2][j], _mm512_permutexvar_epi8(high, t4));
+                let [found, index, bits] = indices_vbmi(load(line), upper);
+                store(&mut run.codes[1][j], _mm512_and_si512(found, _mm512_set1_epi8(3)));
+                store(&mut run.codes[2][j], _mm512_permutexvar_epi8(bits, t4));
                 // The last byte of every row: its trits become bytes.
-                let row = _mm512_srli_epi32::<24>(_mm512_permutexvar_epi8(low, low_trits));
+                let row = _mm512_srli_epi32::<24>(_mm512_permutexvar_epi8(index, lower));
                 let [a, b, c] = apart(row);
                 let bytes = _mm512_ternarylogic_epi32::<0xfe>(a, _mm512_slli_epi32::<6>(b), _mm512_slli_epi32::<12>(c));
                 store(&mut run.codes[0][j], bytes);
-                indices[j] = index_words(_mm512_and_si512(low, _mm512_set1_epi8(31)));
+                indices[j] = index_words(_mm512_permutexvar_epi8(index, low_bits));
             }
             store_indices(indices, run);
         }
@@ -366,16 +366,15 @@ fn unpack_columns(kernel: Vbmi, matrix: &PackedTernary, slab: usize, columns: Ra
             }
             let mut indices = [[_mm256_setzero_si256(); LINES]; PANELS];
             for j in 0..LINES {
-                let (mut low, mut high) = ([_mm512_setzero_si512(); 5], [_mm512_setzero_si512(); 5]);
-                for g in 0..COLUMNS / QUAD {
-                    (low[g], high[g]) = indices_vbmi(packed[g][j]);
+                let mut trits = [[_mm512_setzero_si512(); PANELS]; COLUMNS / QUAD];
+                for (packed, trits) in packed.iter().zip(&mut trits) {
+                    *trits = trits_vbmi(packed[j], &tables);
                 }
                 for k in 0..PANELS {
-                    let trit = |g: usize| _mm512_permutexvar_epi8(if k < 3 { low[g] } else { high[g] }, tables[k]);
-                    let (a, b, c) = (trit(0), trit(1), trit(2));
+                    let [a, b, c, d, e] = trits.map(|trits| trits[k]);
                     let codes = &mut runs[k * part + r].codes;
-                    store(&mut codes[1][j], trit(3));
-                    store(&mut codes[2][j], trit(4));
+                    store(&mut codes[1][j], d);
+                    store(&mut codes[2][j], e);
                     // The last byte of every row.
                     let (a3, b3, c3) =
                         (_mm512_srli_epi32::<24>(a), _mm512_srli_epi32::<24>(b), _mm512_srli_epi32::<24>(c));

@@ -91,6 +91,22 @@ fn extremes_are_exact() {
     }
 }
 
+/// The fifth trit of a byte stands highest while it is added up: of the longest columns that a config allows, too.
+#[test]
+fn extremes_of_the_highest_trit_are_exact() {
+    let (out, input) = (4 * ROWS + 1, 132_104);
+    for packing in [Packing::T5, Packing::C5] {
+        let (m, lines) = packed(&vec![1; out * input], out, input, packing);
+        for tokens in [1, 2] {
+            for isa in levels() {
+                let mut got = vec![0; tokens * out];
+                view(&m, packing, &lines).sums_with(isa, &vec![-128; tokens * input], tokens, &mut got);
+                assert!(got == vec![-128 * input as i32; tokens * out], "{packing:?} {isa:?} {tokens}");
+            }
+        }
+    }
+}
+
 /// The code 3, which no packer writes, is three everywhere: 16-bit sums have room for it.
 #[test]
 fn bytes_that_mean_nothing_are_exact_too() {
