@@ -105,18 +105,17 @@ fn unpack_slab(isa: Isa, matrix: &PackedTernary, slab: usize, quads: &[Quad], co
         #[inline(always)]
         || {
             for (group, quad) in quads.iter().enumerate() {
-                let columns = quad.map(
-                    #[inline(always)]
-                    |c| trits(&matrix.lines[c as usize * per + slab]),
-                );
-                for k in 0..PANELS {
-                    for j in 0..LINES {
-                        let to = &mut codes[k * panels + group * LINES + j].0;
-                        for r in 0..16 {
-                            for c in 0..QUAD {
-                                to[QUAD * r + c] = columns[c][k][16 * j + r];
-                            }
-                        }
+                // The lines of the four columns byte by byte: rows 16 j + r of the five panels, and column c, at 4 r + c.
+                let columns = quad.map(|c| &matrix.lines[c as usize * per + slab].0);
+                let mut packed = [Line([0; 64]); LINES];
+                for (j, packed) in packed.iter_mut().enumerate() {
+                    for (r, word) in packed.0.as_chunks_mut::<QUAD>().0.iter_mut().enumerate() {
+                        *word = [0, 1, 2, 3].map(|c| columns[c][16 * j + r]);
+                    }
+                }
+                for (j, packed) in packed.iter().enumerate() {
+                    for (k, trits) in trits(packed).into_iter().enumerate() {
+                        codes[k * panels + group * LINES + j].0 = trits;
                     }
                 }
             }
@@ -236,7 +235,32 @@ fn add_products(isa: Isa, matrix: &PackedTernary, used: &Used, sums: &mut [i32])
         }
         return Isa::Avx512Vbmi;
     }
+    if used.tokens == 1 {
+        vectorize(
+            #[inline(always)]
+            || add_products_plain(matrix, used, sums),
+        );
+        return Isa::Portable;
+    }
     dispatch(isa, Unpacked { isa, matrix, used, sums })
+}
+
+/// One token, in operations that vectorise.
+#[inline(always)]
+fn add_products_plain(matrix: &PackedTernary, used: &Used, sums: &mut [i32]) {
+    let per = column_lines(matrix.out_dim);
+    for (quad, q) in used.quads.iter().zip(used.q.as_chunks::<QUAD>().0) {
+        for (slab, sums) in sums.chunks_exact_mut(SLAB).enumerate() {
+            let codes = quad.map(|c| trits(&matrix.lines[c as usize * per + slab]));
+            for (k, sums) in sums.chunks_exact_mut(ROWS).enumerate() {
+                for (b, sum) in sums.iter_mut().enumerate() {
+                    // At most 4 · 2 · 128 in magnitude.
+                    let dot: i16 = (0..QUAD).map(|c| codes[c][k][b] as i16 * q[c] as i16).sum();
+                    *sum += dot as i32;
+                }
+            }
+        }
+    }
 }
 
 /// Columns that become code lines, a chunk at a time, before all tokens meet them.

@@ -37,7 +37,9 @@ proptest! {
             prop_assert_eq!(&read, &codes, "{:?}", packing);
             for isa in levels() {
                 let mut got = vec![i32::MIN; tokens * out];
-                prop_assert_eq!(view.sums_with(isa, &q, tokens, &mut got), isa);
+                // Columns have kernels of their own for one token.
+                let own = packing == Packing::C5 && tokens == 1 && isa != Isa::Avx512Vbmi;
+                prop_assert_eq!(view.sums_with(isa, &q, tokens, &mut got), if own { Isa::Portable } else { isa });
                 prop_assert!(got == want, "{:?} {:?}", packing, isa);
             }
         }
