@@ -46,11 +46,16 @@ impl QuantizedRows {
 /// `g ⊙ x · (mean(x²) + eps)^-1/2` of one row; returns the reciprocal root mean square.
 #[inline(always)]
 pub fn rmsnorm_row(x: &[f32], gain: &[f32], eps: f32, out: &mut [f32]) -> f32 {
-    let rstd = 1.0 / libm::sqrtf(rows::sum_squares(x) / x.len() as f32 + eps);
+    let rstd = rstd(x, eps);
     for ((o, &x), &g) in out.iter_mut().zip(x).zip(gain) {
         *o = x * rstd * g;
     }
     rstd
+}
+
+#[inline(always)]
+fn rstd(x: &[f32], eps: f32) -> f32 {
+    1.0 / libm::sqrtf(rows::sum_squares(x) / x.len() as f32 + eps)
 }
 
 /// Norm without quantisation (the final norm): `out` `[tokens, width]`, `rstd` `[tokens]`.
@@ -94,17 +99,23 @@ pub fn rmsnorm_quantize(
         .collect();
     par::for_each(items, |(task, (((codes, scales), rstd), normed))| {
         let mut x = vec![0.0f32; width];
-        let mut own = vec![0.0f32; width];
         vectorize(
             #[inline(always)]
             || {
                 for (i, (codes, scale)) in codes.chunks_exact_mut(width).zip(scales.iter_mut()).enumerate() {
                     fill(task * n + i, &mut x);
                     let row = match normed.as_mut() {
-                        Some(rows) => &mut rows[i * width..(i + 1) * width],
-                        None => &mut own[..],
+                        Some(rows) => {
+                            let row = &mut rows[i * width..(i + 1) * width];
+                            rstd[i] = rmsnorm_row(&x, gain, eps, row);
+                            row
+                        }
+                        None => {
+                            rstd[i] = self::rstd(&x, eps);
+                            x.iter_mut().zip(gain).for_each(|(x, g)| *x = *x * rstd[i] * g);
+                            &mut x[..]
+                        }
                     };
-                    rstd[i] = rmsnorm_row(&x, gain, eps, row);
                     *scale = quantize_row(row, codes);
                 }
             },

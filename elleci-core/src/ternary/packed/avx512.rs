@@ -225,6 +225,13 @@ fn add_madd(acc: __m512i, codes: __m512i, q: __m512i) -> __m512i {
     _mm512_add_epi32(acc, _mm512_madd_epi16(_mm512_maddubs_epi16(codes, q), _mm512_set1_epi16(1)))
 }
 
+/// The activations of one of some tokens.
+#[inline(always)]
+pub(super) fn token(q: &[i8], t: usize, tokens: usize) -> &[i8] {
+    let width = q.len() / tokens;
+    &q[t * width..][..width]
+}
+
 macro_rules! level {
     ($token:ident, $isa:expr, $features:literal, $direct:literal, $trits:ident, $placed:ident, $add:ident, $doc:literal) => {
         #[doc = $doc]
@@ -239,13 +246,14 @@ macro_rules! level {
 
             /// See [`PackedKernel::DOTS`].
             #[inline(always)]
-            fn dots(self, packing: RowPacking, panel: &[Line], words: &[i32], sums: &mut [[i32; ROWS]]) {
+            fn dots(self, packing: RowPacking, panel: &[Line], q: &[i8], sums: &mut [[i32; ROWS]]) {
                 /// Half of the rows at a time: sixteen sums of eight tokens stay in registers beside the codes.
                 #[target_feature(enable = $features)]
-                fn i2<const T: usize>(panel: &[Line], words: &[i32], sums: &mut [[i32; ROWS]]) {
+                fn i2<const T: usize>(panel: &[Line], q: &[i8], sums: &mut [[i32; ROWS]]) {
+                    let tokens: [_; T] = core::array::from_fn(|t| token(q, t, T).as_chunks::<4>().0);
                     for half in 0..2 {
                         let mut acc = [[_mm512_setzero_si512(); LINES / 2]; T];
-                        for (line, words) in panel.iter().zip(words.as_chunks::<T>().0) {
+                        for (i, line) in panel.iter().enumerate() {
                             prefetch(line);
                             let x = load(line);
                             let codes = if half == 0 {
@@ -261,8 +269,9 @@ macro_rules! level {
                                 ]
                             };
                             for t in 0..T {
+                                let q = word(&tokens[t][i]);
                                 for j in 0..LINES / 2 {
-                                    acc[t][j] = $add(acc[t][j], codes[j], _mm512_set1_epi32(words[t]));
+                                    acc[t][j] = $add(acc[t][j], codes[j], q);
                                 }
                             }
                         }
@@ -279,20 +288,22 @@ macro_rules! level {
                 }
 
                 #[target_feature(enable = $features)]
-                fn t5<const T: usize>(panel: &[Line], words: &[i32], sums: &mut [[i32; ROWS]]) {
+                fn t5<const T: usize>(panel: &[Line], q: &[i8], sums: &mut [[i32; ROWS]]) {
+                    let tokens: [_; T] = core::array::from_fn(|t| token(q, t, T).as_chunks::<4>().0.as_chunks::<5>().0);
                     let tables = tables();
                     for half in 0..2 {
                         let mut acc = [[_mm512_setzero_si512(); LINES / 2]; T];
-                        let runs = words.as_chunks::<T>().0.as_chunks::<5>().0;
-                        for (lines, words) in panel.as_chunks::<LINES>().0.iter().zip(runs) {
+                        for (i, lines) in panel.as_chunks::<LINES>().0.iter().enumerate() {
                             let [a, b] = &lines.as_chunks::<{ LINES / 2 }>().0[half];
                             prefetch(a);
                             prefetch(b);
                             let trits = [$trits(load(a), &tables), $trits(load(b), &tables)];
-                            for k in 0..5 {
-                                for t in 0..T {
+                            for t in 0..T {
+                                let words = &tokens[t][i];
+                                for k in 0..5 {
+                                    let q = word(&words[k]);
                                     for j in 0..LINES / 2 {
-                                        acc[t][j] = $add(acc[t][j], trits[j][k], _mm512_set1_epi32(words[k][t]));
+                                        acc[t][j] = $add(acc[t][j], trits[j][k], q);
                                     }
                                 }
                             }
@@ -305,24 +316,24 @@ macro_rules! level {
                     }
                 }
 
-                kernel::check_dots(packing, panel, words, sums.len());
+                kernel::check_dots(packing, panel, q, sums.len());
                 // SAFETY: `self` exists only where the features were detected.
                 unsafe {
                     match (packing, sums.len()) {
-                        (RowPacking::I2, 2) => i2::<2>(panel, words, sums),
-                        (RowPacking::I2, 3) => i2::<3>(panel, words, sums),
-                        (RowPacking::I2, 4) => i2::<4>(panel, words, sums),
-                        (RowPacking::I2, 5) => i2::<5>(panel, words, sums),
-                        (RowPacking::I2, 6) => i2::<6>(panel, words, sums),
-                        (RowPacking::I2, 7) => i2::<7>(panel, words, sums),
-                        (RowPacking::I2, _) => i2::<GROUP>(panel, words, sums),
-                        (RowPacking::T5, 2) => t5::<2>(panel, words, sums),
-                        (RowPacking::T5, 3) => t5::<3>(panel, words, sums),
-                        (RowPacking::T5, 4) => t5::<4>(panel, words, sums),
-                        (RowPacking::T5, 5) => t5::<5>(panel, words, sums),
-                        (RowPacking::T5, 6) => t5::<6>(panel, words, sums),
-                        (RowPacking::T5, 7) => t5::<7>(panel, words, sums),
-                        (RowPacking::T5, _) => t5::<GROUP>(panel, words, sums),
+                        (RowPacking::I2, 2) => i2::<2>(panel, q, sums),
+                        (RowPacking::I2, 3) => i2::<3>(panel, q, sums),
+                        (RowPacking::I2, 4) => i2::<4>(panel, q, sums),
+                        (RowPacking::I2, 5) => i2::<5>(panel, q, sums),
+                        (RowPacking::I2, 6) => i2::<6>(panel, q, sums),
+                        (RowPacking::I2, 7) => i2::<7>(panel, q, sums),
+                        (RowPacking::I2, _) => i2::<GROUP>(panel, q, sums),
+                        (RowPacking::T5, 2) => t5::<2>(panel, q, sums),
+                        (RowPacking::T5, 3) => t5::<3>(panel, q, sums),
+                        (RowPacking::T5, 4) => t5::<4>(panel, q, sums),
+                        (RowPacking::T5, 5) => t5::<5>(panel, q, sums),
+                        (RowPacking::T5, 6) => t5::<6>(panel, q, sums),
+                        (RowPacking::T5, 7) => t5::<7>(panel, q, sums),
+                        (RowPacking::T5, _) => t5::<GROUP>(panel, q, sums),
                     }
                 }
             }

@@ -230,8 +230,7 @@ fn add_products(isa: Isa, matrix: &PackedTernary, used: &Used, sums: &mut [i32])
         let step = used.tokens.div_ceil(used.tokens.div_ceil(GROUP));
         let (per, rows, columns) = (column_lines(matrix.out_dim), sums.len() / used.tokens, used.quads.len() * QUAD);
         for (q, sums) in used.q.chunks((step * columns).max(1)).zip(sums.chunks_mut(step * rows)) {
-            let words = super::words(q, sums.len() / rows, columns, QUAD);
-            add_products(kernel, matrix.lines, per, &used.quads, &words, sums);
+            add_products(kernel, matrix.lines, per, &used.quads, q, sums);
         }
         return Isa::Avx512Vbmi;
     }

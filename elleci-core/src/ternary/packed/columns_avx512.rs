@@ -6,7 +6,9 @@
 
 use core::arch::x86_64::*;
 
-use super::avx512::{PLACES, Vbmi, add_vnni, load, placed_tables, placed_vbmi, store, store_sums, tables, trits_vbmi};
+use super::avx512::{
+    PLACES, Vbmi, add_vnni, load, placed_tables, placed_vbmi, store, store_sums, tables, token, trits_vbmi, word,
+};
 use super::columns::{PANELS, QUAD, Quad, SLAB};
 use super::{LINES, Line};
 use crate::simd::{prefetch_later, prefetch_line};
@@ -19,22 +21,21 @@ const BLOCK: usize = 8;
 /// A token's sums of a slab in the order of the lanes: `[4 quarters of the interleaved line][5 panels]`, 16 lanes each.
 type Sums = [[__m512i; PANELS]; QUAD];
 
-/// `Σ (code + 1) · q` of every row, added to `sums` `[tokens, rows]`, [`SLAB`] rows a line of a column. `words` are the activations of a
-/// quad, as little-endian bytes: those of all tokens, then the next quad's.
+/// `Σ (code + 1) · q` of every row, added to `sums` `[tokens, rows]`, [`SLAB`] rows a line of a column; `q` is `[tokens, 4 quads]`.
 ///
 /// # Panics
-/// When a column lies outside of `lines`, `sums` or `words` has another size, or the tokens are not 1 to [`GROUP`].
-pub(super) fn add_products(kernel: Vbmi, lines: &[Line], per: usize, quads: &[Quad], words: &[i32], sums: &mut [i32]) {
+/// When a column lies outside of `lines`, `sums` or `q` has another size, or the tokens are not 1 to [`GROUP`].
+pub(super) fn add_products(kernel: Vbmi, lines: &[Line], per: usize, quads: &[Quad], q: &[i8], sums: &mut [i32]) {
     let tokens = sums.len() / (per * SLAB);
-    assert_eq!((words.len(), sums.len()), (tokens * quads.len(), tokens * per * SLAB), "activations and sums");
+    assert_eq!((q.len(), sums.len()), (tokens * quads.len() * QUAD, tokens * per * SLAB), "activations and sums");
     let _ = kernel;
     // SAFETY: a `Vbmi` exists only where the features were detected.
     unsafe {
         match tokens {
-            1 => run::<1, 4>(lines, per, quads, words, sums),
-            2 => run::<2, 2>(lines, per, quads, words, sums),
-            3 => run::<3, 1>(lines, per, quads, words, sums),
-            GROUP => run::<4, 1>(lines, per, quads, words, sums),
+            1 => run::<1, 4>(lines, per, quads, q, sums),
+            2 => run::<2, 2>(lines, per, quads, q, sums),
+            3 => run::<3, 1>(lines, per, quads, q, sums),
+            GROUP => run::<4, 1>(lines, per, quads, q, sums),
             _ => panic!("{tokens} tokens"),
         }
     }
@@ -42,24 +43,28 @@ pub(super) fn add_products(kernel: Vbmi, lines: &[Line], per: usize, quads: &[Qu
 
 /// `T` tokens, with `M` quarters of an interleaved line at a time: so that their sums stay in registers.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,gfni")]
-fn run<const T: usize, const M: usize>(lines: &[Line], per: usize, quads: &[Quad], words: &[i32], sums: &mut [i32]) {
-    let words = words.as_chunks::<T>().0;
+fn run<const T: usize, const M: usize>(lines: &[Line], per: usize, quads: &[Quad], q: &[i8], sums: &mut [i32]) {
+    let tokens: [&[[i8; QUAD]]; T] = core::array::from_fn(|t| token(q, t, T).as_chunks().0);
     let mut all: alloc::vec::Vec<[Sums; T]> = alloc::vec![[[[_mm512_setzero_si512(); PANELS]; QUAD]; T]; per];
     let line = |column: u32, l: usize| lines.as_ptr().wrapping_add(column as usize * per + l).cast::<u8>();
     for quad in quads.iter().take(BLOCK) {
         quad.iter().for_each(|c| (0..per).for_each(|l| prefetch_later(line(*c, l))));
     }
-    for (b, (block, words)) in quads.chunks(BLOCK).zip(words.chunks(BLOCK)).enumerate() {
+    for (b, block) in quads.chunks(BLOCK).enumerate() {
+        let q = tokens.map(
+            #[inline(always)]
+            |token| &token[b * BLOCK..][..block.len()],
+        );
         let next = &quads[quads.len().min((b + 1) * BLOCK)..];
         for (l, sums) in all.iter_mut().enumerate() {
             let columns = Columns { lines, per, block, next };
-            quarters::<T, M, 0>(&columns, l, words, sums);
+            quarters::<T, M, 0>(&columns, l, &q, sums);
             if M < 4 {
-                quarters::<T, M, 1>(&columns, l, words, sums);
+                quarters::<T, M, 1>(&columns, l, &q, sums);
             }
             if M < 2 {
-                quarters::<T, M, 2>(&columns, l, words, sums);
-                quarters::<T, M, 3>(&columns, l, words, sums);
+                quarters::<T, M, 2>(&columns, l, &q, sums);
+                quarters::<T, M, 3>(&columns, l, &q, sums);
             }
         }
     }
@@ -93,7 +98,7 @@ struct Columns<'a> {
 fn quarters<const T: usize, const M: usize, const P: usize>(
     columns: &Columns,
     l: usize,
-    words: &[[i32; T]],
+    q: &[&[[i8; QUAD]]; T],
     sums: &mut [Sums; T],
 ) {
     let Columns { lines, per, block, next } = *columns;
@@ -105,7 +110,7 @@ fn quarters<const T: usize, const M: usize, const P: usize>(
             acc[t][m] = sums[t][P * M + m];
         }
     }
-    for (i, (quad, words)) in block.iter().zip(words).enumerate() {
+    for (i, quad) in block.iter().enumerate() {
         if P == 0 {
             // The next slab's line of these columns, or the first of the next; and this slab's of the next.
             let (soon, at) = if l + 1 < per { (Some(quad), l + 1) } else { (next.get(i), 0) };
@@ -122,7 +127,7 @@ fn quarters<const T: usize, const M: usize, const P: usize>(
             let codes = placed_vbmi(interleaved[P * M + m], &tables);
             for k in 0..PANELS {
                 for t in 0..T {
-                    acc[t][m][k] = add_vnni(acc[t][m][k], codes[k], _mm512_set1_epi32(words[t]));
+                    acc[t][m][k] = add_vnni(acc[t][m][k], codes[k], word(&q[t][i]));
                 }
             }
         }

@@ -8,12 +8,11 @@ use crate::simd::Isa;
 /// Tokens that meet a packed panel together at most. For more it is better unpacked, once for all.
 pub const GROUP: usize = 8;
 
-/// [`PackedKernel::dot`] of as many tokens as there are rows of sums, without codes standing in memory: of a panel and words, which have
-/// four columns in each, as little-endian bytes: those of all tokens, then the next four columns.
+/// [`PackedKernel::dot`] of as many tokens as there are rows of sums, without codes standing in memory: of a panel and `q` `[tokens, ..]`.
 ///
 /// # Panics
-/// When the words are not as many as the panel and the tokens want, or the tokens are not 2 to [`GROUP`].
-pub type Dots<K> = fn(K, RowPacking, &[Line], &[i32], &mut [[i32; ROWS]]);
+/// When the activations are not as many as the panel and the tokens want, or the tokens are not 2 to [`GROUP`].
+pub type Dots<K> = fn(K, RowPacking, &[Line], &[i8], &mut [[i32; ROWS]]);
 
 /// Works on packed panels. A type of this trait is proof that the machine can run it.
 pub trait PackedKernel: Copy + Send + Sync {
@@ -104,11 +103,11 @@ pub(super) fn check_dot(packing: RowPacking, panel: &[Line], q: &[i8]) {
 /// The shape check of [`PackedKernel::dots`].
 #[inline(always)]
 #[cfg(all(feature = "std", target_arch = "x86_64"))]
-pub(super) fn check_dots(packing: RowPacking, panel: &[Line], words: &[i32], tokens: usize) {
+pub(super) fn check_dots(packing: RowPacking, panel: &[Line], q: &[i8], tokens: usize) {
     let runs = panel.len() / packing.lines();
     assert!((2..=GROUP).contains(&tokens), "{tokens} tokens");
     assert!(
-        panel.len() == runs * packing.lines() && words.len() == runs * packing.columns() / 4 * tokens,
+        panel.len() == runs * packing.lines() && q.len() == runs * packing.columns() * tokens,
         "panel of {} lines",
         panel.len()
     );

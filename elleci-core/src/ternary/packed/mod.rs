@@ -35,6 +35,8 @@ mod tests;
 use alloc::vec;
 use alloc::vec::Vec;
 
+use ndarray::Axis;
+
 use super::TernaryMatrix;
 pub use super::kernel::Line;
 use super::kernel::{Block, LINES, ROWS, TOKENS, WithKernel};
@@ -396,18 +398,15 @@ impl<T: Send, F: Fn(&PackedTernary, &[i32], i32, &mut [T]) + Sync> WithPackedKer
     }
 }
 
-/// Four columns in each, as little-endian bytes, zeros behind the last up to a whole run: those of all tokens of `q` `[tokens, in_dim]`, then the next four.
-fn words(q: &[i8], tokens: usize, in_dim: usize, run: usize) -> Vec<i32> {
-    let mut words = vec![0; in_dim.next_multiple_of(run) / 4 * tokens];
-    for (t, q) in q.chunks_exact(in_dim).enumerate() {
-        let (whole, last) = q.as_chunks::<4>();
-        let mut end = [0; 4];
-        end[..last.len()].copy_from_slice(last);
-        for (word, q) in words.iter_mut().skip(t).step_by(tokens).zip(whole.iter().chain([&end])) {
-            *word = i32::from_le_bytes(q.map(|q| q as u8));
-        }
+/// Rows of activations, filled up with zeros to whole runs of columns.
+fn filled<'q>(q: &'q [i8], in_dim: usize, packing: RowPacking, room: &'q mut Vec<i8>) -> &'q [i8] {
+    let width = in_dim.next_multiple_of(packing.columns());
+    if width == in_dim {
+        return q;
     }
-    words
+    room.resize(q.len() / in_dim * width, 0);
+    room.chunks_exact_mut(width).zip(q.chunks_exact(in_dim)).for_each(|(to, q)| to[..in_dim].copy_from_slice(q));
+    room
 }
 
 /// Several tokens with a matrix that is packed by rows. Where the kernel can, few of them meet the panels as they are read; otherwise every panel is unpacked once, into code
@@ -427,22 +426,27 @@ impl<T: Send, F: Fn(usize, &[i32], i32, &mut [T]) + Sync> WithPackedKernel for M
         let tokens = finish.offsets.len();
         let (in_dim, out_dim) = (matrix.in_dim, matrix.out_dim);
         let mut out = mat_mut(out, tokens, out_dim);
-        let items: Vec<_> = out.axis_chunks_iter_mut(ndarray::Axis(1), ROWS).enumerate().collect();
         if let Some(dots) = K::DOTS
             && tokens <= GROUP
         {
-            let words = words(q, tokens, in_dim, packing.columns());
-            par::for_each(items, |(panel, mut out)| {
+            let mut room = Vec::new();
+            let q = filled(q, in_dim, packing, &mut room);
+            // One thread takes all panels as one task.
+            let task = if par::threads() == 1 { out_dim.next_multiple_of(ROWS) } else { ROWS };
+            par::for_each(out.axis_chunks_iter_mut(Axis(1), task).enumerate().collect(), |(t, mut out)| {
                 let mut sums = [[0; ROWS]; GROUP];
                 let sums = &mut sums[..tokens];
-                dots(kernel, packing, matrix.panel(packing, panel), &words, sums);
-                for (token, (mut out, sums)) in out.rows_mut().into_iter().zip(sums).enumerate() {
-                    let out = out.as_slice_mut().expect("rows of the output are contiguous");
-                    (finish.finish)(token, &sums[..out.len()], finish.offsets[token], out);
+                for (panel, mut out) in (t * task / ROWS..).zip(out.axis_chunks_iter_mut(Axis(1), ROWS)) {
+                    dots(kernel, packing, matrix.panel(packing, panel), q, sums);
+                    for (token, (mut out, sums)) in out.rows_mut().into_iter().zip(&*sums).enumerate() {
+                        let out = out.as_slice_mut().expect("rows of the output are contiguous");
+                        (finish.finish)(token, &sums[..out.len()], finish.offsets[token], out);
+                    }
                 }
             });
             return;
         }
+        let items: Vec<_> = out.axis_chunks_iter_mut(Axis(1), ROWS).enumerate().collect();
         // One buffer for many panels: clearing it for each took 10 % of the time of eight tokens (docs/LOG.md).
         let buffer = || vec![Line([0; 64]); matrix.packing.code_lines(in_dim)];
         par::for_each_init(items, buffer, |lines, (panel, mut out)| {
