@@ -3,6 +3,7 @@
     python3 -m venv V && V/bin/pip install numpy gguf llama-cpp-python      # builds llama.cpp
     python3 bench/inference.py --python V/bin/python [--threads 2] [--rounds 3] [--dir /tmp] [--only ours]
 
+The model is packed as `elleci-convert` does by default: whichever packing this machine multiplies faster, a shape at a time.
 Everything runs in turn, round by round, on the same machine; the best and the median of each figure count, as what disturbs
 them only ever slows. Prints a table in Markdown; what each program said goes to standard error.
 """
@@ -13,7 +14,7 @@ ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDe
 ap.add_argument("--python", help="an interpreter with numpy, gguf and llama-cpp-python; without it the peer is left out")
 ap.add_argument("--threads", type=int, default=2)
 ap.add_argument("--rounds", type=int, default=3)
-ap.add_argument("--dir", default="/tmp", help="for the two models, 430 and 490 MB")
+ap.add_argument("--dir", default="/tmp", help="for the models, two of 430 and one of 490 MB")
 ap.add_argument("--only", choices=["ours", "peer", "matvec"])
 a = ap.parse_args()
 
@@ -46,11 +47,13 @@ def note(name, value):
     figures.setdefault(name, []).append(value)
 
 
-model = pathlib.Path(a.dir) / "elleci-1.5b-random.elleci"
+source, model = (pathlib.Path(a.dir) / f"elleci-1.5b-{name}.elleci" for name in ("random", "packed"))
 if a.only in (None, "ours"):
-    run(["cargo", "build", "--release", "--locked", "--bin", "elleci-run"])
-    if not model.exists():
-        run([root / "target/release/elleci-run", "bench", "--preset", "elleci-1.5b", "--save", model, "-p", 0, "-n", 1, "-r", 1])
+    run(["cargo", "build", "--release", "--locked", "--bin", "elleci-run", "--bin", "elleci-convert"])
+    if not source.exists():
+        run([root / "target/release/elleci-run", "bench", "--preset", "elleci-1.5b", "--save", source, "-p", 0, "-n", 1, "-r", 1])
+    out, _, _ = run([root / "target/release/elleci-convert", source, model, "--force", "--json"])
+    packing = ", ".join(f"{n} tensors {name}" for name, n in json.loads(out)["packing"].items())
 for _ in range(a.rounds):
     if a.only in (None, "ours"):
         tests, opened, first, _ = rows(["-p", 256, "-n", 32, "-r", 2])
@@ -73,6 +76,8 @@ for _ in range(a.rounds):
                     unit = "GB/s" if cells[0] == "reading" else "Gweight/s"
                     note(f"{cells[0]}, {threads} threads, {unit}", float(cells[2 if cells[0] == "reading" else 1]))
 
+if a.only in (None, "ours"):
+    print(f"packed: {packing}\n")
 print(f"| {a.threads} threads, {a.rounds} rounds | best | median |\n|---|---|---|")
 for name, values in figures.items():
     best = min(values) if "ms" in name or "MB" in name else max(values)

@@ -38,7 +38,7 @@ const fn high(upper: u8) -> u8 {
 /// trits are looked up by in [`LOWER`].
 static UPPER: Line = table!(|i| {
     let index = if high(i) == 8 { 8 | i >> 3 } else { i & 7 };
-    high(i) % 3 | index << 2 | high(i) / 3 << 6
+    (high(i) % 3) | (index << 2) | ((high(i) / 3) << 6)
 });
 
 /// The fifth trit by the upper six bits of a byte.

@@ -29,6 +29,7 @@ const CHUNK: usize = 128;
 /// Columns of a task at most: trits that stand at bit 6 of their bytes may be added up for so many, and twice that, in an int32.
 const LONGEST: usize = 1 << 16;
 /// Tokens that meet packed columns where the kernel can; more have them unpacked, once for all.
+#[cfg(all(feature = "std", target_arch = "x86_64"))]
 const DIRECT: usize = 8;
 /// Tokens that share unpacked columns. Their sums, of all rows, stay in the second cache.
 const GROUP: usize = 24;
