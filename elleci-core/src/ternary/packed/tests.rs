@@ -72,6 +72,32 @@ proptest! {
     }
 }
 
+/// What C5 leaves out changes nothing: columns that no token needs, or one of several alone, and all of them.
+#[test]
+fn zeros_among_the_activations_change_nothing() {
+    let (out, input) = (333, 700);
+    let mut rng = Lcg(5);
+    let codes: Vec<i8> = (0..out * input).map(|_| (rng.next() % 3) as i8 - 1).collect();
+    for tokens in [1, 2, 3, 4, 5, 8, 9, 25, 33] {
+        for share in [0, 1, 4] {
+            let q = (0..tokens * input).map(|_| if rng.next() % 8 < share { rng.next() as i8 } else { 0 });
+            let q: Vec<i8> = q.collect();
+            let want = definition(&codes, &q, out, input);
+            for packing in Packing::ALL {
+                let (m, lines) = packed(&codes, out, input, packing);
+                for isa in levels() {
+                    for threads in [1, 3] {
+                        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                        let mut got = vec![i32::MIN; tokens * out];
+                        pool.install(|| view(&m, packing, &lines).sums_with(isa, &q, tokens, &mut got));
+                        assert!(got == want, "{packing:?} {isa:?}, {tokens} tokens, {share} of 8, {threads} threads");
+                    }
+                }
+            }
+        }
+    }
+}
+
 /// Nothing saturates or wraps, at the longest rows that a config allows.
 #[test]
 fn extremes_are_exact() {
