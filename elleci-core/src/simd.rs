@@ -20,7 +20,7 @@ pub enum Isa {
     Avx512,
     /// x86-64-v4 with AVX-512 VNNI.
     Avx512Vnni,
-    /// x86-64-v4 with AVX-512 VNNI, VBMI and GFNI.
+    /// x86-64-v4 with AVX-512 VNNI and VBMI.
     Avx512Vbmi,
 }
 
@@ -71,7 +71,7 @@ impl Isa {
         {
             use std::arch::is_x86_feature_detected as has;
             if pulp::x86::V4::try_new().is_some() {
-                return match (has!("avx512vnni"), has!("avx512vbmi") && has!("gfni")) {
+                return match (has!("avx512vnni"), has!("avx512vbmi")) {
                     (true, true) => Isa::Avx512Vbmi,
                     (true, false) => Isa::Avx512Vnni,
                     _ => Isa::Avx512,

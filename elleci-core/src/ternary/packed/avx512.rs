@@ -483,10 +483,10 @@ level!(
 level!(
     Vbmi,
     Isa::Avx512Vbmi,
-    "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,gfni",
+    "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi",
     true,
     trits_vbmi,
     placed_vbmi,
     add_vnni,
-    "Proof that the machine has VNNI, VBMI and GFNI as well."
+    "Proof that the machine has VNNI and VBMI as well."
 );

@@ -207,8 +207,8 @@ fn used(q: &[i8], tokens: usize, in_dim: usize, run: core::ops::Range<usize>) ->
         columns[count] = (run.start + i) as u32;
         count += usize::from(*any != 0);
     }
+    // Any columns fill up the last quad, as their activations are zero there.
     columns.truncate(count.next_multiple_of(QUAD));
-    columns[count..].fill(run.start as u32);
     let mut packed = vec![0; tokens * columns.len()];
     for (t, to) in packed.chunks_exact_mut(columns.len().max(1)).enumerate() {
         let row = row(t);

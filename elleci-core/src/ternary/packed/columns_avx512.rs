@@ -42,7 +42,7 @@ pub(super) fn add_products(kernel: Vbmi, lines: &[Line], per: usize, quads: &[Qu
 }
 
 /// `T` tokens, with `M` quarters of an interleaved line at a time: so that their sums stay in registers.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,gfni")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi")]
 fn run<const T: usize, const M: usize>(lines: &[Line], per: usize, quads: &[Quad], q: &[i8], sums: &mut [i32]) {
     let tokens: [&[[i8; QUAD]]; T] = core::array::from_fn(|t| token(q, t, T).as_chunks().0);
     let mut all: alloc::vec::Vec<[Sums; T]> = alloc::vec![[[[_mm512_setzero_si512(); PANELS]; QUAD]; T]; per];
@@ -94,7 +94,7 @@ struct Columns<'a> {
 
 /// Quarters `P M ..` of a block's lines of slab `l`.
 #[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,gfni")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi")]
 fn quarters<const T: usize, const M: usize, const P: usize>(
     columns: &Columns,
     l: usize,
@@ -144,7 +144,7 @@ fn quarters<const T: usize, const M: usize, const P: usize>(
 /// # Panics
 /// When a column lies outside of `lines`, or `codes` has another size.
 pub(super) fn unpack(kernel: Vbmi, lines: &[Line], per: usize, slab: usize, quads: &[Quad], codes: &mut [Line]) {
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,gfni")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi")]
     fn run(lines: &[Line], per: usize, slab: usize, quads: &[Quad], codes: &mut [Line]) {
         let (tables, panel) = (tables(), quads.len() * LINES);
         for (g, quad) in quads.iter().enumerate() {

@@ -409,8 +409,8 @@ fn filled<'q>(q: &'q [i8], in_dim: usize, packing: RowPacking, room: &'q mut Vec
     room
 }
 
-/// Several tokens with a matrix that is packed by rows. Where the kernel can, few of them meet the panels as they are read; otherwise every panel is unpacked once, into code
-/// lines that all tokens meet.
+/// Several tokens with a matrix that has panels. Where the kernel can, few of them meet the panels as they are read; otherwise every panel
+/// is unpacked once, into code lines that all tokens meet.
 struct MatMul<'a, T, F> {
     isa: Isa,
     matrix: &'a PackedTernary<'a>,

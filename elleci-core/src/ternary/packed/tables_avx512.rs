@@ -265,7 +265,7 @@ fn make_tables(kernel: Vbmi, q: &[i8], t: usize, tables: &mut [[Tables; PAIR]], 
         entries
     };
 
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,gfni")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi")]
     fn run(q: &[i8], t: usize, tables: &mut [[Tables; PAIR]], words: &mut [[Words; PAIR]]) -> i32 {
         // Columns 3, 7, 11 and nothing, 12 to 15, 16 to 19.
         const WORDS: [i8; 16] = [3, 7, 11, 31, 12, 13, 14, 15, 16, 17, 18, 19, 31, 31, 31, 31];
@@ -301,7 +301,7 @@ fn make_tables(kernel: Vbmi, q: &[i8], t: usize, tables: &mut [[Tables; PAIR]], 
 /// What of a panel all tokens meet.
 #[inline(always)]
 fn unpack(kernel: Vbmi, lines: &[Line], runs: &mut [Run]) {
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,gfni")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi")]
     fn run(lines: &[Line], runs: &mut [Run]) {
         let ([upper, .., t4], low_bits, lower) = (tables(), load(&LOW_BITS), load(&LOWER));
         for (lines, run) in lines.as_chunks::<LINES>().0.iter().zip(runs) {
@@ -349,7 +349,7 @@ fn store_indices(indices: [__m256i; LINES], run: &mut Run) {
 /// When the columns lie outside of the matrix or are more than the runs.
 #[inline(always)]
 fn unpack_columns(kernel: Vbmi, matrix: &PackedTernary, slab: usize, columns: Range<usize>, runs: &mut [Run]) {
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,gfni")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi")]
     fn run(lines: &[Line], per: usize, slab: usize, columns: Range<usize>, runs: &mut [Run]) {
         let tables = tables();
         let part = runs.len() / PANELS;
@@ -404,7 +404,7 @@ fn unpack_columns(kernel: Vbmi, matrix: &PackedTernary, slab: usize, columns: Ra
 /// When there are more runs than an int16 has room for.
 #[inline(always)]
 fn add(kernel: Vbmi, runs: &[Run], tables: &[[Tables; PAIR]], words: &[[Words; PAIR]], sums: &mut Sums) {
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,gfni")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi")]
     fn run(runs: &[Run], tables: &[[Tables; PAIR]], words: &[[Words; PAIR]], sums: &mut Sums) {
         let mut looked_up = [[_mm512_setzero_si512(); 2]; PAIR];
         let mut acc = [[_mm512_setzero_si512(); LINES]; PAIR];
