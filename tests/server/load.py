@@ -12,6 +12,7 @@ Traffic stays on this machine.
 import argparse
 import asyncio
 import json
+import socket
 import statistics
 import subprocess
 import sys
@@ -79,10 +80,19 @@ def rush(server, name):
 
 
 def whole(server, tokens):
-    """Seconds of one answer that comes at once."""
+    """Seconds of one answer that comes at once, on a connection of its own. By a bare client again: Python's own takes 0.3 ms a request."""
+    body = json.dumps({"prompt": "Il", "max_tokens": tokens, "temperature": 0, "ignore_eos": True}).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-type: application/json\r\n"
+    port, answer = int(server.url.rsplit(":", 1)[1]), b""
     began = time.perf_counter()
-    server.post("/v1/completions", {"prompt": "Il", "max_tokens": tokens, "temperature": 0, "ignore_eos": True})
-    return time.perf_counter() - began
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+        while part := connection.recv(1 << 16):
+            answer += part
+    seconds = time.perf_counter() - began
+    assert answer.startswith(b"HTTP/1.1 200"), answer[:300]
+    assert json.loads(answer.split(b"\r\n\r\n", 1)[1])["usage"]["completion_tokens"] == tokens, answer[-300:]
+    return seconds
 
 
 def bench(model, threads, tokens):

@@ -81,7 +81,7 @@ pub(super) fn forward(pass: &Pass, ids: &MlaIds, scratch: &mut Scratch) {
         if alone { absorbed(c, &kv_up, cache, q, room, o) } else { expanded(c, &kv_up, cache, q, o) }
     });
     let o: &[f32] = &o[..n * o_row];
-    pass.expect(&[ids.out]);
+    pass.expect([ids.out]);
     quantized.resize(n, o_row);
     rmsnorm_quantize(
         #[inline(always)]

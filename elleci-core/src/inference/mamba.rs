@@ -80,7 +80,7 @@ pub(super) fn forward(pass: &Pass, ids: &MambaIds, constants: &Constants, scratc
         });
     });
 
-    pass.expect(&[ids.out]);
+    pass.expect([ids.out]);
     quantized.resize(rows, di);
     let scan: &[f32] = &scan[..rows * di];
     rmsnorm_quantize(

@@ -15,7 +15,7 @@ use crate::ops::rope::RopeTable;
 use crate::ops::rows::rows_per_task;
 use crate::par;
 use crate::params::{FfnIds, Id, MixerIds};
-use crate::ternary::packed::{self, PackedTernary, forward_all};
+use crate::ternary::packed::{self, forward_all};
 
 /// Rows whose outputs are made together: a head's weights become floats once for so many.
 const OUTPUTS: usize = 32;
@@ -135,8 +135,8 @@ impl Call<'_> {
             let pass = Pass { call: *self, inputs, segments, turn, layer, rows, rope: &rope };
             let wants_floats = matches!(ids.mixer, MixerIds::Mamba(_));
             match &ids.mixer {
-                MixerIds::Mamba(m) => pass.expect(&[m.input]),
-                MixerIds::Mla(m) => pass.expect(&[m.q, m.kv_down]),
+                MixerIds::Mamba(m) => pass.expect([m.input]),
+                MixerIds::Mla(m) => pass.expect([m.q, m.kv_down]),
             }
             pass.norm(ids.mixer_norm, stream, scratch, wants_floats);
             match &ids.mixer {
@@ -146,7 +146,7 @@ impl Call<'_> {
                 }
                 MixerIds::Mla(m) => attention::forward(&pass, m, scratch),
             }
-            pass.expect(&[ids.ffn.gate, ids.ffn.up]);
+            pass.expect([ids.ffn.gate, ids.ffn.up]);
             add(stream, &scratch.y[..rows * d]);
             pass.norm(ids.ffn_norm, stream, scratch, false);
             pass.ffn(&ids.ffn, scratch);
@@ -266,10 +266,9 @@ impl Pass<'_, '_> {
     }
 
     /// What the next projection will read, said before the serial work that leads to it.
-    pub fn expect(&self, ids: &[Id]) {
+    pub fn expect<const N: usize>(&self, ids: [Id; N]) {
         if self.rows == 1 {
-            let matrices: Vec<PackedTernary> = ids.iter().map(|id| self.call.model.ternary(*id)).collect();
-            packed::expect(&matrices);
+            packed::expect(&ids.map(|id| self.call.model.ternary(id)));
         }
     }
 
@@ -291,7 +290,7 @@ impl Pass<'_, '_> {
         let gate = grown(&mut scratch.a, self.rows * f);
         let up = grown(&mut scratch.c, self.rows * f);
         self.project_all([ids.gate, ids.up], &scratch.norm, [&mut *gate, &mut *up]);
-        self.expect(&[ids.down]);
+        self.expect([ids.down]);
         scratch.quantized.resize(self.rows, f);
         let (gate, up): (&[f32], &[f32]) = (gate, up);
         rmsnorm_quantize(

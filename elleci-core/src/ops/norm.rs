@@ -84,35 +84,23 @@ pub fn rmsnorm_quantize(
     normed: Option<&mut [f32]>,
 ) {
     let width = gain.len();
-    let n = rows_per_task(out.scales.len());
-    let mut normed: Vec<Option<&mut [f32]>> = match normed {
-        Some(rows) => rows.chunks_mut(n * width).map(Some).collect(),
-        None => (0..out.scales.len().div_ceil(n)).map(|_| None).collect(),
-    };
-    let items: Vec<_> = out
-        .codes
-        .chunks_mut(n * width)
-        .zip(out.scales.chunks_mut(n))
-        .zip(out.rstd.chunks_mut(n))
-        .zip(normed.iter_mut())
-        .enumerate()
-        .collect();
-    par::for_each(items, |(task, (((codes, scales), rstd), normed))| {
+    let run = |first: usize, out: Rows<'_>| {
         let mut x = vec![0.0f32; width];
+        let Rows { codes, scales, rstd: rstds, mut normed } = out;
         vectorize(
             #[inline(always)]
             || {
                 for (i, (codes, scale)) in codes.chunks_exact_mut(width).zip(scales.iter_mut()).enumerate() {
-                    fill(task * n + i, &mut x);
+                    fill(first + i, &mut x);
                     let row = match normed.as_mut() {
                         Some(rows) => {
                             let row = &mut rows[i * width..(i + 1) * width];
-                            rstd[i] = rmsnorm_row(&x, gain, eps, row);
+                            rstds[i] = rmsnorm_row(&x, gain, eps, row);
                             row
                         }
                         None => {
-                            rstd[i] = self::rstd(&x, eps);
-                            x.iter_mut().zip(gain).for_each(|(x, g)| *x = *x * rstd[i] * g);
+                            rstds[i] = rstd(&x, eps);
+                            x.iter_mut().zip(gain).for_each(|(x, g)| *x = *x * rstds[i] * g);
                             &mut x[..]
                         }
                     };
@@ -120,7 +108,41 @@ pub fn rmsnorm_quantize(
                 }
             },
         );
-    });
+    };
+    let n = rows_per_task(out.scales.len());
+    let mut rest = Rows { codes: &mut out.codes, scales: &mut out.scales, rstd: &mut out.rstd, normed };
+    // One task needs no list of them: a token goes through four norms a layer.
+    if rest.scales.len() <= n {
+        return run(0, rest);
+    }
+    let mut items = Vec::with_capacity(rest.scales.len().div_ceil(n));
+    while !rest.scales.is_empty() {
+        let (own, later) = rest.split_at(n, width);
+        items.push((items.len() * n, own));
+        rest = later;
+    }
+    par::for_each(items, |(first, rows)| run(first, rows));
+}
+
+/// Some rows of what a norm and quantiser write.
+struct Rows<'a> {
+    codes: &'a mut [i8],
+    scales: &'a mut [f32],
+    rstd: &'a mut [f32],
+    normed: Option<&'a mut [f32]>,
+}
+
+impl<'a> Rows<'a> {
+    /// The first `n` rows, or as many as there are, and the others.
+    fn split_at(self, n: usize, width: usize) -> (Rows<'a>, Rows<'a>) {
+        let n = n.min(self.scales.len());
+        let (codes, more_codes) = self.codes.split_at_mut(n * width);
+        let (scales, more_scales) = self.scales.split_at_mut(n);
+        let (rstd, more_rstd) = self.rstd.split_at_mut(n);
+        let (normed, more_normed) = self.normed.map(|rows| rows.split_at_mut(n * width)).unzip();
+        let more = Rows { codes: more_codes, scales: more_scales, rstd: more_rstd, normed: more_normed };
+        (Rows { codes, scales, rstd, normed }, more)
+    }
 }
 
 /// Backward of one row: `dx = r·(s − x̂·mean(s ⊙ x̂))` with `x̂ = x·r`, `s = g ⊙ dn`; `dgain += dn ⊙ x̂`.

@@ -209,6 +209,11 @@ impl<'a> PackedTernary<'a> {
         }
     }
 
+    /// Tasks of a product with one token.
+    fn tasks(&self, packing: RowPacking) -> usize {
+        self.out_dim.div_ceil(packing.task_panels(self.in_dim) * ROWS)
+    }
+
     fn panel(&self, packing: RowPacking, panel: usize) -> &'a [Line] {
         let lines = packing.panel_lines(self.in_dim);
         &self.lines[panel * lines..][..lines]
@@ -336,14 +341,18 @@ fn one_token<T: Send>(
     q: &[i8],
     finish: impl Fn(&PackedTernary, &[i32], i32, &mut [T]) + Sync,
 ) -> Isa {
-    let (rows, columns): (Parts<T>, Parts<T>) = parts.into_iter().partition(|(m, _)| m.packing.by_rows().is_some());
     let mut ran = isa;
-    for (matrix, out) in columns {
+    let mut panels = Vec::with_capacity(parts.len());
+    for (matrix, out) in parts {
+        if matrix.packing.by_rows().is_some() {
+            panels.push((matrix, out));
+            continue;
+        }
         let finish = |_: usize, sums: &[i32], offset: i32, out: &mut [T]| finish(&matrix, sums, offset, out);
         ran = columns::product(isa, &matrix, q, out, &Finish { finish, offsets: vec![sum(q)] });
     }
-    if !rows.is_empty() {
-        ran = kernel::dispatch(isa, MatVec { parts: rows, q, finish });
+    if !panels.is_empty() {
+        ran = kernel::dispatch(isa, MatVec { parts: panels, q, finish });
     }
     ran
 }
@@ -352,13 +361,12 @@ fn one_token<T: Send>(
 pub fn expect(parts: &[PackedTernary]) {
     // Which columns will be read is not known yet.
     let by_rows = || parts.iter().filter_map(|m| Some((m, m.packing.by_rows()?)));
-    let tasks = |m: &PackedTernary, packing: RowPacking| m.out_dim.div_ceil(packing.task_panels(m.in_dim) * ROWS);
-    par::expect(by_rows().map(|(m, packing)| tasks(m, packing)).sum(), |mut task| {
+    par::expect(by_rows().map(|(m, packing)| m.tasks(packing)).sum(), |mut task| {
         for (matrix, packing) in by_rows() {
-            if task < tasks(matrix, packing) {
+            if task < matrix.tasks(packing) {
                 return matrix.panel(packing, task * packing.task_panels(matrix.in_dim)).as_ptr().cast();
             }
-            task -= tasks(matrix, packing);
+            task -= matrix.tasks(packing);
         }
         core::ptr::null()
     });
@@ -378,9 +386,12 @@ struct MatVec<'a, T, F> {
 impl<T: Send, F: Fn(&PackedTernary, &[i32], i32, &mut [T]) + Sync> WithPackedKernel for MatVec<'_, T, F> {
     fn run<K: PackedKernel>(self, kernel: K) {
         let MatVec { parts, q, finish } = self;
-        let (offset, mut padded) = (sum(q), q.to_vec());
+        let offset = sum(q);
+        let mut padded = Vec::with_capacity(q.len() + RowPacking::T5.columns());
+        padded.extend_from_slice(q);
         padded.resize(q.len() + RowPacking::T5.columns(), 0);
-        let mut items = Vec::new();
+        let tasks = |(m, _): &(PackedTernary, _)| m.packing.by_rows().map_or(0, |packing| m.tasks(packing));
+        let mut items = Vec::with_capacity(parts.iter().map(tasks).sum());
         for (matrix, out) in parts {
             let Some(packing) = matrix.packing.by_rows() else { continue };
             let panels = packing.task_panels(matrix.in_dim);
