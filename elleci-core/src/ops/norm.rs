@@ -85,25 +85,20 @@ pub fn rmsnorm_quantize(
 ) {
     let width = gain.len();
     let run = |first: usize, out: Rows<'_>| {
-        let mut x = vec![0.0f32; width];
         let Rows { codes, scales, rstd: rstds, mut normed } = out;
+        let mut own = vec![0.0f32; if normed.is_none() { width } else { 0 }];
         vectorize(
             #[inline(always)]
             || {
                 for (i, (codes, scale)) in codes.chunks_exact_mut(width).zip(scales.iter_mut()).enumerate() {
-                    fill(first + i, &mut x);
                     let row = match normed.as_mut() {
-                        Some(rows) => {
-                            let row = &mut rows[i * width..(i + 1) * width];
-                            rstds[i] = rmsnorm_row(&x, gain, eps, row);
-                            row
-                        }
-                        None => {
-                            rstds[i] = rstd(&x, eps);
-                            x.iter_mut().zip(gain).for_each(|(x, g)| *x = *x * rstds[i] * g);
-                            &mut x[..]
-                        }
+                        Some(rows) => &mut rows[i * width..(i + 1) * width],
+                        None => &mut own[..],
                     };
+                    fill(first + i, row);
+                    let rstd = rstd(row, eps);
+                    row.iter_mut().zip(gain).for_each(|(x, g)| *x = *x * rstd * g);
+                    rstds[i] = rstd;
                     *scale = quantize_row(row, codes);
                 }
             },

@@ -86,7 +86,7 @@ fn trits(line: &Line) -> [[u8; 64]; 5] {
 pub(super) type Quad = [u32; QUAD];
 
 /// The quads of neighbouring columns; the last may repeat the last column.
-pub(super) fn quads(columns: core::ops::Range<usize>) -> impl Iterator<Item = Quad> {
+fn quads(columns: core::ops::Range<usize>) -> impl Iterator<Item = Quad> {
     let last = columns.end.saturating_sub(1);
     columns.step_by(QUAD).map(move |first| [0, 1, 2, 3].map(|c| (first + c).min(last) as u32))
 }
@@ -101,7 +101,7 @@ fn unpack_slab(isa: Isa, matrix: &PackedTernary, slab: usize, quads: &[Quad], co
         return super::columns_avx512::unpack(kernel, matrix.lines, per, slab, quads, codes);
     }
     let _ = isa;
-    let panels = codes.len() / PANELS;
+    let panel = codes.len() / PANELS;
     vectorize(
         #[inline(always)]
         || {
@@ -116,7 +116,7 @@ fn unpack_slab(isa: Isa, matrix: &PackedTernary, slab: usize, quads: &[Quad], co
                 }
                 for (j, packed) in packed.iter().enumerate() {
                     for (k, trits) in trits(packed).into_iter().enumerate() {
-                        codes[k * panels + group * LINES + j].0 = trits;
+                        codes[k * panel + group * LINES + j].0 = trits;
                     }
                 }
             }
