@@ -199,6 +199,7 @@ impl<T> Task<'_, T> {
                 }
             }
             let last = from + part == runs;
+            let ahead = (part * LINES).div_ceil(pairs);
             let views = self.out.axis_chunks_iter_mut(Axis(1), ROWS);
             for (panel, (sums, mut out)) in room.sums.chunks_mut(pairs).zip(views).enumerate() {
                 let place = (self.first_panel + panel) % slab;
@@ -215,7 +216,11 @@ impl<T> Task<'_, T> {
                     );
                 }
                 let runs = &room.runs[place * part..][..part];
+                let mut next = next_lines(matrix, self.first_panel + panel, from..from + part);
                 for (pair, sums) in sums.iter_mut().enumerate() {
+                    for line in next.by_ref().take(ahead) {
+                        prefetch_later((line as *const Line).cast());
+                    }
                     if from == 0 {
                         sums.write([[0; ROWS]; PAIR]);
                     }
@@ -236,6 +241,17 @@ impl<T> Task<'_, T> {
                 }
             }
         }
+    }
+}
+
+/// What is unpacked after the runs of a panel: those of the next. (The machine's own prefetcher begins anew with every panel.) C5 asks for
+/// its own.
+fn next_lines<'a>(matrix: &PackedTernary<'a>, panel: usize, runs: Range<usize>) -> core::slice::Iter<'a, Line> {
+    let next = panel + 1;
+    if matrix.packing == Packing::T5 && next * ROWS < matrix.out_dim {
+        matrix.panel(RowPacking::T5, next)[runs.start * LINES..runs.end * LINES].iter()
+    } else {
+        [].iter()
     }
 }
 
