@@ -32,16 +32,27 @@ const EXPAND: usize = 128;
 /// cuts sums of more than 512, wherever it likes; heads are narrower.)
 const SMALL: usize = 256;
 
-/// Reads `scratch.norm`, writes `scratch.y`.
+/// Reads `scratch.norm`, writes `scratch.y`, of the rows whose output is wanted.
 pub(super) fn forward(pass: &Pass, ids: &MlaIds, scratch: &mut Scratch) {
-    let (c, n) = (pass.call.model.config(), pass.rows);
+    let (c, n, outs) = (pass.call.model.config(), pass.rows, pass.outs());
     let (rank, q_row, o_row) = (c.kv_rank, c.n_heads * c.d_qk(), c.n_heads * c.d_v);
     let latent_row = rank + c.d_rope;
     let Scratch { a, b, c: o, norm, quantized, absorb, y, .. } = scratch;
-    let (q, ckr) = (grown(a, n * q_row), grown(b, n * latent_row));
-    pass.project_all([ids.q, ids.kv_down], norm, [&mut *q, &mut *ckr]);
-    for (row, (q, ckr)) in q.chunks_exact_mut(q_row).zip(ckr.chunks_exact_mut(latent_row)).enumerate() {
+    let (q, ckr) = (grown(a, outs * q_row), grown(b, n * latent_row));
+    if outs == n {
+        pass.project_all([ids.q, ids.kv_down], norm, [&mut *q, &mut *ckr]);
+    } else {
+        pass.project(ids.kv_down, norm, ckr);
+        norm.keep((0..outs).map(|i| pass.out_row(i)));
+        if outs > 0 {
+            pass.project(ids.q, norm, q);
+        }
+    }
+    for (i, q) in q.chunks_exact_mut(q_row).enumerate() {
+        let row = pass.out_row(i);
         q.chunks_exact_mut(c.d_qk()).for_each(|head| pass.rope.rotate(&mut head[c.d_nope..], row));
+    }
+    for (row, ckr) in ckr.chunks_exact_mut(latent_row).enumerate() {
         pass.rope.rotate(&mut ckr[rank..], row);
     }
     let (q, ckr): (&[f32], &[f32]) = (q, ckr);
@@ -66,23 +77,29 @@ pub(super) fn forward(pass: &Pass, ids: &MlaIds, scratch: &mut Scratch) {
         });
         pushed.collect()
     });
-    let kv_up = pass.call.model.ternary(ids.kv_up);
-    let mut rest = grown(o, n * o_row);
-    let mut items: Vec<(&Segment, &MlaCache, &mut [f32])> = Vec::with_capacity(caches.len());
-    for (segment, cache) in pass.segments.iter().zip(&caches) {
-        let (own, later) = core::mem::take(&mut rest).split_at_mut(segment.len * o_row);
-        rest = later;
-        items.push((segment, cache, own));
+    if outs == 0 {
+        return;
     }
-    par::for_each_kept(items, absorb, |room, (segment, cache, o)| {
-        let q = &q[segment.row * q_row..(segment.row + segment.len) * q_row];
+    let kv_up = pass.call.model.ternary(ids.kv_up);
+    let (mut q_rest, mut o_rest) = (q, grown(o, outs * o_row));
+    let mut items: Vec<(&Segment, &MlaCache, &[f32], &mut [f32])> = Vec::with_capacity(caches.len());
+    for (segment, cache) in pass.segments.iter().zip(&caches) {
+        let len = pass.outs_of(segment);
+        let (own_o, later) = core::mem::take(&mut o_rest).split_at_mut(len * o_row);
+        let own_q;
+        ((own_q, q_rest), o_rest) = (q_rest.split_at(len * q_row), later);
+        if len > 0 {
+            items.push((segment, cache, own_q, own_o));
+        }
+    }
+    par::for_each_kept(items, absorb, |room, (segment, cache, q, o)| {
         // Whether it is a call's only token.
         let alone = segment.feed_len == 1 && !pass.call.one_form;
         if alone { absorbed(c, &kv_up, cache, q, room, o) } else { expanded(c, &kv_up, cache, q, o) }
     });
-    let o: &[f32] = &o[..n * o_row];
+    let o: &[f32] = &o[..outs * o_row];
     pass.expect([ids.out]);
-    quantized.resize(n, o_row);
+    quantized.resize(outs, o_row);
     rmsnorm_quantize(
         #[inline(always)]
         |t, row| row.copy_from_slice(&o[t * o_row..(t + 1) * o_row]),
@@ -91,7 +108,7 @@ pub(super) fn forward(pass: &Pass, ids: &MlaIds, scratch: &mut Scratch) {
         quantized,
         None,
     );
-    pass.project(ids.out, quantized, grown(y, n * c.d_model));
+    pass.project(ids.out, quantized, grown(y, outs * c.d_model));
 }
 
 pub(super) fn softmax_scale(c: &ModelConfig) -> f32 {

@@ -50,7 +50,7 @@ struct MambaPassing {
     recent: MambaRecent,
 }
 
-/// Reads `scratch.norm` and `scratch.normed`, writes `scratch.y`.
+/// Reads `scratch.norm` and `scratch.normed`, writes `scratch.y`, of the rows whose output is wanted.
 pub(super) fn forward(pass: &Pass, ids: &MambaIds, constants: &Constants, scratch: &mut Scratch) {
     let (c, rows) = (pass.call.model.config(), pass.rows);
     let (di, heads, bc) = (c.d_inner, c.mamba_heads(), 2 * c.d_state);
@@ -80,18 +80,25 @@ pub(super) fn forward(pass: &Pass, ids: &MambaIds, constants: &Constants, scratc
         });
     });
 
+    let outs = pass.outs();
+    if outs == 0 {
+        return;
+    }
     pass.expect([ids.out]);
-    quantized.resize(rows, di);
+    quantized.resize(outs, di);
     let scan: &[f32] = &scan[..rows * di];
     rmsnorm_quantize(
         #[inline(always)]
-        |t, row| gate(&scan[t * di..(t + 1) * di], &zx[t * 2 * di..][..di], row),
+        |i, row| {
+            let t = pass.out_row(i);
+            gate(&scan[t * di..(t + 1) * di], &zx[t * 2 * di..][..di], row);
+        },
         pass.call.model.floats(ids.gate_norm),
         c.norm_eps,
         quantized,
         None,
     );
-    pass.project(ids.out, quantized, grown(y, rows * c.d_model));
+    pass.project(ids.out, quantized, grown(y, outs * c.d_model));
 }
 
 /// The layer's small parameters and shapes.

@@ -130,9 +130,14 @@ impl Call<'_> {
                 model.stored_row(layout.tok_emb(), *token as usize, &mut row).row(0, to);
             }
         }
+        let wanted = self.wanted(segments, outputs);
+        // Nothing reads the last layer's output in the other rows.
+        let some = (wanted.len() < rows).then_some(&wanted[..]);
+        let mut stream = stream;
         let mut constants = self.constants.mamba.iter();
         for (layer, ids) in layout.layers().iter().enumerate() {
-            let pass = Pass { call: *self, inputs, segments, turn, layer, rows, rope: &rope };
+            let outs = if layer + 1 == layout.layers().len() { some } else { None };
+            let pass = Pass { call: *self, inputs, segments, turn, layer, rows, outs, rope: &rope };
             let wants_floats = matches!(ids.mixer, MixerIds::Mamba(_));
             match &ids.mixer {
                 MixerIds::Mamba(m) => pass.expect([m.input]),
@@ -146,34 +151,48 @@ impl Call<'_> {
                 }
                 MixerIds::Mla(m) => attention::forward(&pass, m, scratch),
             }
+            let pass = Pass { rows: pass.outs(), outs: None, ..pass };
+            if pass.rows == 0 {
+                break;
+            }
+            if let Some(outs) = outs {
+                for (i, out) in outs.iter().enumerate() {
+                    stream.copy_within(out.row * d..(out.row + 1) * d, i * d);
+                }
+                stream = &mut stream[..outs.len() * d];
+            }
             pass.expect([ids.ffn.gate, ids.ffn.up]);
-            add(stream, &scratch.y[..rows * d]);
+            add(stream, &scratch.y[..pass.rows * d]);
             pass.norm(ids.ffn_norm, stream, scratch, false);
             pass.ffn(&ids.ffn, scratch);
-            add(stream, &scratch.y[..rows * d]);
+            add(stream, &scratch.y[..pass.rows * d]);
         }
-        self.outputs(scratch, segments, turn, outputs, stream, visit);
+        self.outputs(scratch, wanted, turn, stream, visit);
         scratch.h = h;
     }
 
-    /// Final norm, and the head where logits are wanted, for the rows of which something is wanted.
+    /// The rows of which something is wanted, in order.
+    fn wanted(&self, segments: &[Segment], outputs: &Outputs<'_>) -> Vec<Wanted> {
+        let rows_of = |s: &Segment| {
+            let (s, output) = (*s, outputs(s.feed));
+            output.rows(&s).map(move |i| Wanted { feed: s.feed, index: s.start + i, row: s.row + i, output })
+        };
+        segments.iter().flat_map(rows_of).collect()
+    }
+
+    /// Final norm, and the head where logits are wanted: `stream` is that of the rows of which something is wanted.
     fn outputs(
         &self,
         scratch: &mut Scratch,
-        segments: &[Segment],
+        mut wanted: Vec<Wanted>,
         turn: &Turn<'_>,
-        outputs: &Outputs<'_>,
         stream: &[f32],
         visit: &Visit<'_>,
     ) {
         let model = self.model;
         let c = model.config();
         let (d, vocab) = (c.d_model, c.vocab_size);
-        let rows_of = |s: &Segment| {
-            let (s, output) = (*s, outputs(s.feed));
-            output.rows(&s).map(move |i| Wanted { feed: s.feed, index: s.start + i, row: s.row + i, output })
-        };
-        let mut wanted: Vec<Wanted> = segments.iter().flat_map(rows_of).collect();
+        wanted.iter_mut().enumerate().for_each(|(i, w)| w.row = i);
         // Those that need the head come first; the order within a feed stays.
         wanted.sort_by_key(|w| w.output == Output::Hidden);
         let heads = wanted.partition_point(|w| w.output != Output::Hidden);
@@ -210,11 +229,12 @@ impl Call<'_> {
 }
 
 /// A row of a pass whose output is wanted.
+#[derive(Debug)]
 struct Wanted {
     feed: usize,
     /// Of its token in the feed
     index: usize,
-    /// In the pass
+    /// In the pass; behind the last layer, among those that are wanted
     row: usize,
     output: Output,
 }
@@ -229,11 +249,28 @@ pub(super) struct Pass<'a, 'i> {
     /// That it is in
     layer: usize,
     pub rows: usize,
+    /// Rows that the layer's output is wanted of, if not of all: of a sequence the newest
+    outs: Option<&'a [Wanted]>,
     /// The rotation of every row
     pub rope: &'a RopeTable,
 }
 
 impl Pass<'_, '_> {
+    /// Rows that the layer's output is wanted of.
+    pub fn outs(&self) -> usize {
+        self.outs.map_or(self.rows, <[_]>::len)
+    }
+
+    /// The row that is the `i`-th of those.
+    pub fn out_row(&self, i: usize) -> usize {
+        self.outs.map_or(i, |outs| outs[i].row)
+    }
+
+    /// Those of a segment: so many of its last rows.
+    pub fn outs_of(&self, segment: &Segment) -> usize {
+        self.outs.map_or(segment.len, |outs| outs.iter().filter(|out| out.feed == segment.feed).count())
+    }
+
     /// Norm and quantiser of the residual stream, into `scratch.norm` and, if wanted, `scratch.normed`.
     fn norm(&self, gain: Id, h: &[f32], scratch: &mut Scratch, floats: bool) {
         let c = self.call.model.config();

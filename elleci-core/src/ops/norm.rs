@@ -37,6 +37,16 @@ impl QuantizedRows {
         self.rstd.resize(tokens, 0.0);
     }
 
+    /// Leaves some rows of those that there are, in their order: `rows` ascends.
+    pub fn keep(&mut self, rows: impl ExactSizeIterator<Item = usize>) {
+        let (width, kept) = (self.codes.len() / self.scales.len().max(1), rows.len());
+        for (to, row) in rows.enumerate() {
+            self.codes.copy_within(row * width..(row + 1) * width, to * width);
+            (self.scales[to], self.rstd[to]) = (self.scales[row], self.rstd[row]);
+        }
+        self.resize(kept, width);
+    }
+
     /// Bytes that [`QuantizedRows::new`] allocates.
     pub fn planned_bytes(tokens: usize, width: usize) -> usize {
         tokens * (width + 8)
