@@ -51,7 +51,8 @@ const TALL: usize = 512;
 #[derive(Clone, Copy)]
 #[repr(C)]
 struct Run {
-    /// Of rows 0..32 and 32..64: in 16 bits a row the indices of the three groups of columns `c, c + 4, c + 8`, five bits each.
+    /// Of rows 0..32 and 32..64, those of sixteen beside those of the next: in 16 bits a row the indices of the three groups of columns
+    /// `c, c + 4, c + 8`, five bits each.
     indices: [Line; 2],
     /// Code lines of columns 3, 7, 11 (and none), of 12..16, and of 16..20.
     codes: [[Line; LINES]; 3],
@@ -321,7 +322,7 @@ fn unpack(kernel: Vbmi, lines: &[Line], runs: &mut [Run]) {
     fn run(lines: &[Line], runs: &mut [Run]) {
         let ([upper, .., t4], low_bits, lower) = (tables(), load(&LOW_BITS), load(&LOWER));
         for (lines, run) in lines.as_chunks::<LINES>().0.iter().zip(runs) {
-            let mut indices = [_mm256_setzero_si256(); LINES];
+            let mut indices = [_mm512_setzero_si512(); LINES];
             for (j, line) in lines.iter().enumerate() {
                 let [found, index, bits] = indices_vbmi(load(line), upper);
                 store(&mut run.codes[1][j], _mm512_and_si512(found, _mm512_set1_epi8(3)));
@@ -331,7 +332,7 @@ fn unpack(kernel: Vbmi, lines: &[Line], runs: &mut [Run]) {
                 let [a, b, c] = apart(row);
                 let bytes = _mm512_ternarylogic_epi32::<0xfe>(a, _mm512_slli_epi32::<6>(b), _mm512_slli_epi32::<12>(c));
                 store(&mut run.codes[0][j], bytes);
-                indices[j] = index_words(_mm512_permutexvar_epi8(index, low_bits));
+                indices[j] = row_indices(_mm512_permutexvar_epi8(index, low_bits));
             }
             store_indices(indices, run);
         }
@@ -341,21 +342,20 @@ fn unpack(kernel: Vbmi, lines: &[Line], runs: &mut [Run]) {
     unsafe { run(lines, runs) }
 }
 
-/// Of 16 rows with a byte a column: `c0 + 32 c1 + 1024 c2`.
+/// Of 16 rows with a byte a column: `c0 + 32 c1 + 1024 c2`, an int32 each.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn index_words(bytes: __m512i) -> __m256i {
+fn row_indices(bytes: __m512i) -> __m512i {
     // c0 + 32 c1, and c2; then the whole.
     let pairs = _mm512_maddubs_epi16(bytes, _mm512_set1_epi32(0x00_01_20_01));
-    _mm512_cvtepi32_epi16(_mm512_madd_epi16(pairs, _mm512_set1_epi32(1 | 1024 << 16)))
+    _mm512_madd_epi16(pairs, _mm512_set1_epi32(1 | 1024 << 16))
 }
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn store_indices(indices: [__m256i; LINES], run: &mut Run) {
+fn store_indices(indices: [__m512i; LINES], run: &mut Run) {
     for (h, to) in run.indices.iter_mut().enumerate() {
-        let lower = _mm512_castsi256_si512(indices[2 * h]);
-        store(to, _mm512_inserti64x4::<1>(lower, indices[2 * h + 1]));
+        store(to, _mm512_or_si512(indices[2 * h], _mm512_slli_epi32::<16>(indices[2 * h + 1])));
     }
 }
 
@@ -380,7 +380,7 @@ fn unpack_columns(kernel: Vbmi, matrix: &PackedTernary, slab: usize, columns: Ra
                 let quad: Quad = [0, 1, 2, 3].map(|c| (first + g * QUAD + c).min(last) as u32);
                 *packed = packed_lines(lines, per, slab, &quad);
             }
-            let mut indices = [[_mm256_setzero_si256(); LINES]; PANELS];
+            let mut indices = [[_mm512_setzero_si512(); LINES]; PANELS];
             for j in 0..LINES {
                 let mut trits = [[_mm512_setzero_si512(); PANELS]; COLUMNS / QUAD];
                 for (packed, trits) in packed.iter().zip(&mut trits) {
@@ -400,7 +400,7 @@ fn unpack_columns(kernel: Vbmi, matrix: &PackedTernary, slab: usize, columns: Ra
                     // a + 3 (b + 3 c)
                     let upper = _mm512_add_epi8(b, _mm512_add_epi8(c, _mm512_add_epi8(c, c)));
                     let low = _mm512_add_epi8(a, _mm512_add_epi8(upper, _mm512_add_epi8(upper, upper)));
-                    indices[k][j] = index_words(low);
+                    indices[k][j] = row_indices(low);
                 }
             }
             for k in 0..PANELS {
@@ -433,18 +433,16 @@ fn add(kernel: Vbmi, runs: &[Run], tables: &[[Tables; PAIR]], words: &[[Words; P
         for ((run, tables), words) in runs.iter().zip(tables).zip(words) {
             let mut indices = [load(&run.indices[0]), load(&run.indices[1])];
             for g in 0..3 {
-                for t in 0..PAIR {
-                    let table = load(&tables[t][g]);
-                    for h in 0..2 {
-                        let found = _mm512_permutexvar_epi16(indices[h], table);
-                        looked_up[t][h] = _mm512_add_epi16(looked_up[t][h], found);
-                    }
-                }
+                let table = [load(&tables[0][g]), load(&tables[1][g])];
+                // Two multiply-adds, a look-up and an addition, again and again: the order that fills the units best (docs/LOG.md).
                 for j in 0..LINES {
                     let codes = load(&run.codes[g][j]);
                     for t in 0..PAIR {
                         acc[t][j] = add_vnni(acc[t][j], codes, _mm512_set1_epi32(words[t][g]));
                     }
+                    let (t, h) = (j % 2, j / 2);
+                    let found = _mm512_permutexvar_epi16(indices[h], table[t]);
+                    looked_up[t][h] = _mm512_add_epi16(looked_up[t][h], found);
                 }
                 for h in 0..2 {
                     indices[h] = _mm512_srli_epi16::<5>(indices[h]);
@@ -453,10 +451,9 @@ fn add(kernel: Vbmi, runs: &[Run], tables: &[[Tables; PAIR]], words: &[[Words; P
         }
         for t in 0..PAIR {
             for j in 0..LINES {
-                let found = looked_up[t][j / 2];
-                let half =
-                    if j % 2 == 0 { _mm512_castsi512_si256(found) } else { _mm512_extracti64x4_epi64::<1>(found) };
-                let sum = _mm512_add_epi32(acc[t][j], _mm512_cvtepi16_epi32(half));
+                // One of the two in every 32 bits, as an int32.
+                let half = _mm512_set1_epi32(if j % 2 == 0 { 1 } else { 1 << 16 });
+                let sum = _mm512_dpwssd_epi32(acc[t][j], looked_up[t][j / 2], half);
                 // SAFETY: 16 of 64 int32.
                 unsafe { _mm512_storeu_si512(sums[t].as_mut_ptr().add(16 * j).cast(), sum) };
             }
