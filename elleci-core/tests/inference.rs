@@ -323,6 +323,65 @@ fn outputs_are_those_asked_for() {
     assert_eq!(sessions[0].tokens(), feeds[0].0);
 }
 
+/// The last layer, whichever mixer it has, is computed for the rows whose output is wanted: their bits, and what the session goes on from,
+/// are those of all rows.
+#[test]
+fn what_is_not_wanted_changes_nothing() {
+    for n_layers in [3, 5] {
+        let c = ModelConfig { n_layers, ..odd_config() };
+        let archive = archive(&c);
+        let model = archive.model();
+        let tokens = tokens(&c, 400);
+        let kinds = [
+            (170, Output::Nothing),
+            (130, Output::Last),
+            (60, Output::From(23)),
+            (1, Output::Nothing),
+            (1, Output::Last),
+            (9, Output::From(9)),
+            (9, Output::From(8)),
+            (40, Output::Each),
+        ];
+        for (threads, split) in [(1, false), (3, false), (2, true)] {
+            // Of all of them at once, or each in a call of its own: then some passes want nothing at all.
+            let run = |every: bool| {
+                let mut sessions: Vec<Session> = kinds.iter().map(|_| Session::new(model).unwrap()).collect();
+                let rows = Mutex::new(vec![Vec::new(); kinds.len()]);
+                for turn in 0..2 {
+                    let outputs = |feed: usize| if every || turn == 1 { Output::Each } else { kinds[feed].1 };
+                    let parts = sessions.chunks_mut(if split { 1 } else { kinds.len() });
+                    for (part, sessions) in parts.enumerate() {
+                        let mut feeds: Vec<Feed> = sessions
+                            .iter_mut()
+                            .enumerate()
+                            .map(|(f, session)| Feed {
+                                session,
+                                tokens: &tokens[part + f + turn..][..kinds[part + f].0],
+                            })
+                            .collect();
+                        let visit = |feed: usize, index: usize, row: &[f32]| {
+                            rows.lock().unwrap()[part + feed].push((turn, index, row.to_vec()));
+                        };
+                        let outputs = |feed| outputs(part + feed);
+                        pool(threads).install(|| Batch::new().extend_with(model, &mut feeds, outputs, visit)).unwrap();
+                    }
+                }
+                rows.into_inner().unwrap()
+            };
+            for (((len, output), got), mut want) in kinds.iter().zip(run(false)).zip(run(true)) {
+                let first = match output {
+                    Output::Nothing => *len,
+                    Output::Last => len - 1,
+                    Output::From(first) => *first,
+                    _ => 0,
+                };
+                want.retain(|(turn, index, _)| *turn == 1 || *index >= first);
+                assert!(got == want, "{n_layers} layers, {threads} threads, {len} tokens, {output:?}");
+            }
+        }
+    }
+}
+
 #[test]
 fn forks_rewinds_and_saves_are_exact() {
     let c = odd_config();
