@@ -172,6 +172,18 @@ pub fn prefetch_line(at: *const u8) {
     let _ = at;
 }
 
+/// [`prefetch_line`] of one that will be written.
+#[inline(always)]
+pub fn prefetch_written(at: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    #[allow(unused_unsafe, reason = "newer compilers take this intrinsic for safe")]
+    // SAFETY: SSE is part of x86-64, and prefetching never faults.
+    unsafe {
+        use core::arch::x86_64::{_MM_HINT_ET0, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_ET0>(at.cast())
+    }
+}
+
 /// [`prefetch_line`] for later: no nearer than the second-level cache, which has more places for lines on their way.
 #[inline(always)]
 pub fn prefetch_later(at: *const u8) {

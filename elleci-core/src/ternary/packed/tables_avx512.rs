@@ -28,7 +28,7 @@ use super::columns_avx512::packed_lines;
 use super::{Finish, LINES, PackedTernary, Packing, RowPacking};
 use crate::ops::matmul::mat_mut;
 use crate::par;
-use crate::simd::prefetch_later;
+use crate::simd::{prefetch_later, prefetch_written};
 
 /// Columns of a run.
 const COLUMNS: usize = 20;
@@ -227,6 +227,16 @@ impl<T> Task<'_, T> {
                     }
                     // SAFETY: it was written with the first part.
                     let sums = unsafe { sums.assume_init_mut() };
+                    if last {
+                        // Where the outputs of the next will be written: in between there is time for it to come.
+                        let next = (pair + 1) * PAIR..((pair + 2) * PAIR).min(out.nrows());
+                        for t in next {
+                            let row = out.row(t);
+                            for at in (0..row.len()).step_by(64 / size_of::<T>()) {
+                                prefetch_written((row.as_ptr()).wrapping_add(at).cast());
+                            }
+                        }
+                    }
                     let its = pair * part..(pair + 1) * part;
                     add(kernel, runs, &room.tables[its.clone()], &room.words[its], sums);
                     if !last {
