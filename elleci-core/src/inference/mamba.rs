@@ -15,8 +15,10 @@ use crate::ops::ssd::{ScanState, ssd_steps, ssd_steps_expect};
 use crate::par;
 use crate::params::MambaIds;
 
-/// Tokens of a sequence that go through convolution and scan at once.
-const RUN: usize = 64;
+/// Tokens of a sequence that go through convolution and scan at once: what the two hand on stays in the caches.
+const RUN: usize = 16;
+/// The same where the state stays as it is: that between runs is a copy.
+const LAST_RUN: usize = 64;
 
 /// What a layer's small parameters are turned into once, for all passes.
 #[derive(Debug)]
@@ -134,7 +136,8 @@ impl<'a> Layer<'a> {
     ) {
         let c = self.config;
         let (di, width) = (c.d_inner, 2 * c.d_state + c.mamba_heads());
-        let parts = (y.len() / di).div_ceil(RUN);
+        let run = if last { LAST_RUN } else { RUN };
+        let parts = (y.len() / di).div_ceil(run);
         let MixScratch { buffer, passing } = scratch;
         if last {
             passing.recent.clone_from(&state.recent);
@@ -142,9 +145,8 @@ impl<'a> Layer<'a> {
                 passing.scan.clone_from(&state.scan);
             }
         }
-        // In parts, so that what goes from step to step stays in the caches.
-        let rows = zx.chunks(RUN * 2 * di).zip(bcdt.chunks(RUN * width));
-        for (part, ((zx, bcdt), y)) in rows.zip(y.chunks_mut(RUN * di)).enumerate() {
+        let rows = zx.chunks(run * 2 * di).zip(bcdt.chunks(run * width));
+        for (part, ((zx, bcdt), y)) in rows.zip(y.chunks_mut(run * di)).enumerate() {
             let (scan, recent) = if last {
                 let scan = match (parts, part + 1 == parts) {
                     (1, _) => ScanState::Passed(&state.scan),
@@ -165,7 +167,7 @@ impl<'a> Layer<'a> {
         }
     }
 
-    /// [`Layer::mix`] of [`RUN`] tokens at most.
+    /// [`Layer::mix`] of a part.
     fn mix_part(
         &self,
         zx: &[f32],
