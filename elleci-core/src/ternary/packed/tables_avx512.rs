@@ -222,19 +222,16 @@ impl<T> Task<'_, T> {
                     for line in next.by_ref().take(ahead) {
                         prefetch_later((line as *const Line).cast());
                     }
+                    // What the next pair will write: in between there is time for it to come.
+                    prefetch_written(core::ptr::from_ref(sums).wrapping_add(1).cast(), size_of::<Sums>());
                     if from == 0 {
                         sums.write([[0; ROWS]; PAIR]);
                     }
                     // SAFETY: it was written with the first part.
                     let sums = unsafe { sums.assume_init_mut() };
                     if last {
-                        // Where the outputs of the next will be written: in between there is time for it to come.
-                        let next = (pair + 1) * PAIR..((pair + 2) * PAIR).min(out.nrows());
-                        for t in next {
-                            let row = out.row(t);
-                            for at in (0..row.len()).step_by(64 / size_of::<T>()) {
-                                prefetch_written((row.as_ptr()).wrapping_add(at).cast());
-                            }
+                        for t in (pair + 1) * PAIR..((pair + 2) * PAIR).min(out.nrows()) {
+                            prefetch_written(out.row(t).as_ptr().cast(), out.ncols() * size_of::<T>());
                         }
                     }
                     let its = pair * part..(pair + 1) * part;
