@@ -172,22 +172,6 @@ pub fn prefetch_line(at: *const u8) {
     let _ = at;
 }
 
-/// Asks for memory that will be written soon. The addresses may be any.
-#[inline(always)]
-pub fn prefetch_written(at: *const u8, bytes: usize) {
-    #[cfg(target_arch = "x86_64")]
-    for line in (0..bytes).step_by(64) {
-        use core::arch::x86_64::{_MM_HINT_ET0, _mm_prefetch};
-        #[allow(unused_unsafe, reason = "newer compilers take this intrinsic for safe")]
-        // SAFETY: SSE is part of x86-64, and prefetching never faults.
-        unsafe {
-            _mm_prefetch::<_MM_HINT_ET0>(at.wrapping_add(line).cast())
-        }
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = (at, bytes);
-}
-
 /// [`prefetch_line`] for later: no nearer than the second-level cache, which has more places for lines on their way.
 #[inline(always)]
 pub fn prefetch_later(at: *const u8) {

@@ -15,6 +15,7 @@ use alloc::vec::Vec;
 use core::arch::x86_64::*;
 use core::mem::MaybeUninit;
 use core::ops::Range;
+use core::slice;
 use std::sync::OnceLock;
 use std::time::Instant;
 
@@ -28,7 +29,7 @@ use super::columns_avx512::packed_lines;
 use super::{Finish, LINES, PackedTernary, Packing, RowPacking};
 use crate::ops::matmul::mat_mut;
 use crate::par;
-use crate::simd::{prefetch_later, prefetch_written};
+use crate::simd::{prefetch, prefetch_later};
 
 /// Columns of a run.
 const COLUMNS: usize = 20;
@@ -218,22 +219,24 @@ impl<T> Task<'_, T> {
                 }
                 let runs = &room.runs[place * part..][..part];
                 let mut next = next_lines(matrix, self.first_panel + panel, from..from + part);
-                for (pair, sums) in sums.iter_mut().enumerate() {
+                for pair in 0..pairs {
                     for line in next.by_ref().take(ahead) {
                         prefetch_later((line as *const Line).cast());
                     }
                     // What the next pair will write: in between there is time for it to come.
-                    prefetch_written(core::ptr::from_ref(sums).wrapping_add(1).cast(), size_of::<Sums>());
-                    if from == 0 {
-                        sums.write([[0; ROWS]; PAIR]);
+                    if let Some(sums) = sums.get(pair + 1) {
+                        prefetch(slice::from_ref(sums));
                     }
-                    // SAFETY: it was written with the first part.
-                    let sums = unsafe { sums.assume_init_mut() };
                     if last {
                         for t in (pair + 1) * PAIR..((pair + 2) * PAIR).min(out.nrows()) {
-                            prefetch_written(out.row(t).as_ptr().cast(), out.ncols() * size_of::<T>());
+                            prefetch(out.row(t).to_slice().expect("rows of the output are contiguous"));
                         }
                     }
+                    if from == 0 {
+                        sums[pair].write([[0; ROWS]; PAIR]);
+                    }
+                    // SAFETY: it was written with the first part.
+                    let sums = unsafe { sums[pair].assume_init_mut() };
                     let its = pair * part..(pair + 1) * part;
                     add(kernel, runs, &room.tables[its.clone()], &room.words[its], sums);
                     if !last {
@@ -254,7 +257,7 @@ impl<T> Task<'_, T> {
 
 /// What is unpacked after the runs of a panel: those of the next. (The machine's own prefetcher begins anew with every panel.) C5 asks for
 /// its own.
-fn next_lines<'a>(matrix: &PackedTernary<'a>, panel: usize, runs: Range<usize>) -> core::slice::Iter<'a, Line> {
+fn next_lines<'a>(matrix: &PackedTernary<'a>, panel: usize, runs: Range<usize>) -> slice::Iter<'a, Line> {
     let next = panel + 1;
     if matrix.packing == Packing::T5 && next * ROWS < matrix.out_dim {
         matrix.panel(RowPacking::T5, next)[runs.start * LINES..runs.end * LINES].iter()
