@@ -341,6 +341,7 @@ fn what_is_not_wanted_changes_nothing() {
             (9, Output::From(9)),
             (9, Output::From(8)),
             (40, Output::Each),
+            (30, Output::Hidden),
         ];
         for (threads, split) in [(1, false), (3, false), (2, true)] {
             // Of all of them at once, or each in a call of its own: then some passes want nothing at all.
@@ -348,7 +349,11 @@ fn what_is_not_wanted_changes_nothing() {
                 let mut sessions: Vec<Session> = kinds.iter().map(|_| Session::new(model).unwrap()).collect();
                 let rows = Mutex::new(vec![Vec::new(); kinds.len()]);
                 for turn in 0..2 {
-                    let outputs = |feed: usize| if every || turn == 1 { Output::Each } else { kinds[feed].1 };
+                    let outputs = |feed: usize| match kinds[feed].1 {
+                        Output::Hidden => Output::Hidden,
+                        _ if every || turn == 1 => Output::Each,
+                        output => output,
+                    };
                     let parts = sessions.chunks_mut(if split { 1 } else { kinds.len() });
                     for (part, sessions) in parts.enumerate() {
                         let mut feeds: Vec<Feed> = sessions

@@ -44,9 +44,7 @@ pub(super) fn forward(pass: &Pass, ids: &MlaIds, scratch: &mut Scratch) {
     } else {
         pass.project(ids.kv_down, norm, ckr);
         norm.keep((0..outs).map(|i| pass.out_row(i)));
-        if outs > 0 {
-            pass.project(ids.q, norm, q);
-        }
+        pass.project(ids.q, norm, q);
     }
     for (i, q) in q.chunks_exact_mut(q_row).enumerate() {
         let row = pass.out_row(i);
