@@ -10,6 +10,7 @@ use std::time::Instant;
 
 use elleci_core::simd::Isa;
 use elleci_core::ternary::packed::{Line, PackedTernary, Packing};
+use memmap2::MmapMut;
 use rayon::prelude::*;
 
 /// The feed-forward of `elleci-1.5b`.
@@ -25,13 +26,17 @@ fn main() {
     let matrices = WEIGHTS.div_ceil(ROWS * COLS);
     let weights = (matrices * ROWS * COLS) as f64;
     let level = Isa::detect();
-    println!("{threads} threads, {level:?}, {matrices} matrices of {ROWS} x {COLS}, {tokens} tokens, best of {ROUNDS}");
+    let pages = if std::env::args().any(|a| a == "small") { Pages::Small } else { Pages::Huge };
+    println!(
+        "{threads} threads, {level:?}, {matrices} matrices of {ROWS} x {COLS}, {tokens} tokens, {pages:?} pages, best of {ROUNDS}"
+    );
 
-    let words: Vec<u64> = (0..50_000_000).collect();
+    let mut words = pages.map(50_000_000 * 8);
+    let words: &mut [u64] = bytemuck::cast_slice_mut(&mut words);
+    words.iter_mut().enumerate().for_each(|(i, word)| *word = i as u64);
     let read = || words.par_chunks(1 << 15).map(|c| c.iter().fold(0, |a, b| a ^ b)).reduce(|| 0, |a: u64, b| a ^ b);
     let reading = words.len() as f64 * 8.0 / best(|| _ = black_box(pool.install(read))) / 1e9;
     println!("| | Gweight/s | GB/s | of reading |\n|---|---|---|---|\n| reading | | {reading:.1} | |");
-    drop(words);
     let report = |name: &str, seconds: f64, bytes: usize| {
         let rate = bytes as f64 / seconds / 1e9;
         let products = tokens as f64 * weights / seconds / 1e9;
@@ -40,7 +45,9 @@ fn main() {
 
     for packing in Packing::ALL {
         let per = packing.bytes(ROWS, COLS).expect("it fits") / 64;
-        let lines: Vec<Line> = (0..matrices * per).map(|i| Line([(i * 7 % 243) as u8; 64])).collect();
+        let mut lines = pages.map(matrices * per * 64);
+        let lines: &mut [Line] = bytemuck::cast_slice_mut(&mut lines);
+        lines.iter_mut().enumerate().for_each(|(i, line)| *line = Line([(i * 7 % 243) as u8; 64]));
         let views = lines.chunks(per).map(|l| PackedTernary::new(packing, ROWS, COLS, 0.1, l).expect("it fits"));
         let views: Vec<PackedTernary> = views.collect();
         let (q, mut y) = (vec![3i8; tokens * COLS], vec![0.0; tokens * ROWS]);
@@ -51,7 +58,8 @@ fn main() {
     }
     #[cfg(target_arch = "x86_64")]
     if level >= Isa::Avx2 && tokens == 1 {
-        let lines: Vec<u8> = (0..matrices * ROWS * COLS / 4).map(|i| (i * 7 % 171) as u8 & 0b1010_1010).collect();
+        let mut lines = pages.map(matrices * ROWS * COLS / 4);
+        lines.iter_mut().enumerate().for_each(|(i, byte)| *byte = (i * 7 % 171) as u8 & 0b1010_1010);
         let (q, mut y) = (vec![3i8; COLS], vec![0.0f32; ROWS]);
         let seconds = best(|| {
             pool.install(|| {
@@ -64,6 +72,26 @@ fn main() {
             black_box(&mut y);
         });
         report("I2_S", seconds, lines.len());
+    }
+}
+
+/// The pages that weights lie in.
+#[derive(Clone, Copy, Debug)]
+enum Pages {
+    Small,
+    Huge,
+}
+
+impl Pages {
+    /// Memory in such pages, as far as the system has them.
+    fn map(self, bytes: usize) -> MmapMut {
+        let map = MmapMut::map_anon(bytes).expect("memory");
+        #[cfg(target_os = "linux")]
+        let _ = map.advise(match self {
+            Pages::Small => memmap2::Advice::NoHugePage,
+            Pages::Huge => memmap2::Advice::HugePage,
+        });
+        map
     }
 }
 

@@ -191,12 +191,17 @@ pub fn prefetch_later(at: *const u8) {
     let _ = at;
 }
 
+/// How far ahead [`prefetch_run`] asks for what comes soon, in bytes.
+pub const SOON: usize = 16 * 64;
+/// How far ahead it asks for what comes later.
+pub const LATER: usize = 128 * 64;
+
 /// For a run of memory that is read line by line, called once a line: asks for what comes soon, and for what comes later. The address
 /// may be any.
 #[inline(always)]
 pub fn prefetch_run(at: *const u8) {
-    prefetch_line(at.wrapping_add(16 * 64));
-    prefetch_later(at.wrapping_add(128 * 64));
+    prefetch_line(at.wrapping_add(SOON));
+    prefetch_later(at.wrapping_add(LATER));
 }
 
 #[cfg(all(feature = "std", target_arch = "x86_64"))]

@@ -117,7 +117,11 @@ unsafe fn map(path: *const c_char) -> Result<Bytes, Failure> {
             return Err(std::io::Error::other("not a regular file"));
         }
         // SAFETY: the map is only read, and the caller has been told to leave the file alone.
-        unsafe { memmap2::Mmap::map(&file) }
+        let map = unsafe { memmap2::Mmap::map(&file) }?;
+        // Fewer page faults and faster reading where the system can; it maps the file without as well.
+        #[cfg(target_os = "linux")]
+        let _ = map.advise(memmap2::Advice::HugePage);
+        Ok(map)
     };
     let map = mapped().map_err(|e| Failure::new(ElleciStatus::Io, format!("{}: {e}", path.display())))?;
     Ok(Bytes::Mapped(map))

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{BufWriter, Seek, SeekFrom, Write};
+use std::io::{Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail, ensure};
@@ -20,7 +20,8 @@ use super::{is_packed, read_finite};
 use crate::checkpoint::tensors::{Bytes, Tensor, TensorFile, f32_bytes};
 use crate::data::files::{sync_dir, write_atomically};
 use crate::exit::usage;
-use crate::{hf, mapped};
+use crate::hf;
+use crate::mapped::{self, BlockWriter};
 
 /// A destination.
 pub enum Target {
@@ -214,8 +215,9 @@ fn write_archive(
     let mut chooser = Chooser::new(fixed, &model.layout);
     let options = PackOptions { dense, ..PackOptions::default() };
     let mut writer = ArchiveWriter::new(&model.config, source.tokenizer.as_deref(), options)?;
-    let mut out = BufWriter::with_capacity(1 << 20, file);
-    out.seek(SeekFrom::Start(writer.header_bytes() as u64)).with_context(at)?;
+    let mut out = BlockWriter::new(file);
+    // The header is known last.
+    out.append(&vec![0; writer.header_bytes()]).with_context(at)?;
     let mut values = Vec::new();
     let sparse: Vec<&str> = model.layout.layers().iter().map(|l| &*model.layout.param(l.ffn.down).name).collect();
     for (param, &index) in model.layout.params().iter().zip(&model.index) {
@@ -229,16 +231,15 @@ fn write_archive(
             _ => options.packing,
         };
         let section = writer.pack_as(&values, PackOptions { packing, sparse: packing, ..options });
-        out.write_all(&section).with_context(at)?;
+        out.append(&section).with_context(at)?;
         job.advance(param.len() as u64 * 4)?;
     }
     drop(values);
     let clamped = writer.clamped();
     let header = writer.finish();
-    let written = out.seek(SeekFrom::Start(0)).and_then(|_| out.write_all(&header)).and_then(|()| out.flush());
+    let mut file = out.finish().with_context(at)?;
+    let written = file.seek(SeekFrom::Start(0)).and_then(|_| file.write_all(&header)).and_then(|()| file.sync_all());
     written.with_context(at)?;
-    let file = out.into_inner().map_err(std::io::IntoInnerError::into_error).with_context(at)?;
-    file.sync_all().with_context(at)?;
     job.check()?;
     let packing = check_archive(temporary.path(), source, model)?;
     let bytes = file.metadata().with_context(at)?.len();

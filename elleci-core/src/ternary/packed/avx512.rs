@@ -2,11 +2,13 @@
 //! how four products are added to a lane (`vpdpbusd` with VNNI, `maddubs` and `madd` without).
 //!
 //! The floor is the memory: a line of 64 bytes takes about ten cycles to arrive at 20 GB/s. I2 needs 9 vector instructions for its
-//! 256 weights and T5 with VBMI 15 for its 320, at two a cycle 5 and 8 cycles, so that both leave the memory as the limit.
+//! 256 weights and T5 with VBMI 13 for its 320 ([`super::dot_vbmi`]), at two a cycle 5 and 7 cycles, so that both leave the memory as the
+//! limit.
 
 use core::arch::x86_64::*;
 
 use super::super::kernel::{Line, ROWS};
+use super::dot_vbmi;
 use super::kernel::{self, Dots, GROUP, PackedKernel};
 use super::t5::{ESCAPE, LOW};
 use super::{LINES, RowPacking};
@@ -36,7 +38,7 @@ const fn high(upper: u8) -> u8 {
 
 /// What the upper six bits of a byte say: t3 at bit 0, t4 at bit 6; and between them, above the byte's own two lowest bits, what the low
 /// trits are looked up by in [`LOWER`].
-static UPPER: Line = table!(|i| {
+pub(super) static UPPER: Line = table!(|i| {
     let index = if high(i) == 8 { 8 | i >> 3 } else { i & 7 };
     (high(i) % 3) | (index << 2) | ((high(i) / 3) << 6)
 });
@@ -67,18 +69,11 @@ static BY_BITS: [Line; 3] =
     [table!(|i| LOW[i as usize & 31][0]), table!(|i| LOW[i as usize & 31][1]), table!(|i| LOW[i as usize & 31][2])];
 static PLACED_BY_BITS: Line = table!(|i| placed_low(i as usize & 31));
 
-/// Where trits stand in their bytes, in bits, and which of [`SUMS`] takes them in. A look-up for each is the dearest part of reading a line
-/// for one token; so they are left where a look-up of several has them.
+/// Where trits stand in their bytes, in bits, when several are looked up at once and left there, and which of [`SUMS`] takes them in. For one
+/// token a look-up for each can be the dearest part of reading a line.
 pub(super) const PLACES: [(u32, usize); 5] = [(0, 0), (2, 1), (4, 2), (0, 0), (6, 3)];
 /// Places that trits have.
-pub(super) const SUMS: usize = 4;
-
-/// What [`placed_vbmi`] looks up in.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-pub(super) fn placed_tables() -> [__m512i; 2] {
-    [load(&UPPER), load(&LOWER)]
-}
+const SUMS: usize = 4;
 
 /// What [`trits_vbmi`] looks up in.
 #[inline]
@@ -139,16 +134,6 @@ pub(super) fn trits_vbmi(x: __m512i, [upper, t0, t1, t2, t4]: &[__m512i; 5]) -> 
     ]
 }
 
-/// The five trits of every byte, at [`PLACES`]: two look-ups, as the second's index is part of what the first finds.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi")]
-pub(super) fn placed_vbmi(x: __m512i, [upper, lower]: &[__m512i; 2]) -> [__m512i; 5] {
-    let [found, index, _] = indices_vbmi(x, *upper);
-    let [t0, t1, t2] = apart(_mm512_permutexvar_epi8(index, *lower));
-    let (t3, t4) = (_mm512_and_si512(found, _mm512_set1_epi8(3)), _mm512_and_si512(found, _mm512_set1_epi8(3 << 6)));
-    [t0, t1, t2, t3, t4]
-}
-
 /// What the low trits are looked up by, where the upper half of their table is meant, and `t3 + 3 t4`.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
@@ -194,7 +179,7 @@ fn trits_shuffle(x: __m512i, _: &[__m512i; 5]) -> [__m512i; 5] {
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn placed_shuffle(x: __m512i, _: &[__m512i; 2]) -> [__m512i; 5] {
+fn placed_shuffle(x: __m512i) -> [__m512i; 5] {
     let (index, upper, high) = indices_shuffle(x);
     let [t0, t1, t2] = apart(shuffle(load(&PLACED_BY_BITS), index, upper));
     let [t3, t4] = high_shuffle::<6>(high);
@@ -232,8 +217,40 @@ pub(super) fn token(q: &[i8], t: usize, tokens: usize) -> &[i8] {
     &q[t * width..][..width]
 }
 
+/// [`PackedKernel::dot`] of T5 where a look-up finds 32 entries: three trits at once, that are left where they stand in a byte.
+macro_rules! dot_shuffle {
+    ($name:ident, $features:literal, $add:ident) => {
+        #[target_feature(enable = $features)]
+        fn $name(panel: &[Line], q: &[i8], sums: &mut [i32; ROWS]) {
+            let mut acc = [[_mm512_setzero_si512(); SUMS]; LINES];
+            for (lines, q) in panel.as_chunks::<LINES>().0.iter().zip(q.as_chunks::<20>().0) {
+                let words = q.as_chunks::<4>().0;
+                for (line, acc) in lines.iter().zip(&mut acc) {
+                    prefetch(line);
+                    let codes = placed_shuffle(load(line));
+                    for k in 0..5 {
+                        let place = PLACES[k].1;
+                        acc[place] = $add(acc[place], codes[k], word(&words[k]));
+                    }
+                }
+            }
+            for (acc, sums) in acc.iter().zip(sums.as_chunks_mut::<16>().0) {
+                let mut sum = acc[0];
+                for (bits, place) in [PLACES[1], PLACES[2], PLACES[4]] {
+                    let placed = _mm512_srav_epi32(acc[place], _mm512_set1_epi32(bits as i32));
+                    sum = _mm512_add_epi32(sum, placed);
+                }
+                store_sums(sums, sum);
+            }
+        }
+    };
+}
+
+dot_shuffle!(dot_madd, "avx512f,avx512bw,avx512vl", add_madd);
+dot_shuffle!(dot_vnni, "avx512f,avx512bw,avx512vl,avx512vnni", add_vnni);
+
 macro_rules! level {
-    ($token:ident, $isa:expr, $features:literal, $direct:literal, $trits:ident, $placed:ident, $add:ident, $doc:literal) => {
+    ($token:ident, $isa:expr, $features:literal, $direct:literal, $trits:ident, $dot:path, $add:ident, $doc:literal) => {
         #[doc = $doc]
         #[derive(Clone, Copy)]
         pub struct $token(());
@@ -374,37 +391,12 @@ macro_rules! level {
                     }
                 }
 
-                #[target_feature(enable = $features)]
-                fn t5(panel: &[Line], q: &[i8], sums: &mut [i32; ROWS]) {
-                    let tables = placed_tables();
-                    let mut acc = [[_mm512_setzero_si512(); SUMS]; LINES];
-                    for (lines, q) in panel.as_chunks::<LINES>().0.iter().zip(q.as_chunks::<20>().0) {
-                        let words = q.as_chunks::<4>().0;
-                        for (line, acc) in lines.iter().zip(&mut acc) {
-                            prefetch(line);
-                            let codes = $placed(load(line), &tables);
-                            for k in 0..5 {
-                                let place = PLACES[k].1;
-                                acc[place] = $add(acc[place], codes[k], word(&words[k]));
-                            }
-                        }
-                    }
-                    for (acc, sums) in acc.iter().zip(sums.as_chunks_mut::<16>().0) {
-                        let mut sum = acc[0];
-                        for (bits, place) in [PLACES[1], PLACES[2], PLACES[4]] {
-                            let placed = _mm512_srav_epi32(acc[place], _mm512_set1_epi32(bits as i32));
-                            sum = _mm512_add_epi32(sum, placed);
-                        }
-                        store_sums(sums, sum);
-                    }
-                }
-
                 kernel::check_dot(packing, panel, q);
                 // SAFETY: `self` exists only where the features were detected.
                 unsafe {
                     match packing {
                         RowPacking::I2 => i2(panel, q, sums),
-                        RowPacking::T5 => t5(panel, q, sums),
+                        RowPacking::T5 => $dot(panel, q, sums),
                     }
                 }
             }
@@ -466,7 +458,7 @@ level!(
     // Measured: two instructions more a product outweigh what unpacking costs.
     false,
     trits_shuffle,
-    placed_shuffle,
+    dot_madd,
     add_madd,
     "Proof that the machine has AVX-512 F, BW and VL."
 );
@@ -476,7 +468,7 @@ level!(
     "avx512f,avx512bw,avx512vl,avx512vnni",
     true,
     trits_shuffle,
-    placed_shuffle,
+    dot_vnni,
     add_vnni,
     "Proof that the machine has VNNI as well."
 );
@@ -486,7 +478,7 @@ level!(
     "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi",
     true,
     trits_vbmi,
-    placed_vbmi,
+    dot_vbmi::t5,
     add_vnni,
     "Proof that the machine has VNNI and VBMI as well."
 );

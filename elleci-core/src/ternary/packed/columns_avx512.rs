@@ -7,7 +7,7 @@
 use core::arch::x86_64::*;
 
 use super::avx512::{
-    PLACES, Vbmi, add_vnni, load, placed_tables, placed_vbmi, store, store_sums, tables, token, trits_vbmi, word,
+    LOWER, PLACES, UPPER, Vbmi, add_vnni, apart, indices_vbmi, load, store, store_sums, tables, token, trits_vbmi, word,
 };
 use super::columns::{PANELS, QUAD, Quad, SLAB};
 use super::{LINES, Line};
@@ -137,6 +137,23 @@ fn quarters<const T: usize, const M: usize, const P: usize>(
             sums[t][P * M + m] = acc[t][m];
         }
     }
+}
+
+/// What [`placed_vbmi`] looks up in.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn placed_tables() -> [__m512i; 2] {
+    [load(&UPPER), load(&LOWER)]
+}
+
+/// The five trits of every byte, at [`PLACES`]: two look-ups, as the second's index is part of what the first finds.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi")]
+fn placed_vbmi(x: __m512i, [upper, lower]: &[__m512i; 2]) -> [__m512i; 5] {
+    let [found, index, _] = indices_vbmi(x, *upper);
+    let [t0, t1, t2] = apart(_mm512_permutexvar_epi8(index, *lower));
+    let (t3, t4) = (_mm512_and_si512(found, _mm512_set1_epi8(3)), _mm512_and_si512(found, _mm512_set1_epi8(3 << 6)));
+    [t0, t1, t2, t3, t4]
 }
 
 /// The code lines of columns in a slab, of all its panels: `codes` `[PANELS][quads][LINES]`.

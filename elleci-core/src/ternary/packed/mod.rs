@@ -24,6 +24,8 @@ mod avx2;
 mod avx512;
 #[cfg(all(feature = "std", target_arch = "x86_64"))]
 mod columns_avx512;
+#[cfg(all(feature = "std", target_arch = "x86_64"))]
+mod dot_vbmi;
 #[cfg(all(target_arch = "aarch64", target_endian = "little", target_feature = "neon"))]
 mod neon;
 #[cfg(all(feature = "std", target_arch = "x86_64"))]
