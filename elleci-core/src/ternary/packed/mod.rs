@@ -44,7 +44,7 @@ pub use super::kernel::Line;
 use super::kernel::{Block, LINES, ROWS, TOKENS, WithKernel};
 use crate::ops::matmul::mat_mut;
 use crate::par;
-use crate::simd::Isa;
+use crate::simd::{Isa, vectorize};
 use kernel::{GROUP, PackedKernel, WithPackedKernel};
 
 /// How the codes of a ternary matrix are stored.
@@ -123,11 +123,6 @@ impl RowPacking {
     /// Packed lines of one panel of a matrix with `in_dim` columns.
     fn panel_lines(self, in_dim: usize) -> usize {
         in_dim.div_ceil(self.columns()) * self.lines()
-    }
-
-    /// Panels of a task of a matrix-vector product.
-    fn task_panels(self, in_dim: usize) -> usize {
-        (TASK_BYTES / (self.panel_lines(in_dim) * size_of::<Line>()).max(1)).max(1)
     }
 }
 
@@ -213,7 +208,14 @@ impl<'a> PackedTernary<'a> {
 
     /// Tasks of a product with one token.
     fn tasks(&self, packing: RowPacking) -> usize {
-        self.out_dim.div_ceil(packing.task_panels(self.in_dim) * ROWS)
+        self.out_dim.div_ceil(ROWS).div_ceil(self.task_panels(packing))
+    }
+
+    /// Panels of one of them.
+    fn task_panels(&self, packing: RowPacking) -> usize {
+        let panel = (packing.panel_lines(self.in_dim) * size_of::<Line>()).max(1);
+        let task = size_of_val(self.lines) / (THREAD_TASKS * par::threads());
+        (task.clamp(*TASK_BYTES.start(), *TASK_BYTES.end()) / panel).max(1)
     }
 
     fn panel(&self, packing: RowPacking, panel: usize) -> &'a [Line] {
@@ -310,9 +312,11 @@ struct Finish<F> {
     offsets: Vec<i32>,
 }
 
-/// Packed bytes that make a task of a matrix-vector product: enough to outweigh handing it out, and few enough that two threads
-/// of unequal speed end together.
-const TASK_BYTES: usize = 64 << 10;
+/// Packed bytes that make a task of a matrix-vector product: enough to outweigh handing it out, and few enough that threads of unequal
+/// speed end together.
+const TASK_BYTES: core::ops::RangeInclusive<usize> = 64 << 10..=256 << 10;
+/// Tasks of a thread, within these bounds.
+const THREAD_TASKS: usize = 4;
 
 /// The products of one token's row with several matrices, in one loop over the tasks of all: `parts` are the matrices and their
 /// outputs. The same bits as [`PackedTernary::forward`] with each.
@@ -366,7 +370,7 @@ pub fn expect(parts: &[PackedTernary]) {
     par::expect(by_rows().map(|(m, packing)| m.tasks(packing)).sum(), |mut task| {
         for (matrix, packing) in by_rows() {
             if task < matrix.tasks(packing) {
-                return matrix.panel(packing, task * packing.task_panels(matrix.in_dim)).as_ptr().cast();
+                return matrix.panel(packing, task * matrix.task_panels(packing)).as_ptr().cast();
             }
             task -= matrix.tasks(packing);
         }
@@ -375,7 +379,10 @@ pub fn expect(parts: &[PackedTernary]) {
 }
 
 fn sum(q: &[i8]) -> i32 {
-    q.iter().map(|v| *v as i32).sum()
+    vectorize(
+        #[inline(always)]
+        || q.iter().map(|v| *v as i32).sum(),
+    )
 }
 
 /// [`one_token`] of matrices that are packed by rows.
@@ -396,7 +403,7 @@ impl<T: Send, F: Fn(&PackedTernary, &[i32], i32, &mut [T]) + Sync> WithPackedKer
         let mut items = Vec::with_capacity(parts.iter().map(tasks).sum());
         for (matrix, out) in parts {
             let Some(packing) = matrix.packing.by_rows() else { continue };
-            let panels = packing.task_panels(matrix.in_dim);
+            let panels = matrix.task_panels(packing);
             let tasks = out.chunks_mut(panels * ROWS).enumerate();
             items.extend(tasks.map(|(task, out)| (matrix, packing, task * panels, out)));
         }
