@@ -31,12 +31,13 @@ fn main() {
         "{threads} threads, {level:?}, {matrices} matrices of {ROWS} x {COLS}, {tokens} tokens, {pages:?} pages, best of {ROUNDS}"
     );
 
-    let mut words = pages.map(50_000_000 * 8);
-    let words: &mut [u64] = bytemuck::cast_slice_mut(&mut words);
+    let mut memory = pages.map(50_000_000 * 8);
+    let words: &mut [u64] = bytemuck::cast_slice_mut(&mut memory);
     words.iter_mut().enumerate().for_each(|(i, word)| *word = i as u64);
     let read = || words.par_chunks(1 << 15).map(|c| c.iter().fold(0, |a, b| a ^ b)).reduce(|| 0, |a: u64, b| a ^ b);
     let reading = words.len() as f64 * 8.0 / best(|| _ = black_box(pool.install(read))) / 1e9;
     println!("| | Gweight/s | GB/s | of reading |\n|---|---|---|---|\n| reading | | {reading:.1} | |");
+    drop(memory);
     let report = |name: &str, seconds: f64, bytes: usize| {
         let rate = bytes as f64 / seconds / 1e9;
         let products = tokens as f64 * weights / seconds / 1e9;
