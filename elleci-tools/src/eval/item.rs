@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::data::Rows;
 use super::task::{Choices, Kind, Task};
-use super::template::{self, Row};
+use super::template::{self, Expression, Row, Template};
 
 /// One question.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -49,6 +49,81 @@ struct Question {
     references: Vec<String>,
 }
 
+/// A task whose templates are compiled.
+struct Definition<'e> {
+    task: &'e Task,
+    filter: Option<Expression<'e>>,
+    text: Template<'e>,
+    choices: CompiledChoices<'e>,
+    /// None where answers are not compared with anything.
+    target: Option<Expression<'e>>,
+}
+
+enum CompiledChoices<'e> {
+    List(Vec<Template<'e>>),
+    Expression(Expression<'e>),
+}
+
+impl<'e> Definition<'e> {
+    fn new(environment: &'e Environment<'_>, task: &'e Task) -> anyhow::Result<Definition<'e>> {
+        let expression = |source: &'e String| Expression::new(environment, source);
+        let template = |source: &'e String| Template::new(environment, source);
+        let choices = match &task.choices {
+            Some(Choices::List(list)) => CompiledChoices::List(list.iter().map(template).collect::<anyhow::Result<_>>()?),
+            Some(Choices::Expression(source)) => CompiledChoices::Expression(expression(source)?),
+            None => CompiledChoices::List(Vec::new()),
+        };
+        let asked = task.kind == Kind::MultipleChoice || !task.target.is_empty() && task.kind != Kind::Rolling;
+        Ok(Definition {
+            task,
+            filter: task.filter.as_ref().map(expression).transpose()?,
+            text: template(&task.text)?,
+            choices,
+            target: asked.then(|| expression(&task.target)).transpose()?,
+        })
+    }
+
+    fn filtered<'r>(&self, rows: &'r [Row]) -> anyhow::Result<Vec<(usize, &'r Row)>> {
+        let Some(filter) = &self.filter else { return Ok(rows.iter().enumerate().collect()) };
+        let mut kept = Vec::new();
+        for (number, row) in rows.iter().enumerate() {
+            let value = filter.evaluate(&template::context(row));
+            if value.with_context(|| format!("row {}", number + 1))?.is_true() {
+                kept.push((number, row));
+            }
+        }
+        Ok(kept)
+    }
+
+    fn question(&self, row: &Row) -> anyhow::Result<Question> {
+        let (task, values) = (self.task, template::context(row));
+        let text = self.text.render(&values)?;
+        let mut q = Question { text, choices: Vec::new(), gold: Vec::new(), references: Vec::new() };
+        let Some(target) = &self.target else { return Ok(q) };
+        if task.kind == Kind::MultipleChoice {
+            q.choices = match &self.choices {
+                CompiledChoices::List(list) => list.iter().map(|t| t.render(&values)).collect::<anyhow::Result<_>>()?,
+                CompiledChoices::Expression(expression) => expression.strings(&values)?,
+            };
+            ensure!(!q.choices.is_empty(), "it has no choices");
+            if let Some(empty) = q.choices.iter().position(|c| c.is_empty() && task.delimiter.is_empty()) {
+                anyhow::bail!("choice {} is empty", empty + 1);
+            }
+            let target = target.evaluate(&values)?;
+            q.gold =
+                if task.labels { labelled(&target, q.choices.len())? } else { template::gold(&target, &q.choices)? };
+        } else {
+            q.references = target.strings(&values)?;
+            ensure!(!q.references.is_empty(), "`target` is an empty list");
+            ensure!(
+                task.kind == Kind::Generate || q.references.len() == 1 && !q.references[0].is_empty(),
+                "`target` must be one text"
+            );
+        }
+        Ok(q)
+    }
+}
+
 /// All questions of a task, with `shots` examples each: the first of their split, as the harness has them for MMLU and Belebele
 /// (elsewhere it draws them).
 ///
@@ -56,18 +131,19 @@ struct Question {
 /// Rows that the templates do not fit, by row; too few rows for the examples.
 pub fn items(task: &Task, rows: &Rows, shots: usize) -> anyhow::Result<Vec<Item>> {
     let environment = template::environment();
-    let wanted = filtered(&environment, task, &rows.rows)?;
-    let pool = if shots > 0 { filtered(&environment, task, &rows.shots)? } else { Vec::new() };
+    let definition = Definition::new(&environment, task)?;
+    let wanted = definition.filtered(&rows.rows)?;
+    let pool = if shots > 0 { definition.filtered(&rows.shots)? } else { Vec::new() };
     // The first ones, one more for the row that must not be its own example.
     let needed = shots + usize::from(rows.same_split && shots > 0);
     ensure!(pool.len() >= needed, "{shots} examples are wanted, and the split has {} rows", pool.len());
     let mut examples = Vec::with_capacity(needed);
     for (_, row) in pool.iter().take(needed) {
-        examples.push((*row, example(task, &question(&environment, task, row)?)));
+        examples.push((*row, example(task, &definition.question(row)?)));
     }
     let mut items = Vec::with_capacity(wanted.len());
     for (doc, (number, row)) in wanted.into_iter().enumerate() {
-        let q = question(&environment, task, row).with_context(|| format!("row {}", number + 1))?;
+        let q = definition.question(row).with_context(|| format!("row {}", number + 1))?;
         let others = examples.iter().filter(|(other, _)| !rows.same_split || *other != row);
         let mut context = task.description.clone();
         others.take(shots).for_each(|(_, example)| context += example);
@@ -85,52 +161,6 @@ pub fn items(task: &Task, rows: &Rows, shots: usize) -> anyhow::Result<Vec<Item>
     let nothing = task.kind == Kind::Rolling && items.iter().all(|i| i.context.is_empty());
     ensure!(!nothing, "all texts are empty, and there is nothing to score");
     Ok(items)
-}
-
-fn filtered<'r>(environment: &Environment<'_>, task: &Task, rows: &'r [Row]) -> anyhow::Result<Vec<(usize, &'r Row)>> {
-    let Some(filter) = &task.filter else { return Ok(rows.iter().enumerate().collect()) };
-    let mut kept = Vec::new();
-    for (number, row) in rows.iter().enumerate() {
-        let value = template::evaluate(environment, filter, &template::context(row));
-        if value.with_context(|| format!("row {}", number + 1))?.is_true() {
-            kept.push((number, row));
-        }
-    }
-    Ok(kept)
-}
-
-fn question(environment: &Environment<'_>, task: &Task, row: &Row) -> anyhow::Result<Question> {
-    let values = template::context(row);
-    let text = template::render(environment, &task.text, &values)?;
-    let mut q = Question { text, choices: Vec::new(), gold: Vec::new(), references: Vec::new() };
-    match task.kind {
-        Kind::MultipleChoice => {
-            q.choices = match &task.choices {
-                Some(Choices::List(list)) => {
-                    list.iter().map(|t| template::render(environment, t, &values)).collect::<anyhow::Result<_>>()?
-                }
-                Some(Choices::Expression(expression)) => template::strings(environment, expression, &values)?,
-                None => Vec::new(),
-            };
-            ensure!(!q.choices.is_empty(), "it has no choices");
-            if let Some(empty) = q.choices.iter().position(|c| c.is_empty() && task.delimiter.is_empty()) {
-                anyhow::bail!("choice {} is empty", empty + 1);
-            }
-            let target = template::evaluate(environment, &task.target, &values)?;
-            q.gold =
-                if task.labels { labelled(&target, q.choices.len())? } else { template::gold(&target, &q.choices)? };
-        }
-        Kind::Loglikelihood | Kind::Generate if !task.target.is_empty() => {
-            q.references = template::strings(environment, &task.target, &values)?;
-            ensure!(!q.references.is_empty(), "`target` is an empty list");
-            ensure!(
-                task.kind == Kind::Generate || q.references.len() == 1 && !q.references[0].is_empty(),
-                "`target` must be one text"
-            );
-        }
-        _ => {}
-    }
-    Ok(q)
 }
 
 /// The indices of the labels that are 1.

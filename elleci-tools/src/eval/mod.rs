@@ -89,7 +89,10 @@ fn evaluate(args: &RunArgs) -> anyhow::Result<()> {
     let device = Device::choose(&args.device.device, args.device.threads)?;
     crate::exit::errln!("{}", device.announcement);
     device.install(|| {
-        let open = OpenModel::chosen(args.model.as_deref())?;
+        // Side by side: much of opening a model is its tokenizer, which one thread reads.
+        let (open, questions) =
+            rayon::join(|| OpenModel::chosen(args.model.as_deref()), || questions(args, tasks));
+        let (open, (questions, mut absent)) = (open?, questions?);
         crate::exit::errln!("{}", open.announcement());
         let max_length = args.max_length.map_or(open.config().max_seq_len, |n| n as usize);
         if let Some(n) = args.stride.filter(|n| *n > max_length as u64) {
@@ -97,7 +100,8 @@ fn evaluate(args: &RunArgs) -> anyhow::Result<()> {
         }
         let mut engine = Engine::new(&open, max_length)?;
         let model_hash = format!("{:016x}-{}", open.packed().fingerprint(), &open.need_tokenizer()?.sha256()[..16]);
-        let (mut prepared, mut absent) = prepare_all(args, tasks, &model_hash, max_length)?;
+        let mut prepared = prepare_all(args, questions, &model_hash, max_length)?;
+        report_absent(&absent);
         let finished = answer_all(args, &mut engine, &mut prepared, &mut absent)?;
         let seconds = start.elapsed().as_secs_f64();
         let facts = Facts {
@@ -157,21 +161,18 @@ fn chosen(args: &RunArgs) -> anyhow::Result<Vec<Task>> {
     Ok(tasks)
 }
 
-/// Data and questions of every task. A task that cannot run is reported, and the others go on.
-fn prepare_all(
-    args: &RunArgs,
-    tasks: Vec<Task>,
-    model_hash: &str,
-    max_length: usize,
-) -> anyhow::Result<(Vec<Prepared>, Vec<Absent>)> {
-    let dir = args.cache.clone().or_else(Cache::default_dir).filter(|_| !args.no_cache);
-    if dir.is_none() && !args.no_cache {
-        crate::exit::errln!(
-            "warning: there is no place for a cache (HOME is not set); answers are not kept. See --cache"
-        );
-    }
-    let cache = Cache::new(dir);
-    let (mut prepared, mut absent) = (Vec::new(), Vec::new());
+/// A task with its data.
+struct Questions {
+    task: Task,
+    shots: usize,
+    rows: Vec<Row>,
+    items: Vec<Item>,
+    place: String,
+}
+
+/// Data and questions of every task. A task that cannot run is told of, and the others go on.
+fn questions(args: &RunArgs, tasks: Vec<Task>) -> anyhow::Result<(Vec<Questions>, Vec<Absent>)> {
+    let (mut found, mut absent) = (Vec::new(), Vec::new());
     if let Some(dir) = args.data.as_ref().filter(|d| !d.is_dir()) {
         return Err(usage(format!("--data: {} is no directory", dir.display())));
     }
@@ -180,10 +181,7 @@ fn prepare_all(
         let rows = data::load(&task, args.data.as_deref(), shots);
         let ready = rows.and_then(|rows| Ok((item::items(&task, &rows, shots)?, rows)));
         match ready {
-            Ok((items, rows)) => {
-                let (rows, place) = (rows.rows, rows.place);
-                prepared.push(prepare(args, &cache, model_hash, max_length, task, shots, (rows, items, place))?);
-            }
+            Ok((items, rows)) => found.push(Questions { task, shots, rows: rows.rows, items, place: rows.place }),
             Err(error) => {
                 let why = match error.downcast_ref::<data::Missing>() {
                     Some(data::Missing::Split(_)) => Why::NoData,
@@ -194,20 +192,41 @@ fn prepare_all(
             }
         }
     }
+    Ok((found, absent))
+}
+
+/// The texts of `--text` as tasks of one question each, the first of them number `first`.
+fn texts(args: &RunArgs, max_length: usize, first: usize) -> anyhow::Result<Vec<Questions>> {
     let stride = args.stride.map_or((max_length / 2).max(1), |n| n as usize);
-    for path in &args.text {
+    let text = |(number, path): (usize, &std::path::PathBuf)| {
         let text = std::fs::read(path).with_context(|| format!("--text: {}: cannot read", path.display()))?;
         let text = String::from_utf8(text).with_context(|| format!("--text: {}: not UTF-8", path.display()))?;
         ensure!(!text.is_empty(), "--text: {}: the file is empty, and there is nothing to score", path.display());
-        let task = suite::text_task(path, prepared.len(), max_length + 1 - stride);
+        let task = suite::text_task(path, number, max_length + 1 - stride);
         let row: Row = [("text".to_string(), json!(text))].into_iter().collect();
         let rows = data::Rows { rows: vec![row], place: path.display().to_string(), ..data::Rows::default() };
         let items = item::items(&task, &rows, 0).with_context(|| format!("--text: {}", path.display()))?;
-        let found = (rows.rows, items, rows.place);
-        prepared.push(prepare(args, &cache, model_hash, max_length, task, 0, found)?);
+        Ok(Questions { task, shots: 0, rows: rows.rows, items, place: rows.place })
+    };
+    (first..).zip(&args.text).map(text).collect()
+}
+
+/// Looks up what is known of the answers.
+fn prepare_all(
+    args: &RunArgs,
+    mut questions: Vec<Questions>,
+    model_hash: &str,
+    max_length: usize,
+) -> anyhow::Result<Vec<Prepared>> {
+    let dir = args.cache.clone().or_else(Cache::default_dir).filter(|_| !args.no_cache);
+    if dir.is_none() && !args.no_cache {
+        crate::exit::errln!(
+            "warning: there is no place for a cache (HOME is not set); answers are not kept. See --cache"
+        );
     }
-    report_absent(&absent);
-    Ok((prepared, absent))
+    let cache = Cache::new(dir);
+    questions.extend(texts(args, max_length, questions.len())?);
+    questions.into_iter().map(|q| prepare(args, &cache, model_hash, max_length, q)).collect()
 }
 
 fn prepare(
@@ -215,17 +234,14 @@ fn prepare(
     cache: &Cache,
     model_hash: &str,
     max_length: usize,
-    task: Task,
-    shots: usize,
-    (rows, items, place): (Vec<Row>, Vec<Item>, String),
+    Questions { task, shots, rows, items, place }: Questions,
 ) -> anyhow::Result<Prepared> {
     // Only a generated text depends on the seed. Kernels of different instruction sets add in different orders.
     let seed = if task.kind == Kind::Generate { args.seed } else { 0 };
     let kernel = Isa::detect().name();
-    let mut hash = blake3::Hasher::new();
-    serde_json::to_writer(&mut hash, &json!([task, shots, max_length, seed, model_hash, kernel, ANSWERS]))?;
-    serde_json::to_writer(&mut hash, &items)?;
-    let key = hash.finalize().to_hex().to_string();
+    let mut asked = serde_json::to_vec(&json!([task, shots, max_length, seed, model_hash, kernel, ANSWERS]))?;
+    serde_json::to_writer(&mut asked, &items)?;
+    let key = blake3::hash(&asked).to_hex().to_string();
     let answers = cache.open(model_hash, &task.name, &key)?;
     let wanted = args.limit.map_or(items.len(), |n| items.len().min(n as usize));
     Ok(Prepared { task, shots, rows, items, wanted, place, key, answers })

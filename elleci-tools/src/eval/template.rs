@@ -66,38 +66,71 @@ pub fn context(row: &Row) -> Value {
     Value::from(Serde(row))
 }
 
-/// A template with the row's values.
-///
-/// # Errors
-/// What the template engine reports.
-pub fn render(environment: &Environment<'_>, template: &str, context: &Value) -> anyhow::Result<String> {
-    environment.render_str(template, context).with_context(|| format!("template {template:?}"))
+/// A template, compiled.
+pub struct Template<'e> {
+    source: &'e str,
+    compiled: minijinja::Template<'e, 'e>,
 }
 
-/// The value of an expression.
-///
-/// # Errors
-/// What the template engine reports.
-pub fn evaluate(environment: &Environment<'_>, expression: &str, context: &Value) -> anyhow::Result<Value> {
-    let compiled = environment.compile_expression(expression).with_context(|| format!("expression {expression:?}"))?;
-    compiled.eval(context).with_context(|| format!("expression {expression:?}"))
-}
-
-/// The strings of an expression whose value is a string or a list of them.
-///
-/// # Errors
-/// Another value.
-pub fn strings(environment: &Environment<'_>, expression: &str, context: &Value) -> anyhow::Result<Vec<String>> {
-    let value = evaluate(environment, expression, context)?;
-    if let Some(text) = value.as_str() {
-        return Ok(vec![text.to_string()]);
+impl<'e> Template<'e> {
+    /// Compiles `source`.
+    ///
+    /// # Errors
+    /// What the template engine reports.
+    pub fn new(environment: &'e Environment<'_>, source: &'e str) -> anyhow::Result<Template<'e>> {
+        let compiled = environment.template_from_str(source).with_context(|| format!("template {source:?}"))?;
+        Ok(Template { source, compiled })
     }
-    let items = value.try_iter().with_context(|| format!("expression {expression:?} must give a list"))?;
-    let text = |item: Value| match item.as_str() {
-        Some(text) => Ok(text.to_string()),
-        None => bail!("expression {expression:?} gives {item:?} where a text is needed"),
-    };
-    items.map(text).collect()
+
+    /// The template with a row's values.
+    ///
+    /// # Errors
+    /// What the template engine reports.
+    pub fn render(&self, context: &Value) -> anyhow::Result<String> {
+        self.compiled.render(context).with_context(|| format!("template {:?}", self.source))
+    }
+}
+
+/// An expression, compiled.
+pub struct Expression<'e> {
+    source: &'e str,
+    compiled: minijinja::Expression<'e, 'e>,
+}
+
+impl<'e> Expression<'e> {
+    /// Compiles `source`.
+    ///
+    /// # Errors
+    /// What the template engine reports.
+    pub fn new(environment: &'e Environment<'_>, source: &'e str) -> anyhow::Result<Expression<'e>> {
+        let compiled = environment.compile_expression(source).with_context(|| format!("expression {source:?}"))?;
+        Ok(Expression { source, compiled })
+    }
+
+    /// Its value with those of a row.
+    ///
+    /// # Errors
+    /// What the template engine reports.
+    pub fn evaluate(&self, context: &Value) -> anyhow::Result<Value> {
+        self.compiled.eval(context).with_context(|| format!("expression {:?}", self.source))
+    }
+
+    /// The strings of an expression whose value is a string or a list of them.
+    ///
+    /// # Errors
+    /// Another value.
+    pub fn strings(&self, context: &Value) -> anyhow::Result<Vec<String>> {
+        let value = self.evaluate(context)?;
+        if let Some(text) = value.as_str() {
+            return Ok(vec![text.to_string()]);
+        }
+        let items = value.try_iter().with_context(|| format!("expression {:?} must give a list", self.source))?;
+        let text = |item: Value| match item.as_str() {
+            Some(text) => Ok(text.to_string()),
+            None => bail!("expression {:?} gives {item:?} where a text is needed", self.source),
+        };
+        items.map(text).collect()
+    }
 }
 
 /// The indices of right choices: from an index, the text of a choice, or a list of either.
@@ -138,21 +171,22 @@ mod tests {
             "text": "uno due tre,", "premise": " Piove. ", "b": "ALLA Fine è", "list": ["x [a] y", "", null, "z"], "n": "3",
             "label": 1, "s": "perché no", "start": 0, "end": 6
         }));
-        let t = |template| render(&e, template, &r).unwrap();
+        let t = |template| Template::new(&e, template).unwrap().render(&r).unwrap();
+        let x = |expression| Expression::new(&e, expression).unwrap();
         assert_eq!(t("{{ (text | split(' '))[:-1] | join(' ') }}|{{ (text | split(' '))[-1] }}"), "uno due|tre,");
         assert_eq!(t("{{ (premise | trim)[:-1] }} <&'>\n"), "Piove <&'>\n");
         assert_eq!(t("{{ b | capitalize }}"), "Alla fine è");
         assert_eq!(t("{{ s[start:end] }}"), "perché");
         assert_eq!(t("{{ s | regex_replace('[aeiou]', '_') }}"), "p_rché n_");
-        assert_eq!(strings(&e, "list | select | map('clean') | list", &r).unwrap(), ["x y", "z"]);
+        assert_eq!(x("list | select | map('clean') | list").strings(&r).unwrap(), ["x y", "z"]);
         let choices = ["a".to_string(), "b".to_string()];
-        let g = |expression| gold(&evaluate(&e, expression, &r).unwrap(), &choices);
+        let g = |expression| gold(&x(expression).evaluate(&r).unwrap(), &choices);
         assert_eq!(g("(n | int) - 2").unwrap(), [1]);
         assert_eq!(g("'b'").unwrap(), [1]);
         assert_eq!(g("['b', 0]").unwrap(), [1, 0]);
         assert_eq!(g("'B' | letter_index").unwrap(), [1]);
         assert!(g("label + 1").is_err() && g("'c'").is_err() && g("-1").is_err() && g("none").is_err());
-        let error = format!("{:#}", render(&e, "{{ missing }}", &r).unwrap_err());
+        let error = format!("{:#}", Template::new(&e, "{{ missing }}").unwrap().render(&r).unwrap_err());
         assert!(error.contains("undefined"), "{error}");
     }
 

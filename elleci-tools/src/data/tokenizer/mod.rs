@@ -14,6 +14,8 @@ pub use train::{TrainOptions, WORDS, default_word_count, train_tokenizer, words}
 use super::shards::{MAX_VOCAB, sha256_hex};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -95,16 +97,16 @@ impl Tokenizer {
     /// # Errors
     /// As [`Tokenizer::load`].
     pub fn from_json(json: Vec<u8>, config: Option<TokenizerConfig>) -> Result<Tokenizer> {
-        let value: serde_json::Value = serde_json::from_slice(&json).context("not a valid tokenizer: no JSON")?;
-        check_kind(&value)?;
-        let parsed = parse_vocabulary(&value)?;
+        let parts = Parts::of(&json).context("not a valid tokenizer: no JSON")?;
+        check_kind(&parts.rest)?;
+        let parsed = parse_vocabulary(&parts)?;
         let tokens = parsed.get_vocab_size(true);
         for (id, special) in (0..).zip(SPECIALS) {
             let found = parsed.token_to_id(special);
             ensure!(found == Some(id), "`{special}` has the id {found:?}; it must be {id}");
         }
         let token_text = token_texts(&parsed, tokens)?;
-        let encoder = encoder(&parsed, &value)?;
+        let encoder = encoder(&parsed, parts.merges)?;
         let config = config.unwrap_or_else(|| TokenizerConfig {
             vocab_size: tokens,
             tokens,
@@ -194,12 +196,41 @@ pub fn config_path(path: &Path) -> PathBuf {
     path.with_extension("config.json")
 }
 
+/// The members of an object, as they are written.
+type Members<'a> = BTreeMap<String, &'a RawValue>;
+
+/// The parts of a `tokenizer.json`. Vocabulary and merges, which are nearly all of it, are not parsed here.
+struct Parts<'a> {
+    top: Members<'a>,
+    /// The list of merges
+    merges: Option<&'a RawValue>,
+    /// All but the vocabulary and the merges
+    rest: serde_json::Value,
+}
+
+impl Parts<'_> {
+    fn of(json: &[u8]) -> serde_json::Result<Parts<'_>> {
+        let top: Members = serde_json::from_slice(json)?;
+        let mut model: Option<Members> = top.get("model").and_then(|m| serde_json::from_str(m.get()).ok());
+        let mut merges = None;
+        if let Some(model) = &mut model {
+            model.remove("vocab");
+            merges = model.remove("merges");
+        }
+        let mut rest = serde_json::to_value(top.iter().filter(|(name, _)| *name != "model").collect::<BTreeMap<_, _>>())?;
+        if let Some(model) = model {
+            rest["model"] = serde_json::to_value(model)?;
+        }
+        Ok(Parts { top, merges, rest })
+    }
+}
+
 /// The vocabulary and merges as the `tokenizers` crate reads them: it decides whether they are sound. It sees nothing else of the
 /// file, which `check_kind` has looked at: it panics on some decoders and normalizers that are none.
-fn parse_vocabulary(value: &serde_json::Value) -> Result<tokenizers::Tokenizer> {
-    let part = |name: &str| value.get(name).cloned().unwrap_or_default();
+fn parse_vocabulary(parts: &Parts) -> Result<tokenizers::Tokenizer> {
+    let part = |name: &str| parts.top.get(name).map_or("null", |value| value.get());
     let (version, added, model) = (part("version"), part("added_tokens"), part("model"));
-    let added = if added.is_null() { serde_json::json!([]) } else { added };
+    let added = if added == "null" { "[]" } else { added };
     let json = format!(r#"{{"version":{version},"added_tokens":{added},"model":{model}}}"#);
     tokenizers::Tokenizer::from_bytes(json).map_err(|e| anyhow!("not a valid tokenizer: {e}"))
 }
@@ -259,16 +290,17 @@ fn token_texts(parsed: &tokenizers::Tokenizer, tokens: usize) -> Result<Vec<Vec<
     (0..tokens).map(text).collect()
 }
 
-fn encoder(parsed: &tokenizers::Tokenizer, value: &serde_json::Value) -> Result<Encoder> {
+fn encoder(parsed: &tokenizers::Tokenizer, merges: Option<&RawValue>) -> Result<Encoder> {
     let id = |token: &str| parsed.token_to_id(token).with_context(|| format!("`{token}` is not in the vocabulary"));
     let chars = train::chars_of_bytes();
     let mut bytes = [0; 256];
     for (b, c) in chars.iter().enumerate() {
         bytes[b] = id(&c.to_string())?;
     }
-    let listed = value.pointer("/model/merges").and_then(|m| m.as_array()).context("`model.merges` is missing")?;
+    let listed = merges.context("`model.merges` is missing")?;
+    let listed: Vec<serde_json::Value> = serde_json::from_str(listed.get()).context("`model.merges` is no list")?;
     let mut merges = Vec::with_capacity(listed.len());
-    for merge in listed {
+    for merge in &listed {
         // Both spellings of the format: "a b" and ["a", "b"].
         let pair = match merge {
             serde_json::Value::String(s) => s.split_once(' '),

@@ -1,7 +1,7 @@
 //! Pairs of agreement: gender, number, person, and the forms of articles.
 
 use super::lexicon::*;
-use super::{Pairs, pick};
+use super::{Pairs, Phenomenon};
 
 /// Il libro / *La libro
 pub fn article_gender(out: &mut Pairs) {
@@ -222,16 +222,14 @@ pub fn participle_agreement(out: &mut Pairs) {
     }
 }
 
-/// The pairs of this module, by phenomenon.
-pub fn all() -> Vec<(&'static str, Vec<(String, String)>)> {
-    vec![
-        ("article_gender", pick(article_gender)),
-        ("article_form", pick(article_form)),
-        ("adjective_gender", pick(adjective_gender)),
-        ("adjective_number", pick(adjective_number)),
-        ("verb_number", pick(verb_number)),
-        ("verb_person", pick(verb_person)),
-        ("clitic_agreement", pick(clitic_agreement)),
-        ("participle_agreement", pick(participle_agreement)),
-    ]
-}
+/// The phenomena of this module.
+pub const ALL: [Phenomenon; 8] = [
+    ("article_gender", article_gender),
+    ("article_form", article_form),
+    ("adjective_gender", adjective_gender),
+    ("adjective_number", adjective_number),
+    ("verb_number", verb_number),
+    ("verb_person", verb_person),
+    ("clitic_agreement", clitic_agreement),
+    ("participle_agreement", participle_agreement),
+];

@@ -10,10 +10,14 @@ mod syntax;
 
 use std::collections::HashSet;
 
+use rayon::prelude::*;
 use xxhash_rust::xxh3::xxh3_64;
 
 /// Pairs of a phenomenon.
 const EACH: usize = 150;
+
+/// A phenomenon, and what makes its sentences.
+type Phenomenon = (&'static str, fn(&mut Pairs));
 
 /// The sentences that a phenomenon can make.
 #[derive(Default)]
@@ -30,8 +34,10 @@ impl Pairs {
 fn pick(make: fn(&mut Pairs)) -> Vec<(String, String)> {
     let mut pairs = Pairs::default();
     make(&mut pairs);
-    let mut pairs = pairs.0;
-    pairs.sort_by_cached_key(|(good, bad)| (xxh3_64(format!("{good}\n{bad}").as_bytes()), good.clone(), bad.clone()));
+    let hashed = |pair: (String, String)| (xxh3_64(format!("{}\n{}", pair.0, pair.1).as_bytes()), pair);
+    let mut hashed: Vec<_> = pairs.0.into_iter().map(hashed).collect();
+    hashed.sort_unstable();
+    let mut pairs: Vec<_> = hashed.into_iter().map(|(_, pair)| pair).collect();
     pairs.dedup();
     // A right sentence once: the same one twice would weigh double.
     let mut seen = HashSet::new();
@@ -42,7 +48,8 @@ fn pick(make: fn(&mut Pairs)) -> Vec<(String, String)> {
 
 /// All pairs by phenomenon: (name, [(right, wrong)]).
 pub fn minimal_pairs() -> Vec<(&'static str, Vec<(String, String)>)> {
-    [agreement::all(), syntax::all()].concat()
+    let all = [agreement::ALL, syntax::ALL].concat();
+    all.into_par_iter().map(|(name, make)| (name, pick(make))).collect()
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! Pairs of syntax: auxiliaries, clitic position, prepositions, mood, negation, comparison, tense.
 
 use super::lexicon::*;
-use super::{Pairs, pick};
+use super::{Pairs, Phenomenon};
 
 /// Marco è andato / *ha andato; Marco ha dormito / *è dormito
 pub fn auxiliary(out: &mut Pairs) {
@@ -240,16 +240,14 @@ pub fn tense(out: &mut Pairs) {
     }
 }
 
-/// The pairs of this module, by phenomenon.
-pub fn all() -> Vec<(&'static str, Vec<(String, String)>)> {
-    vec![
-        ("auxiliary", pick(auxiliary)),
-        ("clitic_position", pick(clitic_position)),
-        ("articulated_preposition", pick(articulated_preposition)),
-        ("preposition_choice", pick(preposition_choice)),
-        ("subjunctive", pick(subjunctive)),
-        ("negation", pick(negation)),
-        ("comparison", pick(comparison)),
-        ("tense", pick(tense)),
-    ]
-}
+/// The phenomena of this module.
+pub const ALL: [Phenomenon; 8] = [
+    ("auxiliary", auxiliary),
+    ("clitic_position", clitic_position),
+    ("articulated_preposition", articulated_preposition),
+    ("preposition_choice", preposition_choice),
+    ("subjunctive", subjunctive),
+    ("negation", negation),
+    ("comparison", comparison),
+    ("tense", tense),
+];
