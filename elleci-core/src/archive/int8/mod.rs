@@ -17,6 +17,8 @@
 #[cfg(all(feature = "std", target_arch = "x86_64"))]
 mod avx2;
 #[cfg(all(feature = "std", target_arch = "x86_64"))]
+mod panels;
+#[cfg(all(feature = "std", target_arch = "x86_64"))]
 mod vnni;
 
 use alloc::vec;
@@ -58,8 +60,8 @@ pub(super) struct Matrix<'a> {
 
 /// Tokens as integers.
 struct Activations {
-    /// `[tokens, width]`, zeros behind the columns
-    codes: Vec<i16>,
+    /// Pairs of codes, `[tokens, width / 2]`; zeros behind the columns
+    words: Vec<i32>,
     /// Columns, rounded up to whole vectors
     width: usize,
     /// `[tokens]`
@@ -69,7 +71,8 @@ struct Activations {
 impl Activations {
     fn new(x: &[f32], cols: usize) -> Activations {
         let (tokens, width) = (x.len() / cols, cols.next_multiple_of(LANES));
-        let (mut codes, mut steps) = (vec![0; tokens * width], vec![0.0; tokens]);
+        let (mut words, mut steps) = (vec![0; tokens * width / 2], vec![0.0; tokens]);
+        let codes: &mut [i16] = bytemuck::cast_slice_mut(&mut words);
         let items = x.chunks(QUANTIZE_TOKENS * cols).zip(codes.chunks_mut(QUANTIZE_TOKENS * width));
         par::for_each(items.zip(steps.chunks_mut(QUANTIZE_TOKENS)).collect(), |((x, codes), steps): Rounded| {
             vectorize(
@@ -81,7 +84,12 @@ impl Activations {
                 },
             );
         });
-        Activations { codes, width, steps }
+        Activations { words, width, steps }
+    }
+
+    /// `[tokens, width]`
+    fn codes(&self) -> &[i16] {
+        bytemuck::cast_slice(&self.words)
     }
 
     /// How many tokens there are. The bounds that kernels' pointers rest on.
@@ -92,7 +100,7 @@ impl Activations {
     fn check(&self, cols: usize) -> usize {
         let tokens = self.steps.len();
         assert!(cols <= self.width && self.width.is_multiple_of(LANES), "{cols} columns");
-        assert_eq!(self.codes.len(), tokens * self.width, "activations");
+        assert_eq!(self.codes().len(), tokens * self.width, "activations");
         tokens
     }
 
@@ -100,7 +108,7 @@ impl Activations {
     #[cfg(all(feature = "std", target_arch = "x86_64"))]
     #[inline(always)]
     fn tokens(&self, first: usize) -> Tokens {
-        Tokens { codes: self.codes[first * self.width..].as_ptr(), width: self.width }
+        Tokens { codes: self.codes()[first * self.width..].as_ptr(), width: self.width }
     }
 }
 
@@ -156,7 +164,15 @@ struct Outputs<'a> {
     steps: &'a [f32],
 }
 
-impl Outputs<'_> {
+impl<'a> Outputs<'a> {
+    /// Those of the first `rows` rows, and the others.
+    #[cfg(all(feature = "std", target_arch = "x86_64"))]
+    fn split(self, rows: usize) -> (Outputs<'a>, Outputs<'a>) {
+        let (y, rest) = self.y.split_at(Axis(1), rows);
+        let (scales, others) = self.scales.split_at(rows);
+        (Outputs { y, scales, ..self }, Outputs { y: rest, scales: others, ..self })
+    }
+
     /// The sums of the rows `row ..` with a token.
     #[inline(always)]
     fn put<const N: usize>(&mut self, row: usize, token: usize, sums: [i32; N]) {
@@ -169,12 +185,18 @@ impl Outputs<'_> {
     }
 }
 
-/// Runs `work` for tasks of `rows` rows each: their codes, and where the sums go.
-fn tasks(matrix: Matrix, steps: &[f32], rows: usize, y: &mut [f32], work: impl Fn(&[i8], Outputs) + Sync) {
+/// Runs `work` for tasks of `rows` rows each: with working memory that tasks hand on, their codes, and where the sums go.
+fn tasks<S: Default + Send>(
+    matrix: Matrix,
+    steps: &[f32],
+    rows: usize,
+    y: &mut [f32],
+    work: impl Fn(&mut S, &[i8], Outputs) + Send + Sync,
+) {
     let mut y = mat_mut(y, steps.len(), matrix.scales.len());
     let views = y.axis_chunks_iter_mut(Axis(1), rows);
     let items = views.zip(matrix.scales.chunks(rows)).zip(matrix.codes.chunks(rows * matrix.cols)).collect();
-    par::for_each(items, |((y, scales), codes): Task| work(codes, Outputs { y, scales, steps }));
+    par::for_each_init(items, S::default, |kept, ((y, scales), codes): Task| work(kept, codes, Outputs { y, scales, steps }));
 }
 
 /// Outputs, scales and codes.
@@ -195,18 +217,29 @@ pub(super) fn forward(isa: Isa, matrix: Matrix, rows: usize, x: &[f32], y: &mut 
         if isa >= Isa::Avx512Vnni
             && let Some(kernel) = Vnni::detect()
         {
-            tasks(matrix, &x.steps, rows, y, |codes, out| vnni::rows(kernel, codes, cols, &x, out));
+            if x.steps.len() < panels::TOKENS {
+                tasks(matrix, &x.steps, rows, y, |(), codes, out| vnni::rows(kernel, codes, cols, &x, out));
+            } else {
+                let whole = rows.next_multiple_of(panels::ROWS);
+                tasks(matrix, &x.steps, whole, y, |panel, codes, out| {
+                    let count = codes.len() / cols / panels::ROWS * panels::ROWS;
+                    let (codes, rest) = codes.split_at(count * cols);
+                    let (out, rest_out) = out.split(count);
+                    panels::rows(kernel, codes, cols, &x, panel, out);
+                    vnni::rows(kernel, rest, cols, &x, rest_out);
+                });
+            }
             return isa.min(Isa::machine());
         }
         if isa >= Isa::Avx2
             && let Some(kernel) = Avx2::detect()
         {
-            tasks(matrix, &x.steps, rows, y, |codes, out| avx2::rows(kernel, codes, cols, &x, out));
+            tasks(matrix, &x.steps, rows, y, |(), codes, out| avx2::rows(kernel, codes, cols, &x, out));
             return Isa::Avx2;
         }
     }
     let _ = isa;
-    tasks(matrix, &x.steps, rows, y, |codes, out| {
+    tasks(matrix, &x.steps, rows, y, |(), codes, out| {
         vectorize(
             #[inline(always)]
             || portable(codes, cols, &x, out),
@@ -221,7 +254,7 @@ fn portable(codes: &[i8], cols: usize, x: &Activations, mut out: Outputs) {
     let mut wide = vec![0i16; cols];
     for (row, codes) in codes.chunks_exact(cols).enumerate() {
         wide.iter_mut().zip(codes).for_each(|(wide, code)| *wide = *code as i16);
-        for (token, x) in x.codes.chunks_exact(x.width).enumerate() {
+        for (token, x) in x.codes().chunks_exact(x.width).enumerate() {
             let sum = wide.iter().zip(x).map(|(w, x)| *w as i32 * *x as i32).sum();
             out.put(row, token, [sum]);
         }
