@@ -22,6 +22,7 @@
 mod absorbed;
 mod attention;
 mod batch;
+mod expanded;
 mod mamba;
 mod pass;
 mod save;

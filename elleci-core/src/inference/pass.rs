@@ -7,7 +7,7 @@ use core::ops::Range;
 use super::batch::Output;
 use super::schedule::{Inputs, Segment, Turn};
 use super::session::LayerState;
-use super::{absorbed, attention, mamba};
+use super::{attention, mamba};
 use crate::archive::PackedModel;
 use crate::layers::ffn::activate;
 use crate::ops::norm::{QuantizedRows, rmsnorm, rmsnorm_quantize};
@@ -60,7 +60,7 @@ pub(super) struct Scratch {
     pub b: Vec<f32>,
     pub c: Vec<f32>,
     pub mix: Vec<mamba::MixScratch>,
-    pub absorb: Vec<absorbed::Room>,
+    pub attention: Vec<attention::Room>,
 }
 
 /// `buffer` with at least `len` elements, as a slice of `len`.

@@ -15,3 +15,4 @@ pub(crate) mod packed;
 pub mod rope;
 pub mod rows;
 pub mod ssd;
+pub(crate) mod transpose;

@@ -42,7 +42,7 @@ use crate::run::model::OpenModel;
 use crate::train::device::Device;
 
 /// Part of the name that answers are kept under: another number wherever the same question gets other bits.
-const ANSWERS: u32 = 3;
+const ANSWERS: u32 = 4;
 
 /// Runs what the command line asks for.
 ///

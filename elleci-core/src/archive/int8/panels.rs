@@ -6,6 +6,7 @@ use alloc::vec::Vec;
 use core::arch::x86_64::*;
 
 use super::{Activations, Outputs};
+use crate::ops::transpose::avx512::{TILE, tile_transposed};
 use crate::ternary::int16::kernel::{Ahead, Block, Kernel, Line, ROWS as GROUP, WIDTH, Words};
 use crate::ternary::int16::vnni::Vnni;
 
@@ -13,8 +14,6 @@ use crate::ternary::int16::vnni::Vnni;
 pub(super) const TOKENS: usize = 8;
 /// Rows of a panel.
 pub(super) const ROWS: usize = WIDTH;
-/// Rows, and words of each, that are transposed together.
-const TILE: usize = 16;
 
 /// All rows of `codes`, a multiple of [`ROWS`], with all tokens. `panel` is room.
 pub(super) fn rows(kernel: Vnni, codes: &[i8], cols: usize, x: &Activations, panel: &mut Vec<Line>, mut out: Outputs) {
@@ -32,8 +31,9 @@ pub(super) fn rows(kernel: Vnni, codes: &[i8], cols: usize, x: &Activations, pan
             let (from, to) = (bound(group), bound(group + 1));
             let words = |token: usize| &x.words[token * pitch..];
             let output = (out.y.as_ptr().wrapping_add(from * stride + p * ROWS), stride);
-            // All tokens are near after the first panel.
-            let ahead = Ahead { words: words(to).as_ptr(), pitch, depth: 0, given: 0, output };
+            // Rows of the next panel, one after the other; all tokens are near after the first.
+            let next = codes.as_ptr().wrapping_add(codes.len()).cast();
+            let ahead = Ahead { words: next, pitch: 0, depth: codes.len() / 4, given: group * pitch.div_ceil(8), output };
             kernel.block(Words { data: words(from), pitch, rows: to - from }, panel, ahead, &mut block);
             for (token, sums) in (from..to).zip(block) {
                 out.put(p * ROWS, token, sums);
@@ -58,40 +58,11 @@ unsafe fn pack(codes: &[i8], cols: usize, panel: &mut [Line]) {
                 // SAFETY: the mask has the columns that there are.
                 rows[r] = _mm512_cvtepi8_epi16(unsafe { _mm256_maskz_loadu_epi8(mask, row) });
             }
-            let columns = transpose(rows);
+            let columns = tile_transposed(rows);
             for (line, column) in lines.iter_mut().zip(columns) {
                 // SAFETY: a line has the words of all rows, and is aligned to 64 bytes.
                 unsafe { _mm512_store_si512(line.0.as_mut_ptr().add(first).cast(), column) };
             }
         }
     }
-}
-
-/// Lane r of vector c becomes lane c of vector r.
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn transpose(rows: [__m512i; TILE]) -> [__m512i; TILE] {
-    // Quarters of vector 4 g + k: column 4 q + k of rows 4 g to 4 g + 3, in quarter q.
-    let mut quads = [_mm512_setzero_si512(); TILE];
-    for g in 0..4 {
-        let [a, b, c, d] = [rows[4 * g], rows[4 * g + 1], rows[4 * g + 2], rows[4 * g + 3]];
-        let (ab, cd) = (_mm512_unpacklo_epi32(a, b), _mm512_unpacklo_epi32(c, d));
-        quads[4 * g] = _mm512_unpacklo_epi64(ab, cd);
-        quads[4 * g + 1] = _mm512_unpackhi_epi64(ab, cd);
-        let (ab, cd) = (_mm512_unpackhi_epi32(a, b), _mm512_unpackhi_epi32(c, d));
-        quads[4 * g + 2] = _mm512_unpacklo_epi64(ab, cd);
-        quads[4 * g + 3] = _mm512_unpackhi_epi64(ab, cd);
-    }
-    let mut columns = [_mm512_setzero_si512(); TILE];
-    for k in 0..4 {
-        let [a, b, c, d] = [quads[k], quads[4 + k], quads[8 + k], quads[12 + k]];
-        // Even and odd quarters, of two vectors and then of four.
-        let (ab, cd) = (_mm512_shuffle_i32x4::<0b10_00_10_00>(a, b), _mm512_shuffle_i32x4::<0b10_00_10_00>(c, d));
-        columns[k] = _mm512_shuffle_i32x4::<0b10_00_10_00>(ab, cd);
-        columns[8 + k] = _mm512_shuffle_i32x4::<0b11_01_11_01>(ab, cd);
-        let (ab, cd) = (_mm512_shuffle_i32x4::<0b11_01_11_01>(a, b), _mm512_shuffle_i32x4::<0b11_01_11_01>(c, d));
-        columns[4 + k] = _mm512_shuffle_i32x4::<0b10_00_10_00>(ab, cd);
-        columns[12 + k] = _mm512_shuffle_i32x4::<0b11_01_11_01>(ab, cd);
-    }
-    columns
 }

@@ -1,0 +1,343 @@
+//! Attention of a run of tokens: the cached latents are expanded, some at a time, into keys and values that all queries share; the softmax
+//! goes along.
+//!
+//! Both products are sums that every output has in an order of its own, one term after the other: `score = Σ_d q[d] · key[d]` and, a
+//! part of the context at a time, `mixed = Σ_j weight[j] · value[j]`. So a row's bits depend on its own context alone, whatever rows and
+//! columns share a tile of registers. Keys are transposed, so that neighbours in a vector are scores of one query with several keys.
+
+use alloc::vec::Vec;
+
+use pulp::{Simd, WithSimd};
+
+use super::attention::softmax_scale;
+use super::pass::grown;
+use super::session::{MlaCache, PAGE};
+use crate::config::ModelConfig;
+use crate::ops::activation::exp;
+use crate::ops::lanes::{dispatch, exp_nonpositive, vectors, vectors_mut};
+use crate::ops::transpose::transpose;
+use crate::par;
+use crate::ternary::packed::PackedTernary;
+
+/// Cached tokens whose latents are expanded together: bounds the memory for it. Divides [`PAGE`].
+const EXPAND: usize = 128;
+/// Rows are padded to whole vectors of the widest kind.
+const LANES: usize = 16;
+
+/// Working memory of a run, kept for the next.
+#[derive(Debug, Default)]
+pub(super) struct Room {
+    /// Of the part of the context: keys and values `[tokens, heads, d_nope + d_v]`
+    kv: Vec<f32>,
+    /// One after the other, those of a head (see [`Head::new`])
+    heads: Vec<f32>,
+}
+
+/// Sizes.
+#[derive(Clone, Copy)]
+struct Shape {
+    dn: usize,
+    d_rope: usize,
+    dv: usize,
+    heads: usize,
+    /// Queries, and cached tokens before the first of them
+    len: usize,
+    past: usize,
+    scale: f32,
+}
+
+impl Shape {
+    fn qk(&self) -> usize {
+        self.dn + self.d_rope
+    }
+
+    /// Floats of a mix, padded.
+    fn mix(&self) -> usize {
+        self.dv.next_multiple_of(LANES)
+    }
+
+    /// Floats of an expanded token.
+    fn kv_row(&self) -> usize {
+        self.heads * (self.dn + self.dv)
+    }
+
+    /// Floats that a head works with, where parts of the context have `width` tokens at most.
+    fn room(&self, width: usize) -> usize {
+        self.qk() * width + self.len * width + width * self.mix() + self.len * (self.mix() + 2)
+    }
+}
+
+/// The newest tokens: `q` `[len, heads, d_nope + d_rope]`, `o` `[len, heads, d_v]`. A row's bits depend on its own context alone.
+pub(super) fn expanded(
+    c: &ModelConfig,
+    kv_up: &PackedTernary,
+    cache: &MlaCache,
+    q: &[f32],
+    room: &mut Room,
+    o: &mut [f32],
+) {
+    let len = q.len() / (c.n_heads * c.d_qk());
+    let shape = Shape {
+        dn: c.d_nope,
+        d_rope: c.d_rope,
+        dv: c.d_v,
+        heads: c.n_heads,
+        len,
+        past: cache.len - len,
+        scale: softmax_scale(c),
+    };
+    let most = EXPAND.min(cache.len);
+    let width = most.next_multiple_of(LANES);
+    let Room { kv, heads } = room;
+    let kv = grown(kv, most * shape.kv_row());
+    let heads = grown(heads, shape.heads * shape.room(width));
+    for first in (0..cache.len).step_by(EXPAND) {
+        let n = EXPAND.min(cache.len - first);
+        let (page, own) = (&cache.pages[first / PAGE], first % PAGE..first % PAGE + n);
+        let codes = &page.codes[own.start * c.kv_rank..own.end * c.kv_rank];
+        let kv = &mut kv[..n * shape.kv_row()];
+        kv_up.forward(codes, &page.scales[own.clone()], kv);
+        let (kv, keys) = (&*kv, &page.keys[own.start * c.d_rope..own.end * c.d_rope]);
+        let items = heads.chunks_exact_mut(shape.room(width)).enumerate().collect();
+        par::for_each(items, |(h, room): (usize, &mut [f32])| {
+            let mut head = Head::new(shape, width, room);
+            if first == 0 {
+                head.begin();
+            }
+            head.add(Part { first, n, kv: &kv[h * (shape.dn + shape.dv)..], keys }, &q[h * shape.qk()..]);
+        });
+    }
+    for (h, room) in heads.chunks_exact_mut(shape.room(width)).enumerate() {
+        let head = Head::new(shape, width, room);
+        let mixes = head.mixed.chunks_exact(shape.mix()).zip(&*head.total);
+        for (row, (mixed, total)) in o.chunks_exact_mut(shape.heads * shape.dv).zip(mixes) {
+            row[h * shape.dv..][..shape.dv].iter_mut().zip(mixed).for_each(|(o, mixed)| *o = mixed / total);
+        }
+    }
+}
+
+/// Neighbours in the context.
+#[derive(Clone, Copy)]
+struct Part<'a> {
+    first: usize,
+    n: usize,
+    /// Of this head: a key without its rotated part, and a value, at the beginning of every row
+    kv: &'a [f32],
+    /// The rotated part of the keys `[n, d_rope]`
+    keys: &'a [f32],
+}
+
+/// What a head works with.
+struct Head<'a> {
+    shape: Shape,
+    width: usize,
+    /// Keys transposed `[qk, width]`
+    keys: &'a mut [f32],
+    /// Scores, then weights `[len, width]`
+    scores: &'a mut [f32],
+    /// Values whose rows are no whole vectors, padded `[width, mix]`
+    values: &'a mut [f32],
+    /// What the values so far have become `[len, mix]`
+    mixed: &'a mut [f32],
+    /// The largest score so far `[len]`
+    max: &'a mut [f32],
+    /// The sum of the weights so far `[len]`
+    total: &'a mut [f32],
+}
+
+impl<'a> Head<'a> {
+    fn new(shape: Shape, width: usize, room: &'a mut [f32]) -> Head<'a> {
+        let (keys, rest) = room.split_at_mut(shape.qk() * width);
+        let (scores, rest) = rest.split_at_mut(shape.len * width);
+        let (values, rest) = rest.split_at_mut(width * shape.mix());
+        let (mixed, rest) = rest.split_at_mut(shape.len * shape.mix());
+        let (max, total) = rest.split_at_mut(shape.len);
+        Head { shape, width, keys, scores, values, mixed, max, total }
+    }
+
+    fn begin(&mut self) {
+        self.mixed.fill(0.0);
+        self.max.fill(f32::NEG_INFINITY);
+        self.total.fill(0.0);
+    }
+
+    /// Adds a part of the context; the queries are at the beginning of rows of `q`.
+    fn add(&mut self, part: Part, q: &[f32]) {
+        let Shape { dn, d_rope, dv, .. } = self.shape;
+        let (nope, rope) = self.keys.split_at_mut(dn * self.width);
+        transpose(part.kv, self.shape.kv_row(), (part.n, dn), nope, self.width);
+        transpose(part.keys, d_rope, (part.n, d_rope), rope, self.width);
+        let (mut values, mut pitch) = (&part.kv[dn..], self.shape.kv_row());
+        if dv < self.shape.mix() {
+            let rows = values.chunks(pitch).zip(self.values.chunks_exact_mut(self.shape.mix()));
+            rows.take(part.n).for_each(|(from, to)| to[..dv].copy_from_slice(&from[..dv]));
+            (values, pitch) = (&*self.values, self.shape.mix());
+        }
+        dispatch(Rows {
+            shape: self.shape,
+            width: self.width,
+            part,
+            q,
+            keys: self.keys,
+            scores: self.scores,
+            values,
+            pitch,
+            mixed: self.mixed,
+            max: self.max,
+            total: self.total,
+        });
+    }
+}
+
+/// The arithmetic of [`Head::add`].
+struct Rows<'a> {
+    shape: Shape,
+    width: usize,
+    part: Part<'a>,
+    q: &'a [f32],
+    keys: &'a [f32],
+    scores: &'a mut [f32],
+    /// Rows that begin with the padded values, `pitch` apart
+    values: &'a [f32],
+    pitch: usize,
+    mixed: &'a mut [f32],
+    max: &'a mut [f32],
+    total: &'a mut [f32],
+}
+
+impl WithSimd for Rows<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn with_simd<S: Simd>(mut self, simd: S) {
+        let mut row = 0;
+        while row < self.shape.len {
+            row += match self.shape.len - row {
+                1 => self.rows::<S, 1>(simd, row),
+                2 => self.rows::<S, 2>(simd, row),
+                3..6 => self.rows::<S, 3>(simd, row),
+                _ => self.rows::<S, 6>(simd, row),
+            };
+        }
+    }
+}
+
+impl Rows<'_> {
+    /// Cached tokens of the part that row `row` sees.
+    #[inline(always)]
+    fn seen(&self, row: usize) -> usize {
+        (self.shape.past + row + 1).saturating_sub(self.part.first).min(self.part.n)
+    }
+
+    /// `R` rows from `row` on; returns how many that were.
+    #[inline(always)]
+    fn rows<S: Simd, const R: usize>(&mut self, simd: S, row: usize) -> usize {
+        // The last of them sees most.
+        let seen = self.seen(row + R - 1);
+        let columns = seen.div_ceil(S::F32_LANES);
+        let mut v = 0;
+        while v < columns {
+            v += match columns - v {
+                4.. if S::REGISTER_COUNT >= 32 => self.scores::<S, R, 4>(simd, row, v),
+                2.. => self.scores::<S, R, 2>(simd, row, v),
+                _ => self.scores::<S, R, 1>(simd, row, v),
+            };
+        }
+        for r in row..row + R {
+            self.weigh(simd, r, columns * S::F32_LANES);
+        }
+        let columns = self.shape.mix() / S::F32_LANES;
+        let mut v = 0;
+        while v < columns {
+            v += match columns - v {
+                4.. if S::REGISTER_COUNT >= 32 => self.mix::<S, R, 4>(simd, row, v, seen),
+                2.. => self.mix::<S, R, 2>(simd, row, v, seen),
+                _ => self.mix::<S, R, 1>(simd, row, v, seen),
+            };
+        }
+        R
+    }
+
+    /// The scores of `R` rows with `V` vectors of keys; returns V.
+    #[inline(always)]
+    fn scores<S: Simd, const R: usize, const V: usize>(&mut self, simd: S, row: usize, v: usize) -> usize {
+        let (qk, q_row) = (self.shape.qk(), self.shape.heads * self.shape.qk());
+        let q: [&[f32]; R] = core::array::from_fn(|r| &self.q[(row + r) * q_row..][..qk]);
+        let mut acc = [[simd.splat_f32s(0.0); V]; R];
+        for (d, keys) in self.keys.chunks_exact(self.width).enumerate() {
+            let keys = &vectors::<S>(keys)[v..v + V];
+            for r in 0..R {
+                let q = simd.splat_f32s(q[r][d]);
+                for i in 0..V {
+                    acc[r][i] = simd.mul_add_e_f32s(q, keys[i], acc[r][i]);
+                }
+            }
+        }
+        for r in 0..R {
+            let scores = &mut vectors_mut::<S>(&mut self.scores[(row + r) * self.width..][..self.width])[v..v + V];
+            for i in 0..V {
+                scores[i] = acc[r][i];
+            }
+        }
+        V
+    }
+
+    /// Turns the first `columns` scores of a row into weights, and what was mixed so far to the new maximum.
+    #[inline(always)]
+    fn weigh<S: Simd>(&mut self, simd: S, row: usize, columns: usize) {
+        let seen = self.seen(row);
+        let scores = &mut self.scores[row * self.width..][..columns];
+        if seen == 0 {
+            return scores.fill(0.0);
+        }
+        scores[seen..].fill(f32::NEG_INFINITY);
+        let scale = simd.splat_f32s(self.shape.scale);
+        let mut largest = simd.splat_f32s(f32::NEG_INFINITY);
+        for s in vectors_mut::<S>(scores) {
+            *s = simd.mul_f32s(*s, scale);
+            largest = simd.max_f32s(largest, *s);
+        }
+        let max = self.max[row].max(simd.reduce_max_f32s(largest));
+        let (minus, mut total) = (simd.splat_f32s(max), simd.splat_f32s(0.0));
+        for s in vectors_mut::<S>(scores) {
+            *s = exp_nonpositive(simd, simd.sub_f32s(*s, minus));
+        }
+        // The exponential of what is not seen is small, not zero.
+        scores[seen..].fill(0.0);
+        for s in vectors::<S>(scores) {
+            total = simd.add_f32s(total, *s);
+        }
+        // The first tokens have nothing to correct: exp(-inf - max) is 0.
+        let correction = exp(self.max[row] - max);
+        self.max[row] = max;
+        self.total[row] = self.total[row] * correction + simd.reduce_sum_f32s(total);
+        let correction = simd.splat_f32s(correction);
+        let mix = self.shape.mix();
+        vectors_mut::<S>(&mut self.mixed[row * mix..(row + 1) * mix])
+            .iter_mut()
+            .for_each(|m| *m = simd.mul_f32s(*m, correction));
+    }
+
+    /// Adds `seen` weighted values to `V` vectors of the mix of `R` rows; returns V.
+    #[inline(always)]
+    fn mix<S: Simd, const R: usize, const V: usize>(&mut self, simd: S, row: usize, v: usize, seen: usize) -> usize {
+        let (mix, first) = (self.shape.mix(), v * S::F32_LANES);
+        let weights: [&[f32]; R] = core::array::from_fn(|r| &self.scores[(row + r) * self.width..][..seen]);
+        let mut acc = [[simd.splat_f32s(0.0); V]; R];
+        for (j, values) in self.values.chunks(self.pitch).take(seen).enumerate() {
+            let values = &vectors::<S>(&values[first..first + V * S::F32_LANES])[..V];
+            for r in 0..R {
+                let weight = simd.splat_f32s(weights[r][j]);
+                for i in 0..V {
+                    acc[r][i] = simd.mul_add_e_f32s(weight, values[i], acc[r][i]);
+                }
+            }
+        }
+        for r in 0..R {
+            let mixed = &mut vectors_mut::<S>(&mut self.mixed[(row + r) * mix..][..mix])[v..v + V];
+            for i in 0..V {
+                mixed[i] = simd.add_f32s(mixed[i], acc[r][i]);
+            }
+        }
+        V
+    }
+}
