@@ -102,13 +102,14 @@ fn ssd(name: &str, shape: SsdShape, peak: f64, batch: usize) {
         let (mut state, mut y) = (vec![0.0; run.state_len()], vec![0.0; run.tokens() * run.d_inner()]);
         let (xbc, dt) = (&xbc[..run.tokens() * run.width()], &dt[..run.tokens() * run.heads]);
         let recent = Recent::new(run.d_inner(), run.d_state).expect("memory");
-        let mut kept = recent.clone();
-        let steps =
-            seconds(400 / seq, || ssd_steps(run, xbc, dt, &a, &d, ScanState::Kept(&mut state), &mut kept, &mut y));
+        let (mut kept, mut room) = (recent.clone(), Vec::new());
+        let steps = seconds(400 / seq, || {
+            ssd_steps(run, xbc, dt, &a, &d, ScanState::Kept(&mut state), &mut kept, &mut y, &mut room)
+        });
         let mut passing = recent.clone();
         let passed = seconds(400 / seq, || {
             passing.clone_from(&recent);
-            ssd_steps(run, xbc, dt, &a, &d, ScanState::Passed(&state), &mut passing, &mut y);
+            ssd_steps(run, xbc, dt, &a, &d, ScanState::Passed(&state), &mut passing, &mut y, &mut room);
         });
         for (what, seconds) in [("steps", steps), ("passed", passed)] {
             let what = format!("{what} {seq}");

@@ -29,8 +29,21 @@ const LANES: usize = 16;
 pub(super) struct Room {
     /// Of the part of the context: keys and values `[tokens, heads, d_nope + d_v]`
     kv: Vec<f32>,
-    /// One after the other, those of a head (see [`Head::new`])
-    heads: Vec<f32>,
+    /// A softmax of each head (see [`Softmax::new`])
+    softmax: Vec<f32>,
+    /// Of each thread
+    parts: Vec<PartRoom>,
+}
+
+/// Working memory for a head with a part of the context.
+#[derive(Debug, Default)]
+struct PartRoom {
+    /// Keys transposed `[qk, width]`
+    keys: Vec<f32>,
+    /// Scores, then weights `[len, width]`
+    scores: Vec<f32>,
+    /// Values whose rows are no whole vectors, padded `[width, mix]`
+    values: Vec<f32>,
 }
 
 /// Sizes.
@@ -61,9 +74,9 @@ impl Shape {
         self.heads * (self.dn + self.dv)
     }
 
-    /// Floats that a head works with, where parts of the context have `width` tokens at most.
-    fn room(&self, width: usize) -> usize {
-        self.qk() * width + self.len * width + width * self.mix() + self.len * (self.mix() + 2)
+    /// Floats of a head's softmax.
+    fn softmax(&self) -> usize {
+        self.len * (self.mix() + 2)
     }
 }
 
@@ -86,11 +99,9 @@ pub(super) fn expanded(
         past: cache.len - len,
         scale: softmax_scale(c),
     };
-    let most = EXPAND.min(cache.len);
-    let width = most.next_multiple_of(LANES);
-    let Room { kv, heads } = room;
-    let kv = grown(kv, most * shape.kv_row());
-    let heads = grown(heads, shape.heads * shape.room(width));
+    let Room { kv, softmax, parts } = room;
+    let kv = grown(kv, EXPAND.min(cache.len) * shape.kv_row());
+    let softmax = grown(softmax, shape.heads * shape.softmax());
     for first in (0..cache.len).step_by(EXPAND) {
         let n = EXPAND.min(cache.len - first);
         let (page, own) = (&cache.pages[first / PAGE], first % PAGE..first % PAGE + n);
@@ -98,45 +109,27 @@ pub(super) fn expanded(
         let kv = &mut kv[..n * shape.kv_row()];
         kv_up.forward(codes, &page.scales[own.clone()], kv);
         let (kv, keys) = (&*kv, &page.keys[own.start * c.d_rope..own.end * c.d_rope]);
-        let items = heads.chunks_exact_mut(shape.room(width)).enumerate().collect();
-        par::for_each(items, |(h, room): (usize, &mut [f32])| {
-            let mut head = Head::new(shape, width, room);
+        let items = softmax.chunks_exact_mut(shape.softmax()).enumerate().collect();
+        par::for_each_kept(items, parts, |room, (h, softmax): (usize, &mut [f32])| {
+            let mut softmax = Softmax::new(shape, softmax);
             if first == 0 {
-                head.begin();
+                softmax.begin();
             }
-            head.add(Part { first, n, kv: &kv[h * (shape.dn + shape.dv)..], keys }, &q[h * shape.qk()..]);
+            let part = Part { shape, first, n, kv: &kv[h * (shape.dn + shape.dv)..], keys };
+            part.add_to(softmax, &q[h * shape.qk()..], room);
         });
     }
-    for (h, room) in heads.chunks_exact_mut(shape.room(width)).enumerate() {
-        let head = Head::new(shape, width, room);
-        let mixes = head.mixed.chunks_exact(shape.mix()).zip(&*head.total);
+    for (h, softmax) in softmax.chunks_exact_mut(shape.softmax()).enumerate() {
+        let softmax = Softmax::new(shape, softmax);
+        let mixes = softmax.mixed.chunks_exact(shape.mix()).zip(&*softmax.total);
         for (row, (mixed, total)) in o.chunks_exact_mut(shape.heads * shape.dv).zip(mixes) {
             row[h * shape.dv..][..shape.dv].iter_mut().zip(mixed).for_each(|(o, mixed)| *o = mixed / total);
         }
     }
 }
 
-/// Neighbours in the context.
-#[derive(Clone, Copy)]
-struct Part<'a> {
-    first: usize,
-    n: usize,
-    /// Of this head: a key without its rotated part, and a value, at the beginning of every row
-    kv: &'a [f32],
-    /// The rotated part of the keys `[n, d_rope]`
-    keys: &'a [f32],
-}
-
-/// What a head works with.
-struct Head<'a> {
-    shape: Shape,
-    width: usize,
-    /// Keys transposed `[qk, width]`
-    keys: &'a mut [f32],
-    /// Scores, then weights `[len, width]`
-    scores: &'a mut [f32],
-    /// Values whose rows are no whole vectors, padded `[width, mix]`
-    values: &'a mut [f32],
+/// A softmax that goes along with the context, for the queries of one head.
+struct Softmax<'a> {
     /// What the values so far have become `[len, mix]`
     mixed: &'a mut [f32],
     /// The largest score so far `[len]`
@@ -145,14 +138,11 @@ struct Head<'a> {
     total: &'a mut [f32],
 }
 
-impl<'a> Head<'a> {
-    fn new(shape: Shape, width: usize, room: &'a mut [f32]) -> Head<'a> {
-        let (keys, rest) = room.split_at_mut(shape.qk() * width);
-        let (scores, rest) = rest.split_at_mut(shape.len * width);
-        let (values, rest) = rest.split_at_mut(width * shape.mix());
-        let (mixed, rest) = rest.split_at_mut(shape.len * shape.mix());
+impl<'a> Softmax<'a> {
+    fn new(shape: Shape, room: &'a mut [f32]) -> Softmax<'a> {
+        let (mixed, rest) = room.split_at_mut(shape.len * shape.mix());
         let (max, total) = rest.split_at_mut(shape.len);
-        Head { shape, width, keys, scores, values, mixed, max, total }
+        Softmax { mixed, max, total }
     }
 
     fn begin(&mut self) {
@@ -160,49 +150,53 @@ impl<'a> Head<'a> {
         self.max.fill(f32::NEG_INFINITY);
         self.total.fill(0.0);
     }
+}
 
-    /// Adds a part of the context; the queries are at the beginning of rows of `q`.
-    fn add(&mut self, part: Part, q: &[f32]) {
-        let Shape { dn, d_rope, dv, .. } = self.shape;
-        let (nope, rope) = self.keys.split_at_mut(dn * self.width);
-        transpose(part.kv, self.shape.kv_row(), (part.n, dn), nope, self.width);
-        transpose(part.keys, d_rope, (part.n, d_rope), rope, self.width);
-        let (mut values, mut pitch) = (&part.kv[dn..], self.shape.kv_row());
-        if dv < self.shape.mix() {
-            let rows = values.chunks(pitch).zip(self.values.chunks_exact_mut(self.shape.mix()));
-            rows.take(part.n).for_each(|(from, to)| to[..dv].copy_from_slice(&from[..dv]));
-            (values, pitch) = (&*self.values, self.shape.mix());
+/// Neighbours in the context, as a head sees them.
+#[derive(Clone, Copy)]
+struct Part<'a> {
+    shape: Shape,
+    first: usize,
+    n: usize,
+    /// A key without its rotated part, and a value, at the beginning of every row
+    kv: &'a [f32],
+    /// The rotated part of the keys `[n, d_rope]`
+    keys: &'a [f32],
+}
+
+impl Part<'_> {
+    /// Goes on with a softmax; the queries are at the beginning of rows of `q`.
+    fn add_to(self, softmax: Softmax, q: &[f32], room: &mut PartRoom) {
+        let Part { shape, n, kv, .. } = self;
+        let (dn, dv, kv_row, mix) = (shape.dn, shape.dv, shape.kv_row(), shape.mix());
+        let width = n.next_multiple_of(LANES);
+        let keys = grown(&mut room.keys, shape.qk() * width);
+        let (nope, rope) = keys.split_at_mut(dn * width);
+        transpose(kv, kv_row, (n, dn), nope, width);
+        transpose(self.keys, shape.d_rope, (n, shape.d_rope), rope, width);
+        let (mut values, mut pitch) = (&kv[dn..], kv_row);
+        if dv < mix {
+            let padded = grown(&mut room.values, n * mix);
+            let rows = values.chunks(kv_row).zip(padded.chunks_exact_mut(mix));
+            rows.for_each(|(from, to)| to[..dv].copy_from_slice(&from[..dv]));
+            (values, pitch) = (padded, mix);
         }
-        dispatch(Rows {
-            shape: self.shape,
-            width: self.width,
-            part,
-            q,
-            keys: self.keys,
-            scores: self.scores,
-            values,
-            pitch,
-            mixed: self.mixed,
-            max: self.max,
-            total: self.total,
-        });
+        let scores = grown(&mut room.scores, shape.len * width);
+        dispatch(Rows { part: self, width, q, keys, scores, values, pitch, softmax });
     }
 }
 
-/// The arithmetic of [`Head::add`].
+/// The arithmetic of [`Part::add_to`].
 struct Rows<'a> {
-    shape: Shape,
-    width: usize,
     part: Part<'a>,
+    width: usize,
     q: &'a [f32],
     keys: &'a [f32],
     scores: &'a mut [f32],
     /// Rows that begin with the padded values, `pitch` apart
     values: &'a [f32],
     pitch: usize,
-    mixed: &'a mut [f32],
-    max: &'a mut [f32],
-    total: &'a mut [f32],
+    softmax: Softmax<'a>,
 }
 
 impl WithSimd for Rows<'_> {
@@ -210,8 +204,8 @@ impl WithSimd for Rows<'_> {
     #[inline(always)]
     fn with_simd<S: Simd>(mut self, simd: S) {
         let mut row = 0;
-        while row < self.shape.len {
-            row += match self.shape.len - row {
+        while row < self.part.shape.len {
+            row += match self.part.shape.len - row {
                 1 => self.rows::<S, 1>(simd, row),
                 2 => self.rows::<S, 2>(simd, row),
                 3..6 => self.rows::<S, 3>(simd, row),
@@ -225,7 +219,7 @@ impl Rows<'_> {
     /// Cached tokens of the part that row `row` sees.
     #[inline(always)]
     fn seen(&self, row: usize) -> usize {
-        (self.shape.past + row + 1).saturating_sub(self.part.first).min(self.part.n)
+        (self.part.shape.past + row + 1).saturating_sub(self.part.first).min(self.part.n)
     }
 
     /// `R` rows from `row` on; returns how many that were.
@@ -245,7 +239,7 @@ impl Rows<'_> {
         for r in row..row + R {
             self.weigh(simd, r, columns * S::F32_LANES);
         }
-        let columns = self.shape.mix() / S::F32_LANES;
+        let columns = self.part.shape.mix() / S::F32_LANES;
         let mut v = 0;
         while v < columns {
             v += match columns - v {
@@ -260,7 +254,7 @@ impl Rows<'_> {
     /// The scores of `R` rows with `V` vectors of keys; returns V.
     #[inline(always)]
     fn scores<S: Simd, const R: usize, const V: usize>(&mut self, simd: S, row: usize, v: usize) -> usize {
-        let (qk, q_row) = (self.shape.qk(), self.shape.heads * self.shape.qk());
+        let (qk, q_row) = (self.part.shape.qk(), self.part.shape.heads * self.part.shape.qk());
         let q: [&[f32]; R] = core::array::from_fn(|r| &self.q[(row + r) * q_row..][..qk]);
         let mut acc = [[simd.splat_f32s(0.0); V]; R];
         for (d, keys) in self.keys.chunks_exact(self.width).enumerate() {
@@ -290,13 +284,13 @@ impl Rows<'_> {
             return scores.fill(0.0);
         }
         scores[seen..].fill(f32::NEG_INFINITY);
-        let scale = simd.splat_f32s(self.shape.scale);
+        let scale = simd.splat_f32s(self.part.shape.scale);
         let mut largest = simd.splat_f32s(f32::NEG_INFINITY);
         for s in vectors_mut::<S>(scores) {
             *s = simd.mul_f32s(*s, scale);
             largest = simd.max_f32s(largest, *s);
         }
-        let max = self.max[row].max(simd.reduce_max_f32s(largest));
+        let max = self.softmax.max[row].max(simd.reduce_max_f32s(largest));
         let (minus, mut total) = (simd.splat_f32s(max), simd.splat_f32s(0.0));
         for s in vectors_mut::<S>(scores) {
             *s = exp_nonpositive(simd, simd.sub_f32s(*s, minus));
@@ -307,12 +301,12 @@ impl Rows<'_> {
             total = simd.add_f32s(total, *s);
         }
         // The first tokens have nothing to correct: exp(-inf - max) is 0.
-        let correction = exp(self.max[row] - max);
-        self.max[row] = max;
-        self.total[row] = self.total[row] * correction + simd.reduce_sum_f32s(total);
+        let correction = exp(self.softmax.max[row] - max);
+        self.softmax.max[row] = max;
+        self.softmax.total[row] = self.softmax.total[row] * correction + simd.reduce_sum_f32s(total);
         let correction = simd.splat_f32s(correction);
-        let mix = self.shape.mix();
-        vectors_mut::<S>(&mut self.mixed[row * mix..(row + 1) * mix])
+        let mix = self.part.shape.mix();
+        vectors_mut::<S>(&mut self.softmax.mixed[row * mix..(row + 1) * mix])
             .iter_mut()
             .for_each(|m| *m = simd.mul_f32s(*m, correction));
     }
@@ -320,7 +314,7 @@ impl Rows<'_> {
     /// Adds `seen` weighted values to `V` vectors of the mix of `R` rows; returns V.
     #[inline(always)]
     fn mix<S: Simd, const R: usize, const V: usize>(&mut self, simd: S, row: usize, v: usize, seen: usize) -> usize {
-        let (mix, first) = (self.shape.mix(), v * S::F32_LANES);
+        let (mix, first) = (self.part.shape.mix(), v * S::F32_LANES);
         let weights: [&[f32]; R] = core::array::from_fn(|r| &self.scores[(row + r) * self.width..][..seen]);
         let mut acc = [[simd.splat_f32s(0.0); V]; R];
         for (j, values) in self.values.chunks(self.pitch).take(seen).enumerate() {
@@ -333,7 +327,7 @@ impl Rows<'_> {
             }
         }
         for r in 0..R {
-            let mixed = &mut vectors_mut::<S>(&mut self.mixed[(row + r) * mix..][..mix])[v..v + V];
+            let mixed = &mut vectors_mut::<S>(&mut self.softmax.mixed[(row + r) * mix..][..mix])[v..v + V];
             for i in 0..V {
                 mixed[i] = simd.add_f32s(mixed[i], acc[r][i]);
             }

@@ -40,10 +40,17 @@ impl Constants {
 /// Working memory of a thread.
 #[derive(Debug, Default)]
 pub(super) struct MixScratch {
-    /// Outputs of the convolution, and dt
-    buffer: Vec<f32>,
+    parts: PartScratch,
     /// For a sequence whose state stays as it is: that between parts
     passing: MambaPassing,
+}
+
+#[derive(Debug, Default)]
+struct PartScratch {
+    /// Outputs of the convolution, and dt
+    buffer: Vec<f32>,
+    /// Of the scan
+    scan: Vec<Vec<f32>>,
 }
 
 #[derive(Debug, Default)]
@@ -138,7 +145,7 @@ impl<'a> Layer<'a> {
         let (di, width) = (c.d_inner, 2 * c.d_state + c.mamba_heads());
         let run = if last { LAST_RUN } else { RUN };
         let parts = (y.len() / di).div_ceil(run);
-        let MixScratch { buffer, passing } = scratch;
+        let MixScratch { parts: part_scratch, passing } = scratch;
         if last {
             passing.recent.clone_from(&state.recent);
             if parts > 1 {
@@ -163,7 +170,7 @@ impl<'a> Layer<'a> {
                 };
                 (scan, recent)
             };
-            self.mix_part(zx, bcdt, scan, recent, buffer, y);
+            self.mix_part(zx, bcdt, scan, recent, part_scratch, y);
         }
     }
 
@@ -174,14 +181,14 @@ impl<'a> Layer<'a> {
         bcdt: &[f32],
         scan: ScanState<'_>,
         recent: &mut MambaRecent,
-        buffer: &mut Vec<f32>,
+        scratch: &mut PartScratch,
         y: &mut [f32],
     ) {
         let c = self.config;
         let (di, heads, bc, channels) = (c.d_inner, c.mamba_heads(), 2 * c.d_state, c.conv_channels());
         let len = y.len() / di;
         let shape = ssd_shape(c, 1, len);
-        let (xbc, dt) = grown(buffer, len * (channels + heads)).split_at_mut(len * channels);
+        let (xbc, dt) = grown(&mut scratch.buffer, len * (channels + heads)).split_at_mut(len * channels);
         for (bcdt, dt) in bcdt.chunks_exact(bc + heads).zip(dt.chunks_exact_mut(heads)) {
             for h in 0..heads {
                 dt[h] = softplus(bcdt[bc + h] + self.dt_bias[h]);
@@ -198,6 +205,6 @@ impl<'a> Layer<'a> {
             ssd_steps_expect(shape, scan.values());
         }
         conv_silu_steps(filter, &inputs, &mut recent.conv, xbc);
-        ssd_steps(shape, xbc, dt, a, self.d, scan, &mut recent.steps, y);
+        ssd_steps(shape, xbc, dt, a, self.d, scan, &mut recent.steps, y, &mut scratch.scan);
     }
 }

@@ -69,7 +69,9 @@ impl<'e> Definition<'e> {
         let expression = |source: &'e String| Expression::new(environment, source);
         let template = |source: &'e String| Template::new(environment, source);
         let choices = match &task.choices {
-            Some(Choices::List(list)) => CompiledChoices::List(list.iter().map(template).collect::<anyhow::Result<_>>()?),
+            Some(Choices::List(list)) => {
+                CompiledChoices::List(list.iter().map(template).collect::<anyhow::Result<_>>()?)
+            }
             Some(Choices::Expression(source)) => CompiledChoices::Expression(expression(source)?),
             None => CompiledChoices::List(Vec::new()),
         };

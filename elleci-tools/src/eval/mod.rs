@@ -90,8 +90,7 @@ fn evaluate(args: &RunArgs) -> anyhow::Result<()> {
     crate::exit::errln!("{}", device.announcement);
     device.install(|| {
         // Side by side: much of opening a model is its tokenizer, which one thread reads.
-        let (open, questions) =
-            rayon::join(|| OpenModel::chosen(args.model.as_deref()), || questions(args, tasks));
+        let (open, questions) = rayon::join(|| OpenModel::chosen(args.model.as_deref()), || questions(args, tasks));
         let (open, (questions, mut absent)) = (open?, questions?);
         crate::exit::errln!("{}", open.announcement());
         let max_length = args.max_length.map_or(open.config().max_seq_len, |n| n as usize);

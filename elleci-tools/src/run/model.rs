@@ -24,6 +24,10 @@ const BUNDLED: &[u8] = include_bytes!("../../../fixtures/model/talk-nano.elleci"
 /// What it is called.
 const BUNDLED_NAME: &str = "talk-nano";
 
+/// Bytes of an archive up to which rows of the embedding are read where they are mapped. Those of larger ones come from the file, so that
+/// they take no memory for good; a small model feels the call, once a token.
+const SMALL: usize = 64 << 20;
+
 /// Where the bytes of an archive lie.
 enum ModelBytes {
     /// In a file.
@@ -91,7 +95,9 @@ impl OpenModel {
         }
         let (bytes, file) = map(path)?;
         let mut open = OpenModel::from_bytes(name, bytes).with_context(at)?;
-        open.archive = open.archive.with_row_reader(move |offset, to| mapped::read_at(&file, offset, to));
+        if open.bytes() > SMALL {
+            open.archive = open.archive.with_row_reader(move |offset, to| mapped::read_at(&file, offset, to));
+        }
         Ok(open)
     }
 

@@ -196,7 +196,9 @@ fn tasks<S: Default + Send>(
     let mut y = mat_mut(y, steps.len(), matrix.scales.len());
     let views = y.axis_chunks_iter_mut(Axis(1), rows);
     let items = views.zip(matrix.scales.chunks(rows)).zip(matrix.codes.chunks(rows * matrix.cols)).collect();
-    par::for_each_init(items, S::default, |kept, ((y, scales), codes): Task| work(kept, codes, Outputs { y, scales, steps }));
+    par::for_each_init(items, S::default, |kept, ((y, scales), codes): Task| {
+        work(kept, codes, Outputs { y, scales, steps })
+    });
 }
 
 /// Outputs, scales and codes.

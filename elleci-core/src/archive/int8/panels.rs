@@ -33,7 +33,8 @@ pub(super) fn rows(kernel: Vnni, codes: &[i8], cols: usize, x: &Activations, pan
             let output = (out.y.as_ptr().wrapping_add(from * stride + p * ROWS), stride);
             // Rows of the next panel, one after the other; all tokens are near after the first.
             let next = codes.as_ptr().wrapping_add(codes.len()).cast();
-            let ahead = Ahead { words: next, pitch: 0, depth: codes.len() / 4, given: group * pitch.div_ceil(8), output };
+            let ahead =
+                Ahead { words: next, pitch: 0, depth: codes.len() / 4, given: group * pitch.div_ceil(8), output };
             kernel.block(Words { data: words(from), pitch, rows: to - from }, panel, ahead, &mut block);
             for (token, sums) in (from..to).zip(block) {
                 out.put(p * ROWS, token, sums);

@@ -5,7 +5,7 @@ use core::ops::Range;
 
 use pulp::{Simd, WithSimd};
 
-use crate::ops::lanes::{dispatch, load, silu, store};
+use crate::ops::lanes::{dispatch, load, silu, store, vectors, vectors_mut};
 use crate::par;
 
 /// Tokens of one task, at most.
@@ -88,25 +88,79 @@ impl WithSimd for Steps<'_> {
     type Output = ();
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let Steps { filter, input, state, first, out } = self;
-        let ConvInput { channels, values, stride } = input;
-        let width = filter.bias.len();
-        let (taps, tokens, len) = (filter.taps.len() / width, out.len() / width, channels.len());
-        let at = |row: usize| row * width + channels.start..row * width + channels.end;
-        let bias = &filter.bias[channels.clone()];
-        for t in 0..tokens {
-            let out = &mut out[at(t)];
-            for v in 0..len.div_ceil(S::F32_LANES) {
+        match self.filter.taps.len() / self.filter.bias.len() {
+            1 => self.tokens::<S, 1>(simd),
+            2 => self.tokens::<S, 2>(simd),
+            3 => self.tokens::<S, 3>(simd),
+            4 => self.tokens::<S, 4>(simd),
+            _ => self.of_many_taps(simd),
+        }
+    }
+}
+
+impl<'a> Steps<'a> {
+    /// Values of these channels in a row that has all.
+    #[inline(always)]
+    fn own(&self, row: usize) -> Range<usize> {
+        let width = self.filter.bias.len();
+        row * width + self.input.channels.start..row * width + self.input.channels.end
+    }
+
+    /// Inputs by rows: those of the state, and then the tokens'.
+    #[inline(always)]
+    fn row(&self, row: usize, taps: usize) -> &'a [f32] {
+        match row.checked_sub(taps - 1) {
+            Some(token) => &self.input.values[token * self.input.stride..][..self.input.channels.len()],
+            None => &self.state[self.own(row)],
+        }
+    }
+
+    /// `K` taps.
+    #[inline(always)]
+    fn tokens<S: Simd, const K: usize>(self, simd: S) {
+        let taps: [&[f32]; K] = core::array::from_fn(|k| &self.filter.taps[self.own(k)]);
+        let bias = &self.filter.bias[self.input.channels.clone()];
+        let whole = bias.len() / S::F32_LANES;
+        let vectors = |row: &'a [f32]| &vectors::<S>(row)[..whole];
+        let (taps_v, bias_v) = (core::array::from_fn::<_, K, _>(|k| vectors(taps[k])), vectors(bias));
+        for t in 0..self.out.len() / self.filter.bias.len() {
+            let rows: [&[f32]; K] = core::array::from_fn(|k| self.row(self.first + t + k, K));
+            let rows_v: [&[S::f32s]; K] = core::array::from_fn(|k| vectors(rows[k]));
+            let own = self.own(t);
+            let out = &mut self.out[own];
+            let out_v = &mut vectors_mut::<S>(out)[..whole];
+            for v in 0..whole {
+                let mut pre = bias_v[v];
+                for k in 0..K {
+                    pre = simd.mul_add_e_f32s(taps_v[k][v], rows_v[k][v], pre);
+                }
+                out_v[v] = silu(simd, pre);
+            }
+            if whole * S::F32_LANES < bias.len() {
+                let mut pre = load(simd, bias, whole);
+                for k in 0..K {
+                    pre = simd.mul_add_e_f32s(load(simd, taps[k], whole), load(simd, rows[k], whole), pre);
+                }
+                store(simd, out, whole, silu(simd, pre));
+            }
+        }
+    }
+
+    /// Any number of taps.
+    #[inline(always)]
+    fn of_many_taps<S: Simd>(self, simd: S) {
+        let width = self.filter.bias.len();
+        let taps = self.filter.taps.len() / width;
+        let bias = &self.filter.bias[self.input.channels.clone()];
+        for t in 0..self.out.len() / width {
+            for v in 0..bias.len().div_ceil(S::F32_LANES) {
                 let mut pre = load(simd, bias, v);
                 for k in 0..taps {
-                    // Rows of the state, and then those of the input.
-                    let row = match (first + t + k).checked_sub(taps - 1) {
-                        Some(token) => &values[token * stride..][..len],
-                        None => &state[at(first + t + k)],
-                    };
-                    pre = simd.mul_add_e_f32s(load(simd, &filter.taps[at(k)], v), load(simd, row, v), pre);
+                    let row = self.row(self.first + t + k, taps);
+                    pre = simd.mul_add_e_f32s(load(simd, &self.filter.taps[self.own(k)], v), load(simd, row, v), pre);
                 }
-                store(simd, out, v, silu(simd, pre));
+                let own = self.own(t);
+                store(simd, &mut self.out[own], v, silu(simd, pre));
             }
         }
     }

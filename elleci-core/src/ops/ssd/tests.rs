@@ -112,17 +112,27 @@ impl Case {
         let kept = sequences.zip(all.chunks_mut(shape.seq * d_inner)).map(|((xbc, dt), all)| {
             let mut state = vec![0.0; shape.state_len()];
             let mut recent = Recent::new(d_inner, shape.d_state).unwrap();
-            let mut start = 0;
+            let (mut start, mut room) = (0, Vec::new());
             for &seq in lengths {
                 let run = SsdShape { batch: 1, seq, ..shape };
                 let (xbc, dt) = (&xbc[start * shape.width()..], &dt[start * shape.heads..]);
                 let (xbc, dt) = (&xbc[..seq * shape.width()], &dt[..seq * shape.heads]);
                 let y = &mut all[start * d_inner..(start + seq) * d_inner];
                 let mut passed = (vec![f32::NAN; y.len()], recent.clone());
-                ssd_steps(run, xbc, dt, &self.a, &self.d, ScanState::Passed(&state), &mut passed.1, &mut passed.0);
+                ssd_steps(
+                    run,
+                    xbc,
+                    dt,
+                    &self.a,
+                    &self.d,
+                    ScanState::Passed(&state),
+                    &mut passed.1,
+                    &mut passed.0,
+                    &mut room,
+                );
                 let over = recent.is_over_within(seq);
                 let before = state.clone();
-                ssd_steps(run, xbc, dt, &self.a, &self.d, ScanState::Kept(&mut state), &mut recent, y);
+                ssd_steps(run, xbc, dt, &self.a, &self.d, ScanState::Kept(&mut state), &mut recent, y, &mut room);
                 assert_eq!(y, passed.0, "what becomes of the state");
                 assert!(over || (before == state && recent == passed.1), "the state is written at the end of blocks");
                 start += seq;

@@ -217,7 +217,8 @@ impl Parts<'_> {
             model.remove("vocab");
             merges = model.remove("merges");
         }
-        let mut rest = serde_json::to_value(top.iter().filter(|(name, _)| *name != "model").collect::<BTreeMap<_, _>>())?;
+        let mut rest =
+            serde_json::to_value(top.iter().filter(|(name, _)| *name != "model").collect::<BTreeMap<_, _>>())?;
         if let Some(model) = model {
             rest["model"] = serde_json::to_value(model)?;
         }

@@ -138,6 +138,7 @@ impl<'a> ScanState<'a> {
 }
 
 /// Advances a sequence by `shape.seq` tokens: `y` `[seq, d_inner]` is written. The bits do not depend on how steps are dealt to calls.
+/// `room` is working memory, kept for the next call.
 ///
 /// # Panics
 /// When a slice does not have the size that the shape gives it, or there are several sequences.
@@ -151,6 +152,7 @@ pub fn ssd_steps(
     state: ScanState<'_>,
     recent: &mut Recent,
     y: &mut [f32],
+    room: &mut Vec<Vec<f32>>,
 ) {
     shape.check(xbc, dt, a, d, y);
     assert_eq!(shape.batch, 1, "ssd steps: one sequence");
@@ -178,7 +180,7 @@ pub fn ssd_steps(
     let (mut y, mut left_rows) = (mat_mut(y, seq, d_inner), mat_mut(left, 1 + BLOCK, d_inner));
     let columns = y.axis_chunks_iter_mut(Axis(1), group).zip(left_rows.axis_chunks_iter_mut(Axis(1), group));
     let items: Vec<_> = state.parts(shape.d_state * group).into_iter().zip(columns).enumerate().collect();
-    par::for_each(items, |(task, (state, (mut y, left)))| {
+    par::for_each_kept(items, room, |scratch, (task, (state, (mut y, left)))| {
         let group = Group {
             shape,
             first_head: task * shape.group_heads(),
@@ -191,7 +193,7 @@ pub fn ssd_steps(
             cs: &cs,
             products: &products,
         };
-        group.advance(state, left, &mut y);
+        group.advance(state, left, &mut y, scratch);
     });
 
     let end = (begin + seq) % BLOCK;
@@ -251,13 +253,19 @@ struct Group<'a> {
 
 impl Group<'_> {
     /// All steps. `left` `[1 + steps, channels]`, `y` `[seq, channels]`.
-    fn advance(&self, state: ScanState<'_>, mut left: ArrayViewMut2<f32>, y: &mut ArrayViewMut2<f32>) {
+    fn advance(
+        &self,
+        state: ScanState<'_>,
+        mut left: ArrayViewMut2<f32>,
+        y: &mut ArrayViewMut2<f32>,
+        scratch: &mut Vec<f32>,
+    ) {
         let (shape, channels) = (self.shape, y.ncols());
         let left: Vec<&mut [f32]> =
             left.axis_iter_mut(Axis(0)).map(|row| row.into_slice().expect("rows are whole")).collect();
         let len = shape.seq * channels;
-        let mut scratch = vec![0.0; 3 * len];
-        let (decay, rest) = scratch.split_at_mut(len);
+        scratch.resize(scratch.len().max(3 * len), 0.0);
+        let (decay, rest) = scratch[..3 * len].split_at_mut(len);
         let (u, out) = rest.split_at_mut(len);
         vectorize(
             #[inline(always)]
