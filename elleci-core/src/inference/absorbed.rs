@@ -18,7 +18,7 @@ use crate::ops::lanes::{dispatch, products, vectors, vectors_mut};
 use crate::ops::rows;
 use crate::par;
 use crate::simd::vectorize;
-use crate::ternary::packed::PackedTernary;
+use crate::ternary::packed::{PackedTernary, floats};
 
 /// Cached tokens of a block. Divides [`PAGE`].
 const BLOCK: usize = 64;
@@ -33,6 +33,15 @@ pub(super) struct Room {
     /// Of every block and head: the mix `[kv_rank]`, the largest score, the sum of the weights
     partials: Vec<f32>,
     blocks: Vec<BlockRoom>,
+    heads: Vec<HeadRoom>,
+}
+
+/// That of a head.
+#[derive(Debug, Default)]
+struct HeadRoom {
+    product: floats::Room,
+    /// Latents `[kv_rank]`
+    mixed: Vec<f32>,
 }
 
 /// That of a thread.
@@ -74,15 +83,15 @@ pub(super) fn absorbed(
 ) {
     let (dn, dv, scale, shape) = (c.d_nope, c.d_v, softmax_scale(c), Shape::new(c));
     let (rank, heads) = (shape.rank, shape.heads);
-    let Room { queries, partials, blocks } = room;
+    let Room { queries, partials, blocks, heads: head_rooms } = room;
     // A query that meets latents and shared keys at once: [W₃ᵀ q_nope · γ | q_rope] · scale
     queries.clear();
     queries.resize(shape.group_heads * shape.row, 0.0);
     let items = queries.chunks_exact_mut(shape.row).zip(q.chunks_exact(c.d_qk())).enumerate().collect();
-    par::for_each(items, |(h, (query, q)): (usize, (&mut [f32], &[f32]))| {
+    par::for_each_kept(items, head_rooms, |room, (h, (query, q)): (usize, (&mut [f32], &[f32]))| {
         let (latent, rope) = query.split_at_mut(rank);
         let first = h * (dn + dv);
-        kv_up.add_transposed_times(first..first + dn, &q[..dn], latent);
+        kv_up.add_transposed_times(first..first + dn, &q[..dn], latent, &mut room.product);
         latent.iter_mut().for_each(|l| *l *= scale * kv_up.gamma());
         rope.iter_mut().zip(&q[dn..]).for_each(|(r, q)| *r = q * scale);
     });
@@ -96,8 +105,10 @@ pub(super) fn absorbed(
 
     let items = o.chunks_exact_mut(dv).enumerate().collect();
     let partials: &[f32] = partials;
-    par::for_each(items, |(h, o): (usize, &mut [f32])| {
-        let (mut mixed, mut total) = (alloc::vec![0.0f32; rank], 0.0);
+    par::for_each_kept(items, head_rooms, |room, (h, o): (usize, &mut [f32])| {
+        let HeadRoom { product, mixed } = room;
+        let (mixed, mut total) = (grown(mixed, rank), 0.0);
+        mixed.fill(0.0);
         vectorize(
             #[inline(always)]
             || {
@@ -106,12 +117,12 @@ pub(super) fn absorbed(
                 for partial in of_head() {
                     let weight = exp(partial[rank] - max);
                     total += weight * partial[rank + 1];
-                    rows::add_scaled(&mut mixed, weight, &partial[..rank]);
+                    rows::add_scaled(mixed, weight, &partial[..rank]);
                 }
             },
         );
         let first = h * (dn + dv) + dn;
-        kv_up.times(first..first + dv, &mixed, o);
+        kv_up.times(first..first + dv, mixed, o, product);
         o.iter_mut().for_each(|o| *o *= kv_up.gamma() / total);
     });
 }

@@ -22,12 +22,15 @@ pub struct QuantizedRows {
     pub scales: Vec<f32>,
     /// `[tokens]`: `(mean(x²) + eps)^-1/2`
     pub rstd: Vec<f32>,
+    /// Working memory: a row for each thread
+    room: Vec<Vec<f32>>,
 }
 
 impl QuantizedRows {
     /// Room for `tokens` rows.
     pub fn new(tokens: usize, width: usize) -> QuantizedRows {
-        QuantizedRows { codes: vec![0; tokens * width], scales: vec![0.0; tokens], rstd: vec![0.0; tokens] }
+        let (codes, scales, rstd) = (vec![0; tokens * width], vec![0.0; tokens], vec![0.0; tokens]);
+        QuantizedRows { codes, scales, rstd, room: Vec::new() }
     }
 
     /// Changes the size, keeping the allocation where it is large enough.
@@ -94,9 +97,11 @@ pub fn rmsnorm_quantize(
     normed: Option<&mut [f32]>,
 ) {
     let width = gain.len();
-    let run = |first: usize, out: Rows<'_>| {
+    let run = |own: &mut Vec<f32>, first: usize, out: Rows<'_>| {
         let Rows { codes, scales, rstd: rstds, mut normed } = out;
-        let mut own = vec![0.0f32; if normed.is_none() { width } else { 0 }];
+        if normed.is_none() {
+            own.resize(width, 0.0);
+        }
         vectorize(
             #[inline(always)]
             || {
@@ -115,10 +120,13 @@ pub fn rmsnorm_quantize(
         );
     };
     let n = rows_per_task(out.scales.len());
-    let mut rest = Rows { codes: &mut out.codes, scales: &mut out.scales, rstd: &mut out.rstd, normed };
+    let QuantizedRows { codes, scales, rstd, room } = out;
+    let mut rest = Rows { codes, scales, rstd, normed };
     // One task needs no list of them: a token goes through four norms a layer.
     if rest.scales.len() <= n {
-        return run(0, rest);
+        let mut own = room.pop().unwrap_or_default();
+        run(&mut own, 0, rest);
+        return room.push(own);
     }
     let mut items = Vec::with_capacity(rest.scales.len().div_ceil(n));
     while !rest.scales.is_empty() {
@@ -126,7 +134,7 @@ pub fn rmsnorm_quantize(
         items.push((items.len() * n, own));
         rest = later;
     }
-    par::for_each(items, |(first, rows)| run(first, rows));
+    par::for_each_kept(items, room, |own, (first, rows)| run(own, first, rows));
 }
 
 /// Some rows of what a norm and quantiser write.

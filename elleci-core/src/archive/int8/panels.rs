@@ -11,7 +11,7 @@ use crate::ternary::int16::kernel::{Ahead, Block, Kernel, Line, ROWS as GROUP, W
 use crate::ternary::int16::vnni::Vnni;
 
 /// Tokens that are worth making panels.
-pub(super) const TOKENS: usize = 8;
+pub(super) const TOKENS: usize = 16;
 /// Rows of a panel.
 pub(super) const ROWS: usize = WIDTH;
 

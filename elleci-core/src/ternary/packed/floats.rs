@@ -1,6 +1,6 @@
 //! Products of a packed matrix with float32 vectors, for the absorbed form of attention: a few rows at a time, in either direction.
 
-use alloc::vec;
+use alloc::vec::Vec;
 use core::ops::Range;
 
 use pulp::{Simd, WithSimd};
@@ -14,18 +14,29 @@ const LINE_ROWS: usize = 16;
 /// Columns of a code line.
 const COLUMNS: usize = 4;
 
+/// Working memory of the products, kept for the next.
+#[derive(Debug, Default)]
+pub struct Room {
+    /// An unpacked panel
+    lines: Vec<Line>,
+    /// The vector, padded
+    x: Vec<f32>,
+}
+
 impl PackedTernary<'_> {
     /// `y[r] = Σ W₃[rows.start + r, c] · x[c]`, in float32 and without γ.
     ///
     /// # Panics
     /// When `rows` is out of range or a slice does not have its size.
-    pub fn times(&self, rows: Range<usize>, x: &[f32], y: &mut [f32]) {
+    pub fn times(&self, rows: Range<usize>, x: &[f32], y: &mut [f32], room: &mut Room) {
         assert_eq!((x.len(), y.len()), (self.in_dim, rows.len()), "vectors");
-        let mut padded = x.to_vec();
+        let Room { lines, x: padded } = room;
+        padded.clear();
+        padded.extend_from_slice(x);
         padded.resize(x.len().next_multiple_of(COLUMNS), 0.0);
-        self.panels(rows, |lines, at, part| {
+        self.panels(rows, lines, |lines, at, part| {
             let mut sums = [0.0; ROWS];
-            dispatch(Times { lines, x: &padded, sums: &mut sums });
+            dispatch(Times { lines, x: padded, sums: &mut sums });
             y[at..at + part.len()].copy_from_slice(&sums[part]);
         });
     }
@@ -34,9 +45,9 @@ impl PackedTernary<'_> {
     ///
     /// # Panics
     /// When `rows` is out of range or a slice does not have its size.
-    pub fn add_transposed_times(&self, rows: Range<usize>, x: &[f32], y: &mut [f32]) {
+    pub fn add_transposed_times(&self, rows: Range<usize>, x: &[f32], y: &mut [f32], room: &mut Room) {
         assert_eq!((x.len(), y.len()), (rows.len(), self.in_dim), "vectors");
-        self.panels(rows, |lines, at, part| {
+        self.panels(rows, &mut room.lines, |lines, at, part| {
             let mut own = [0.0; ROWS];
             own[part.clone()].copy_from_slice(&x[at..at + part.len()]);
             dispatch(TransposedTimes { lines, x: &own, y: &mut *y });
@@ -45,14 +56,14 @@ impl PackedTernary<'_> {
 
     /// Calls `visit(code lines, first, rows)` for every panel with some of the rows: `rows` of the panel, of which the first is the
     /// `first`th asked for.
-    fn panels(&self, rows: Range<usize>, mut visit: impl FnMut(&[Line], usize, Range<usize>)) {
+    fn panels(&self, rows: Range<usize>, lines: &mut Vec<Line>, mut visit: impl FnMut(&[Line], usize, Range<usize>)) {
         assert!(rows.end <= self.out_dim, "rows");
-        let mut lines = vec![Line([0; 64]); self.packing.code_lines(self.in_dim)];
+        lines.resize(self.packing.code_lines(self.in_dim), Line([0; 64]));
         let mut row = rows.start;
         while row < rows.end {
             let (panel, first) = (row / ROWS, row % ROWS);
             let n = (ROWS - first).min(rows.end - row);
-            self.unpack(Isa::detect(), panel, &mut lines);
+            self.unpack(Isa::detect(), panel, lines);
             visit(&lines[..self.in_dim.div_ceil(COLUMNS) * LINES], row - rows.start, first..first + n);
             row += n;
         }
@@ -132,11 +143,12 @@ mod tests {
     use super::super::{Packing, pack};
     use super::*;
     use crate::ternary::TernaryMatrix;
-    use alloc::vec::Vec;
+    use alloc::vec;
 
     /// Rows that begin and end inside of panels, columns that fill neither a word nor a run.
     #[test]
     fn products_are_the_definition() {
+        let mut room = Room::default();
         let code = |r: usize, c: usize| (r * 7 + c * 5 + r * c) % 3;
         for (out, input) in [(1, 1), (70, 33), (200, 64), (130, 7)] {
             let codes: Vec<i8> = (0..out * input).map(|i| code(i / input, i % input) as i8 - 1).collect();
@@ -151,8 +163,8 @@ mod tests {
                     let (x, z): (Vec<f32>, Vec<f32>) =
                         ((0..input).map(value).collect(), (0..rows.len()).map(value).collect());
                     let (mut y, mut yt) = (vec![f32::NAN; rows.len()], vec![0.5; input]);
-                    view.times(rows.clone(), &x, &mut y);
-                    view.add_transposed_times(rows.clone(), &z, &mut yt);
+                    view.times(rows.clone(), &x, &mut y, &mut room);
+                    view.add_transposed_times(rows.clone(), &z, &mut yt, &mut room);
                     // Values of at most 1: every addition is off by 2^-24 of a sum of at most as many.
                     let bound = |n: usize| ((n + 2) * (n + 2)) as f64 * 2f64.powi(-24);
                     for (r, y) in y.iter().enumerate() {

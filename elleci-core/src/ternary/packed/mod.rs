@@ -13,7 +13,7 @@
 //! Rows and columns past the matrix are stored as 0 and never contribute.
 
 mod columns;
-mod floats;
+pub(crate) mod floats;
 mod kernel;
 mod portable;
 pub mod t5;
