@@ -47,7 +47,7 @@ struct PartRoom {
 }
 
 /// Sizes.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 struct Shape {
     dn: usize,
     d_rope: usize,
@@ -268,9 +268,7 @@ impl Rows<'_> {
         }
         for r in 0..R {
             let scores = &mut vectors_mut::<S>(&mut self.scores[(row + r) * self.width..][..self.width])[v..v + V];
-            for i in 0..V {
-                scores[i] = acc[r][i];
-            }
+            scores.copy_from_slice(&acc[r]);
         }
         V
     }
@@ -333,5 +331,69 @@ impl Rows<'_> {
             }
         }
         V
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use alloc::vec;
+
+    use super::*;
+
+    fn values(n: usize, seed: usize) -> Vec<f32> {
+        (0..n).map(|i| ((i * 7919 + seed * 104_729) % 2003) as f32 / 1001.0 - 1.0).collect()
+    }
+
+    /// The mixes `[len, dv]` of one of the heads.
+    fn attend(shape: Shape, head: usize, context: usize, kv: &[f32], keys: &[f32], q: &[f32]) -> Vec<f32> {
+        // What was there before must not matter.
+        let mut state = vec![f32::NAN; shape.softmax()];
+        let mut room = PartRoom { keys: vec![9e9; 50_000], scores: vec![9e9; 50_000], values: vec![9e9; 50_000] };
+        Softmax::new(shape, &mut state).begin();
+        for first in (0..context).step_by(EXPAND) {
+            let n = EXPAND.min(context - first);
+            let kv = &kv[first * shape.kv_row()..(first + n) * shape.kv_row()][head * (shape.dn + shape.dv)..];
+            let keys = &keys[first * shape.d_rope..(first + n) * shape.d_rope];
+            let part = Part { shape, first, n, kv, keys };
+            part.add_to(Softmax::new(shape, &mut state), &q[head * shape.qk()..], &mut room);
+        }
+        let softmax = Softmax::new(shape, &mut state);
+        let rows = softmax.mixed.chunks_exact(shape.mix()).zip(&*softmax.total);
+        rows.flat_map(|(mixed, total)| mixed[..shape.dv].iter().map(move |m| m / total)).collect()
+    }
+
+    #[test]
+    fn rows_are_the_definition_and_know_nothing_of_each_other() {
+        for (dn, d_rope, dv) in [(5, 2, 7), (16, 16, 16), (33, 4, 70), (64, 32, 96), (1, 0, 1)] {
+            for (past, len) in [(0, 1), (0, 2), (3, 5), (0, 20), (126, 4), (127, 7), (250, 13), (0, 150)] {
+                let (heads, context) = (3, past + len);
+                let scale = 1.0 / libm::sqrtf((dn + d_rope) as f32);
+                let shape = Shape { dn, d_rope, dv, heads, len, past, scale };
+                let (kv, keys) = (values(context * shape.kv_row(), 1), values(context * d_rope, 2));
+                let q = values(len * heads * shape.qk(), 3);
+                for head in 0..heads {
+                    let found = attend(shape, head, context, &kv, &keys, &q);
+                    for (i, row) in found.chunks_exact(dv).enumerate() {
+                        let q = &q[(i * heads + head) * shape.qk()..][..shape.qk()];
+                        let token = |j: usize| &kv[j * shape.kv_row() + head * (dn + dv)..][..dn + dv];
+                        let key = |j: usize| token(j)[..dn].iter().chain(&keys[j * d_rope..(j + 1) * d_rope]);
+                        let score =
+                            |j| q.iter().zip(key(j)).map(|(q, k)| f64::from(q * k)).sum::<f64>() * f64::from(scale);
+                        let weights: Vec<f64> = (0..=past + i).map(|j| score(j).exp()).collect();
+                        let total: f64 = weights.iter().sum();
+                        for (d, found) in row.iter().enumerate() {
+                            let want =
+                                (0..).zip(&weights).map(|(j, w)| w * f64::from(token(j)[dn + d])).sum::<f64>() / total;
+                            // Scores of a few units are off by as many roundings as they have terms, and values are 1 at most.
+                            assert!((f64::from(*found) - want).abs() < 2e-5, "{shape:?} row {i}: {found} {want}");
+                        }
+                    }
+                    // The last row alone, as if nothing had been asked with it.
+                    let alone = Shape { len: 1, past: context - 1, ..shape };
+                    let last = attend(alone, head, context, &kv, &keys, &q[(len - 1) * heads * shape.qk()..]);
+                    assert_eq!(last, found[(len - 1) * dv..], "{shape:?}");
+                }
+            }
+        }
     }
 }

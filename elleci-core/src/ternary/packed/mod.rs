@@ -44,7 +44,7 @@ pub use super::kernel::Line;
 use super::kernel::{Block, LINES, ROWS, TOKENS, WithKernel};
 use crate::ops::matmul::mat_mut;
 use crate::par;
-use crate::simd::{Isa, vectorize};
+use crate::simd::{Isa, prefetch, vectorize};
 use kernel::{GROUP, PackedKernel, WithPackedKernel};
 
 /// How the codes of a ternary matrix are stored.
@@ -409,6 +409,8 @@ impl<T: Send, F: Fn(&PackedTernary, &[i32], i32, &mut [T]) + Sync> WithPackedKer
         }
         par::for_each(items, |(matrix, packing, first, out)| {
             let q = &padded[..q.len().next_multiple_of(packing.columns())];
+            // Another thread has written them.
+            prefetch(q);
             let mut sums = [0; ROWS];
             for (p, out) in out.chunks_mut(ROWS).enumerate() {
                 kernel.dot(packing, matrix.panel(packing, first + p), q, &mut sums);
