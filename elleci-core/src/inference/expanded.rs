@@ -392,6 +392,11 @@ mod tests {
                     let alone = Shape { len: 1, past: context - 1, ..shape };
                     let last = attend(alone, head, context, &kv, &keys, &q[(len - 1) * heads * shape.qk()..]);
                     assert_eq!(last, found[(len - 1) * dv..], "{shape:?}");
+                    // The rows before it whatever it is.
+                    let mut other = kv.clone();
+                    other[(context - 1) * shape.kv_row()..].fill(f32::MAX);
+                    let before = attend(shape, head, context, &other, &keys, &q);
+                    assert_eq!(before[..(len - 1) * dv], found[..(len - 1) * dv], "{shape:?}");
                 }
             }
         }
