@@ -281,6 +281,7 @@ impl Rows<'_> {
         if seen == 0 {
             return scores.fill(0.0);
         }
+        // Its exponential is 0.
         scores[seen..].fill(f32::NEG_INFINITY);
         let scale = simd.splat_f32s(self.part.shape.scale);
         let mut largest = simd.splat_f32s(f32::NEG_INFINITY);
@@ -293,8 +294,6 @@ impl Rows<'_> {
         for s in vectors_mut::<S>(scores) {
             *s = exp_nonpositive(simd, simd.sub_f32s(*s, minus));
         }
-        // The exponential of what is not seen is small, not zero.
-        scores[seen..].fill(0.0);
         for s in vectors::<S>(scores) {
             total = simd.add_f32s(total, *s);
         }
