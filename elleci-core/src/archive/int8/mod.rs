@@ -219,9 +219,7 @@ pub(super) fn forward(isa: Isa, matrix: Matrix, rows: usize, x: &[f32], y: &mut 
         if isa >= Isa::Avx512Vnni
             && let Some(kernel) = Vnni::detect()
         {
-            if x.steps.len() < panels::TOKENS {
-                tasks(matrix, &x.steps, rows, y, |(), codes, out| vnni::rows(kernel, codes, cols, &x, out));
-            } else {
+            if panels::worth(x.steps.len(), cols) {
                 let whole = rows.next_multiple_of(panels::ROWS);
                 tasks(matrix, &x.steps, whole, y, |panel, codes, out| {
                     let count = codes.len() / cols / panels::ROWS * panels::ROWS;
@@ -230,6 +228,8 @@ pub(super) fn forward(isa: Isa, matrix: Matrix, rows: usize, x: &[f32], y: &mut 
                     panels::rows(kernel, codes, cols, &x, panel, out);
                     vnni::rows(kernel, rest, cols, &x, rest_out);
                 });
+            } else {
+                tasks(matrix, &x.steps, rows, y, |(), codes, out| vnni::rows(kernel, codes, cols, &x, out));
             }
             return isa.min(Isa::machine());
         }

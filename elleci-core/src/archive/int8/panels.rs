@@ -10,10 +10,17 @@ use crate::ops::transpose::avx512::{TILE, tile_transposed};
 use crate::ternary::int16::kernel::{Ahead, Block, Kernel, Line, ROWS as GROUP, WIDTH, Words};
 use crate::ternary::int16::vnni::Vnni;
 
-/// Tokens that are worth making panels.
-pub(super) const TOKENS: usize = 16;
+/// Tokens that are worth making panels, at least.
+const TOKENS: usize = 16;
+/// Columns that a token is worth: a panel takes time by its columns, what it saves is a part of every sum.
+const COLUMNS: usize = 16;
 /// Rows of a panel.
 pub(super) const ROWS: usize = WIDTH;
+
+/// Whether panels pay for themselves.
+pub(super) fn worth(tokens: usize, cols: usize) -> bool {
+    tokens >= TOKENS.max(cols / COLUMNS)
+}
 
 /// All rows of `codes`, a multiple of [`ROWS`], with all tokens. `panel` is room.
 pub(super) fn rows(kernel: Vnni, codes: &[i8], cols: usize, x: &Activations, panel: &mut Vec<Line>, mut out: Outputs) {

@@ -78,7 +78,7 @@ fn all_levels_give_the_same_integers() {
     for (rows, cols) in SHAPES {
         let codes: Vec<i8> = (0..rows * cols).map(|_| random() as i8).collect();
         let scales: Vec<f32> = (0..rows).map(|_| random() as f32 / (1u64 << 32) as f32).collect();
-        for tokens in (1..=13).chain([20]) {
+        for tokens in (1..=13).chain([16, 17, 20, 25]) {
             let x: Vec<f32> = (0..tokens * cols).map(|_| random() as f32 / (1u64 << 32) as f32 - 0.5).collect();
             let y = check(rows, cols, &codes, &scales, &x);
             for (t, x) in x.chunks(cols).enumerate() {
